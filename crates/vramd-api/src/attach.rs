@@ -1,0 +1,247 @@
+//! The frames of the attach protocol; `protocol/attach.md` is its document.
+//!
+//! A connection carries one `Attach` from the client and one `Attached` or `Error` from the daemon, then
+//! nothing: it is the lease. Descriptors travel with the first byte of a frame's header.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::{AllocationId, ComponentName, DeviceId, LeaseId, ModelName};
+
+pub use safetensors::Dtype;
+
+/// The first bytes of every frame. No HTTP method begins so, which lets both share one socket.
+pub const MAGIC: [u8; 4] = *b"VRMD";
+/// The version of the frames.
+pub const VERSION: u16 = 1;
+/// A header: magic, version (u16), kind (u16), body length (u32), descriptor count (u32); little-endian.
+pub const HEADER_BYTES: usize = 16;
+/// The longest body that a client may send.
+pub const MAX_REQUEST_BYTES: u32 = 64 << 10;
+/// The longest body that a daemon may send.
+pub const MAX_REPLY_BYTES: u32 = 256 << 20;
+/// The most descriptors in one frame: the kernel's bound on one message.
+pub const MAX_DESCRIPTORS: u32 = 253;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum FrameKind {
+    Attach = 1,
+    Attached = 2,
+    Error = 3,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    pub kind: FrameKind,
+    pub body_bytes: u32,
+    pub descriptors: u32,
+}
+
+/// Sixteen bytes that are no header of this version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadHeader {
+    #[error("the frame does not begin with VRMD")]
+    Magic,
+    #[error("the frame has version {0}; this side speaks version {VERSION}")]
+    Version(u16),
+    #[error("there is no frame of kind {0}")]
+    Kind(u16),
+    #[error("the frame's body has {bytes} bytes; at most {limit} are allowed")]
+    Body { bytes: u32, limit: u32 },
+    #[error("the frame announces {count} descriptors; at most {limit} are allowed")]
+    Descriptors { count: u32, limit: u32 },
+}
+
+impl Header {
+    pub fn encode(self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[6..8].copy_from_slice(&(self.kind as u16).to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.body_bytes.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.descriptors.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a header and holds it to the bounds of its kind: only the daemon sends descriptors.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, BadHeader> {
+        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        if bytes[..4] != MAGIC {
+            return Err(BadHeader::Magic);
+        }
+        if u16_at(4) != VERSION {
+            return Err(BadHeader::Version(u16_at(4)));
+        }
+        let (kind, body_limit, descriptor_limit) = match u16_at(6) {
+            1 => (FrameKind::Attach, MAX_REQUEST_BYTES, 0),
+            2 => (FrameKind::Attached, MAX_REPLY_BYTES, MAX_DESCRIPTORS),
+            3 => (FrameKind::Error, MAX_REQUEST_BYTES, 0),
+            other => return Err(BadHeader::Kind(other)),
+        };
+        let header = Self { kind, body_bytes: u32_at(8), descriptors: u32_at(12) };
+        if header.body_bytes > body_limit {
+            return Err(BadHeader::Body { bytes: header.body_bytes, limit: body_limit });
+        }
+        if header.descriptors > descriptor_limit {
+            return Err(BadHeader::Descriptors { count: header.descriptors, limit: descriptor_limit });
+        }
+        Ok(header)
+    }
+}
+
+/// Puts a header before a JSON body.
+pub fn encode_frame(
+    kind: FrameKind,
+    body: &impl Serialize,
+    descriptors: u32,
+) -> Result<Vec<u8>, serde_json::Error> {
+    let mut bytes = vec![0; HEADER_BYTES];
+    serde_json::to_writer(&mut bytes, body)?;
+    let body_bytes = u32::try_from(bytes.len() - HEADER_BYTES)
+        .map_err(|_| serde::ser::Error::custom("the body of a frame is larger than 4 GiB"))?;
+    bytes[..HEADER_BYTES].copy_from_slice(&Header { kind, body_bytes, descriptors }.encode());
+    Ok(bytes)
+}
+
+/// What the client wants to do with the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Access {
+    /// Shared and read-only.
+    #[default]
+    Read,
+    /// Shared and writable: allocations only.
+    Write,
+}
+
+/// The client's request: a model, or an allocation.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Attach {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelName>,
+    /// Needed when the model has more than one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub component: Option<ComponentName>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocation_id: Option<AllocationId>,
+    /// A device id or uuid; needed when the component is resident on more than one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_id: Option<String>,
+    #[serde(default)]
+    pub access: Access,
+}
+
+/// The daemon's answer: where the bytes are, and which tensors they hold.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Attached {
+    pub lease_id: LeaseId,
+    pub device_id: DeviceId,
+    pub allocation_id: AllocationId,
+    pub generation: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelName>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub component: Option<ComponentName>,
+    pub access: Access,
+    /// One for each descriptor in the frame, in order.
+    pub segments: Vec<AttachedSegment>,
+    /// Where in the segments the bytes are.
+    pub block: AttachedBlock,
+    /// A JSON array of [`Tensor`]; kept raw, since the daemon prints it once and a client reads it once.
+    pub tensors: Arc<RawValue>,
+    /// `__metadata__` of the file.
+    #[serde(default)]
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl Attached {
+    pub fn tensors(&self) -> Result<Vec<Tensor>, serde_json::Error> {
+        serde_json::from_str(self.tensors.get())
+    }
+}
+
+/// How to map one descriptor: `bytes` from its beginning.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttachedSegment {
+    pub bytes: u64,
+    /// The page size behind it, which a mapping's length is a multiple of.
+    pub page_bytes: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttachedBlock {
+    /// An index into `segments`.
+    pub segment: u32,
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+/// One tensor. On the wire an array, `[name, dtype, shape, offset, bytes]`: a model has thousands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "TensorRow", into = "TensorRow")]
+pub struct Tensor {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<u64>,
+    /// From the beginning of the block, in bytes.
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+type TensorRow = (String, Dtype, Vec<u64>, u64, u64);
+
+impl From<TensorRow> for Tensor {
+    fn from((name, dtype, shape, offset, bytes): TensorRow) -> Self {
+        Self { name, dtype, shape, offset, bytes }
+    }
+}
+
+impl From<Tensor> for TensorRow {
+    fn from(tensor: Tensor) -> Self {
+        (tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_sixteen_bytes_are_a_header_or_an_error(bytes: [u8; HEADER_BYTES]) {
+            if let Ok(header) = Header::decode(&bytes) {
+                prop_assert_eq!(header.encode(), bytes);
+            }
+        }
+
+        #[test]
+        fn headers_read_back(kind in 1u16..=3, body in 0u32..=MAX_REQUEST_BYTES) {
+            let kind = [FrameKind::Attach, FrameKind::Attached, FrameKind::Error][usize::from(kind) - 1];
+            let header = Header { kind, body_bytes: body, descriptors: 0 };
+            prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
+        }
+    }
+
+    #[test]
+    fn headers_out_of_bounds_are_refused() {
+        let header = |kind, body_bytes, descriptors| {
+            Header::decode(&Header { kind, body_bytes, descriptors }.encode())
+        };
+        assert!(matches!(header(FrameKind::Attach, MAX_REQUEST_BYTES + 1, 0), Err(BadHeader::Body { .. })));
+        assert!(matches!(header(FrameKind::Attach, 0, 1), Err(BadHeader::Descriptors { .. })));
+        assert!(matches!(header(FrameKind::Attached, 0, 254), Err(BadHeader::Descriptors { .. })));
+        let mut other = Header { kind: FrameKind::Attach, body_bytes: 0, descriptors: 0 }.encode();
+        other[4] = 9;
+        assert_eq!(Header::decode(&other), Err(BadHeader::Version(9)));
+    }
+}

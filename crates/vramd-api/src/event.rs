@@ -1,0 +1,65 @@
+//! What happened, as `/api/events` tells it.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// The kinds of events; the SSE `event:` line carries the same word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+pub enum EventKind {
+    #[serde(rename = "daemon.started")]
+    DaemonStarted,
+    #[serde(rename = "daemon.stopping")]
+    DaemonStopping,
+    #[serde(rename = "allocation.created")]
+    AllocationCreated,
+    #[serde(rename = "allocation.released")]
+    AllocationReleased,
+    #[serde(rename = "lease.ended")]
+    LeaseEnded,
+    #[serde(rename = "model.registered")]
+    ModelRegistered,
+    #[serde(rename = "model.removed")]
+    ModelRemoved,
+    #[serde(rename = "model.loaded")]
+    ModelLoaded,
+    #[serde(rename = "model.unloaded")]
+    ModelUnloaded,
+    #[serde(rename = "model.changed")]
+    ModelChanged,
+    #[serde(rename = "attachment.opened")]
+    AttachmentOpened,
+    #[serde(rename = "attachment.closed")]
+    AttachmentClosed,
+    #[serde(rename = "operation.changed")]
+    OperationChanged,
+    #[serde(rename = "device.lost")]
+    DeviceLost,
+    #[serde(rename = "pressure.changed")]
+    PressureChanged,
+    #[serde(rename = "limits.changed")]
+    LimitsChanged,
+    /// This subscriber was too slow: `data.missed` events were dropped for it.
+    #[serde(rename = "lag")]
+    Lag,
+    /// The id to resume from is too old or from another run: read the state anew.
+    #[serde(rename = "reset")]
+    Reset,
+}
+
+impl std::fmt::Display for EventKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.serialize(f)
+    }
+}
+
+/// One event. Ids grow; give the last one back as `Last-Event-ID` to resume.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Event {
+    pub id: String,
+    pub event: EventKind,
+    pub at: Timestamp,
+    #[schema(value_type = Object)]
+    pub data: serde_json::Value,
+}

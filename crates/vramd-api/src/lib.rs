@@ -1,0 +1,38 @@
+//! The words of vramd: ids, units, states, wire bodies and error codes.
+//!
+//! Owns every name that appears in JSON, on the command line, in Python and on the attach socket. It holds
+//! no behaviour beyond parsing, printing and checking those words. With the feature `client` it also holds
+//! the typed HTTP client and the attach client.
+
+pub mod attach;
+#[cfg(feature = "client")]
+pub mod client;
+mod error;
+mod event;
+mod ids;
+mod memory;
+mod model;
+mod operation;
+mod units;
+
+pub use error::{ApiError, ErrorCode, Failure, Success};
+pub use event::{Event, EventKind};
+pub use ids::{AllocationId, BadName, ComponentName, DeviceId, LeaseId, ModelName, OperationId, OwnerName};
+pub use memory::{
+    AllocateRequest, Allocation, AllocationHistoryEntry, AllocationPage, AllocationStatus, AllocationType,
+    Candidate, Device, DeviceCapabilities, DeviceHealth, DeviceLimits, DeviceStatus, FragmentationStatus,
+    Holder, Lease, LeaseKind, LimitsPage, MemoryStatus, MemoryType, OnShortage, Placement, PlacementReason,
+    Pressure, PressureLevel, Priority, Released, RenewRequest, SetLimits, TotalStatus,
+};
+pub use model::{
+    Component, ComponentSource, KeepAlive, LoadRequest, Model, ModelPage, RegisterModel, Residency,
+    ResidencyState, TouchRequest, UnloadRequest,
+};
+pub use operation::{Operation, OperationKind, OperationPage, OperationState};
+pub use units::{BadSize, Bytes, parse_size};
+
+/// The version of this build, as in every `Cargo.toml` of the workspace.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The address that the daemon listens on when none is configured.
+pub const DEFAULT_ADDRESS: &str = "127.0.0.1:8726";

@@ -1,0 +1,428 @@
+//! Devices, allocations, leases, pressure: the bodies of `/api/devices` and `/api/memory`.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{AllocationId, Bytes, DeviceId, LeaseId, OwnerName};
+
+/// What kind of memory a device has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+pub enum MemoryType {
+    #[serde(rename = "RAM")]
+    Ram,
+    #[serde(rename = "VRAM")]
+    Vram,
+    Shared,
+    Unified,
+    Unknown,
+}
+
+/// What the bytes of an allocation are for.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, ToSchema,
+)]
+pub enum AllocationType {
+    #[default]
+    Buffer,
+    Weights,
+    KvCache,
+    Activation,
+    Workspace,
+    Staging,
+}
+
+/// Orders requests that wait for room; the higher goes first.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, ToSchema,
+)]
+pub enum Priority {
+    Low,
+    #[default]
+    Normal,
+    High,
+    Critical,
+}
+
+/// What a request wants when there is no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum OnShortage {
+    /// Answer `INSUFFICIENT_MEMORY` at once.
+    #[default]
+    Fail,
+    /// Wait up to `timeoutSeconds`, in order of priority, then age.
+    Wait,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+pub enum AllocationStatus {
+    Active,
+    Moving,
+    Releasing,
+}
+
+/// A request for memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AllocateRequest {
+    pub size_bytes: Bytes,
+    /// A power of two, in bytes, from 1 to 2 MiB: the offset in its segment is a multiple of it. Default 256.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 2_097_152)]
+    pub alignment: Option<u64>,
+    #[serde(default)]
+    pub allocation_type: AllocationType,
+    /// Only devices with this type of memory are considered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_type: Option<MemoryType>,
+    /// Free text for people and for statistics.
+    #[serde(default)]
+    #[schema(max_length = 128)]
+    pub purpose: String,
+    #[serde(default)]
+    pub priority: Priority,
+    /// Kept until it is deleted, and known again after a restart (its contents are then zero, its generation higher).
+    #[serde(default)]
+    pub persistent: bool,
+    /// How long to wait for room when `onShortage` is `wait`. Default 30.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 86400)]
+    pub timeout_seconds: Option<u64>,
+    /// The lease: released when it was not renewed for this long. Default 300. Not together with `persistent`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 31_536_000)]
+    pub lease_seconds: Option<u64>,
+    #[serde(default)]
+    pub on_shortage: OnShortage,
+    /// For whom the memory is held: a label. Default `uid:N` on the Unix socket, `local` over TCP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<OwnerName>,
+}
+
+impl AllocateRequest {
+    /// A request for `size` with every default.
+    pub fn new(size: Bytes) -> Self {
+        Self {
+            size_bytes: size,
+            alignment: None,
+            allocation_type: AllocationType::default(),
+            memory_type: None,
+            purpose: String::new(),
+            priority: Priority::default(),
+            persistent: false,
+            timeout_seconds: None,
+            lease_seconds: None,
+            on_shortage: OnShortage::default(),
+            owner: None,
+        }
+    }
+}
+
+/// Renews the lease of an allocation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RenewRequest {
+    /// The new time to live, from now. Default: the length that the lease had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 31_536_000)]
+    pub lease_seconds: Option<u64>,
+}
+
+/// Bytes on a device that the daemon holds for an owner.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Allocation {
+    pub allocation_id: AllocationId,
+    pub device_id: DeviceId,
+    /// As asked for.
+    pub size_bytes: u64,
+    /// What the ledger charges: `sizeBytes` rounded up to the device's granularity.
+    pub block_bytes: u64,
+    pub alignment: u64,
+    pub allocation_type: AllocationType,
+    pub purpose: String,
+    pub priority: Priority,
+    pub persistent: bool,
+    pub status: AllocationStatus,
+    pub owner: OwnerName,
+    /// Counts up whenever the bytes get a new place or new contents behind the owner's back.
+    pub generation: u64,
+    /// What keeps it; the last to end releases it.
+    pub leases: Vec<Lease>,
+    pub created_at: Timestamp,
+    /// Present in the answer to a request for memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
+    /// Present where one allocation is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<Vec<AllocationHistoryEntry>>,
+}
+
+/// What keeps an allocation or a model resident.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Lease {
+    pub lease_id: LeaseId,
+    pub kind: LeaseKind,
+    /// When a lease with a time to live ends, unless it is renewed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<Timestamp>,
+    /// The process behind a connection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Holder>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum LeaseKind {
+    /// Ends when the connection closes, which the kernel does when the process dies.
+    Connection,
+    /// Ends at `expiresAt`, unless it is renewed.
+    TimeToLive,
+    /// Ends when it is deleted.
+    Persistent,
+    /// The model cache holds it.
+    Model,
+}
+
+/// A process that holds memory.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Holder {
+    pub pid: u32,
+    pub uid: u32,
+    pub command: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AllocationHistoryEntry {
+    pub at: Timestamp,
+    pub what: String,
+}
+
+/// Why this device was chosen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Placement {
+    pub reason: String,
+    pub considered: Vec<Candidate>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Candidate {
+    pub device_id: DeviceId,
+    pub fits: bool,
+    pub available_bytes: u64,
+    pub largest_free_bytes: u64,
+    pub reason: PlacementReason,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum PlacementReason {
+    Chosen,
+    /// It fits, and another fits better.
+    LessPreferred,
+    NotEnoughMemory,
+    OtherMemoryType,
+    Lost,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AllocationPage {
+    pub allocations: Vec<Allocation>,
+    /// Give it back as `pageToken` for the next page; absent on the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_page_token: Option<String>,
+}
+
+/// The answer to a release, once the bytes are back with the device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Released {
+    pub allocation_id: AllocationId,
+    pub device_id: DeviceId,
+    /// What the ledger got back.
+    pub released_bytes: u64,
+}
+
+/// What a device is; none of it changes while the daemon runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Device {
+    pub device_id: DeviceId,
+    /// Stable over restarts and processes.
+    pub uuid: String,
+    pub name: String,
+    pub memory_type: MemoryType,
+    pub total_bytes: u64,
+    /// Sizes are rounded up to a multiple of it when memory is taken from the driver.
+    pub granularity_bytes: u64,
+    pub capabilities: DeviceCapabilities,
+    pub health: DeviceHealth,
+    /// What was found that costs speed or comfort, in words.
+    pub notes: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceCapabilities {
+    /// Other processes can map its memory through a descriptor.
+    pub export: bool,
+    /// The daemon's own process can read and write its memory directly.
+    pub host_access: bool,
+    /// Pages can be given another address without a copy.
+    pub remap: bool,
+    /// Address space can be reserved without memory behind it.
+    pub sparse: bool,
+    /// Copies to other devices of its kind without a way through host memory.
+    pub peer_copy: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+pub enum DeviceHealth {
+    Healthy,
+    Lost,
+}
+
+/// `GET /api/memory/status`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryStatus {
+    pub devices: Vec<DeviceStatus>,
+    pub total: TotalStatus,
+}
+
+/// One device, now.
+///
+/// `usedBytes = allocatedBytes + poolFreeBytes + reservedBytes + workerBytes + foreignBytes + unknownBytes` and
+/// `availableBytes` is what could still be given out, in any number of pieces.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceStatus {
+    pub device_id: DeviceId,
+    pub uuid: String,
+    pub name: String,
+    pub memory_type: MemoryType,
+    pub health: DeviceHealth,
+    pub total_bytes: u64,
+    pub used_bytes: u64,
+    pub available_bytes: u64,
+    /// Given out by the daemon.
+    pub allocated_bytes: u64,
+    /// Held by the daemon, given to nobody.
+    pub pool_free_bytes: u64,
+    /// Admitted, not yet given.
+    pub reserved_bytes: u64,
+    /// Held by known workers.
+    pub worker_bytes: u64,
+    /// Held by processes that the daemon does not know.
+    pub foreign_bytes: u64,
+    /// Counted by the driver, claimed by nobody.
+    pub unknown_bytes: u64,
+    /// The most that the daemon may hold here.
+    pub limit_bytes: u64,
+    /// 0 to 1.
+    pub utilization: f64,
+    /// 1 − largest free / free; 0 when nothing is free.
+    pub fragmentation: f64,
+    pub largest_free_bytes: u64,
+    /// 0 to 100: 100 − 70 × (pressure ratio)² − 30 × fragmentation; 0 when the device is lost.
+    pub health_score: u8,
+    pub pressure: Pressure,
+    pub allocation_count: u64,
+    pub sampled_at: Timestamp,
+    /// With `include=allocations`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocations: Option<Vec<Allocation>>,
+    /// With `include=fragmentation`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fragmentation_details: Option<FragmentationStatus>,
+    /// With `include=processes`: who is attached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes: Option<Vec<Holder>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FragmentationStatus {
+    pub free_bytes: u64,
+    pub largest_free_bytes: u64,
+    /// Free ranges inside segments.
+    pub hole_count: u64,
+    pub segment_count: u64,
+}
+
+/// The sums over all devices.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TotalStatus {
+    pub total_bytes: u64,
+    pub used_bytes: u64,
+    pub available_bytes: u64,
+    pub allocated_bytes: u64,
+    pub pool_free_bytes: u64,
+    pub reserved_bytes: u64,
+    pub worker_bytes: u64,
+    pub foreign_bytes: u64,
+    pub unknown_bytes: u64,
+    pub utilization: f64,
+    /// The worst of all devices.
+    pub fragmentation: f64,
+    pub largest_free_bytes: u64,
+    /// The worst of all devices.
+    pub health_score: u8,
+    /// The worst of all devices.
+    pub pressure: Pressure,
+    pub allocation_count: u64,
+    pub sampled_at: Timestamp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Pressure {
+    pub level: PressureLevel,
+    /// 0 to 1: the share of the device that is not available.
+    pub ratio: f64,
+}
+
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, ToSchema,
+)]
+pub enum PressureLevel {
+    #[default]
+    Normal,
+    Moderate,
+    High,
+    Critical,
+}
+
+/// The limits of one device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceLimits {
+    pub device_id: DeviceId,
+    /// The most that the daemon may hold here.
+    pub limit_bytes: u64,
+    /// Set by a call and kept over restarts, not the configured default.
+    pub overridden: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LimitsPage {
+    pub limits: Vec<DeviceLimits>,
+}
+
+/// `PUT /api/memory/limits/{deviceId}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SetLimits {
+    /// The most that the daemon may hold here; null goes back to the configured limit. What is held stays.
+    #[schema(required = true)]
+    pub limit_bytes: Option<Bytes>,
+}

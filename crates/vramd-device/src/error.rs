@@ -1,0 +1,38 @@
+//! Errors of devices: few variants, the native call and code kept.
+
+use std::io;
+
+use crate::SegmentId;
+
+/// The calls of the contract, for errors and for faults on demand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Call {
+    Sample,
+    Create,
+    Destroy,
+    Zero,
+    Write,
+    Read,
+    FillFromFile,
+    Export,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The device or the machine has not that many bytes left.
+    #[error("{requested} bytes are not to be had; {available} are available")]
+    OutOfMemory { requested: u64, available: u64 },
+    /// The device is gone; every segment on it is lost.
+    #[error("the device is lost: {reason}")]
+    Lost { reason: String },
+    /// The file to read from failed.
+    #[error("the source could not be read")]
+    Source(#[source] io::Error),
+    /// A call to the driver or the kernel failed.
+    #[error("{native} failed in {call:?}")]
+    Native { call: Call, native: &'static str, #[source] source: io::Error },
+    /// The caller broke the contract: a segment that does not exist, a range outside of it, a size that is no
+    /// multiple of the granularity, an access that it was not created for.
+    #[error("{call:?} on segment {segment:?}: {reason}")]
+    Misuse { call: Call, segment: SegmentId, reason: &'static str },
+}

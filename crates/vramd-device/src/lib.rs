@@ -1,0 +1,122 @@
+//! Memory backends behind one trait.
+//!
+//! Owns every call to a driver or to the kernel's memory management, and all unsafe code of the workspace.
+//! It does not decide: what to create, where and for whom is the ledger's business. Each backend is a folder
+//! with the same file names; what a backend can do is data ([`Facts`]), never a question of its name.
+//!
+//! A segment's life: `create → (zero | write | read | fill_from_file | export)* → destroy`. A segment is named
+//! by a [`SegmentId`] that the caller chose, never by a pointer, so that a backend may keep the memory in
+//! another process.
+
+pub mod contract;
+pub mod cpu;
+mod error;
+pub mod sim;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+pub use error::{Call, DeviceError};
+use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
+
+/// Names one segment on one device. Never used twice while a daemon runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SegmentId(pub u64);
+
+/// What a device is; none of it changes while it is open.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    pub device: DeviceId,
+    /// Stable over restarts and processes.
+    pub uuid: String,
+    pub name: String,
+    pub memory_type: MemoryType,
+    pub total_bytes: u64,
+    /// A segment's size is a multiple of it. A power of two.
+    pub granularity_bytes: u64,
+    /// The page size that an importer's mapping has to respect.
+    pub page_bytes: u64,
+    pub capabilities: DeviceCapabilities,
+    /// What was found that costs speed or comfort, in words: a fallback and its reason.
+    pub notes: Vec<String>,
+}
+
+/// What was measured, now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sample {
+    /// As the driver counts it.
+    pub used_bytes: u64,
+    /// What the driver would still give, before any limit of ours.
+    pub available_bytes: u64,
+}
+
+/// Who may write to an exported segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writers {
+    /// Only the device itself (`write`, `zero`, `fill_from_file`); no importer ever can.
+    DeviceOnly,
+    /// Importers that were handed a writable descriptor too.
+    Importers,
+}
+
+/// What an importer may do with an exported segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExportAccess {
+    Read,
+    Write,
+}
+
+/// A range of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    pub segment: SegmentId,
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+/// One contract for all memory. Every call may block; none may be called on an async thread. All take `&self`
+/// and may run at the same time from many threads; calls on one segment are ordered by the caller, except that
+/// `fill_from_file`, `read` and `write` on disjoint ranges of it may overlap.
+///
+/// On an error nothing has changed, except where a method says otherwise. A [`DeviceError::Lost`] is final for
+/// every segment: `destroy` still succeeds afterwards, so that the books can be closed.
+pub trait Device: Send + Sync {
+    fn facts(&self) -> &Facts;
+
+    /// Measures the device. Cheap enough to call every 250 ms.
+    fn sample(&self) -> Result<Sample, DeviceError>;
+
+    /// Takes `bytes` (a multiple of the granularity, above 0) from the driver. On success every page is really
+    /// there and reads as zero: a full device is an error here and never a fault later.
+    fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError>;
+
+    /// Gives a segment back. Its bytes are free when this returns, as far as this process holds them.
+    fn destroy(&self, segment: SegmentId) -> Result<(), DeviceError>;
+
+    /// Fills a range with zeros.
+    fn zero(&self, range: Range) -> Result<(), DeviceError>;
+
+    /// Copies `bytes` into a segment. On an error the range's contents are undefined.
+    fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> Result<(), DeviceError>;
+
+    /// Copies out of a segment.
+    fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Reads `range.bytes` of `source`, from `source_offset` on, into a range, by the straightest way that the
+    /// device has. A file that ends early is [`DeviceError::Source`] with `UnexpectedEof`. On an error the
+    /// range's contents are undefined.
+    fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError>;
+
+    /// A descriptor through which another process maps the whole segment. The segment stays the device's: the
+    /// descriptor only keeps the memory itself alive.
+    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError>;
+}
+
+/// An open file to fill memory from.
+#[derive(Debug)]
+pub struct Source {
+    /// Opened with `O_DIRECT` where the file system takes it.
+    pub direct: Option<File>,
+    /// The same file, buffered: for unaligned heads and tails, and where `direct` is missing.
+    pub buffered: File,
+}
