@@ -1,1 +1,71 @@
-fn main() {}
+//! Development tasks: everything that `make` and CI run, so that both run the same.
+
+mod ci;
+mod deps;
+mod fuzz;
+mod generate;
+mod process;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Development tasks of vramd.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Exactly what CI runs: `check`, then `test`.
+    Ci,
+    /// Everything but the tests: formats, lints, house rules, references, licences, types.
+    Check,
+    /// All tests, Rust and Python.
+    Test,
+    /// Formats everything.
+    Fmt,
+    /// The house rules that no compiler knows.
+    Tidy,
+    /// Which of our crates may use which.
+    Deps,
+    /// Writes the references that come from the code: openapi/vramd.json and docs/.
+    Gen {
+        /// Only compare; fail where one differs.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Runs each fuzz target for a while, where the nightly compiler and cargo-fuzz are.
+    Fuzz {
+        /// For each target.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Ci => ci::check().and_then(|()| ci::test()),
+        Task::Check => ci::check(),
+        Task::Test => ci::test(),
+        Task::Fmt => ci::fmt(),
+        Task::Tidy => tidy::run(),
+        Task::Deps => deps::run(),
+        Task::Gen { check: true } => generate::check(),
+        Task::Gen { check: false } => generate::write(),
+        Task::Fuzz { seconds } => fuzz::run(seconds),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            for cause in error.chain() {
+                eprintln!("error: {cause}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -9,6 +9,7 @@ pub mod attach;
 pub mod client;
 mod error;
 mod event;
+mod health;
 mod ids;
 mod memory;
 mod model;
@@ -17,12 +18,14 @@ mod units;
 
 pub use error::{ApiError, ErrorCode, Failure, Success};
 pub use event::{Event, EventKind};
+pub use health::{Health, ReadyFile};
 pub use ids::{AllocationId, BadName, ComponentName, DeviceId, LeaseId, ModelName, OperationId, OwnerName};
 pub use memory::{
     AllocateRequest, Allocation, AllocationHistoryEntry, AllocationPage, AllocationStatus, AllocationType,
-    Candidate, Device, DeviceCapabilities, DeviceHealth, DeviceLimits, DeviceStatus, FragmentationStatus,
-    Holder, Lease, LeaseKind, LimitsPage, MemoryStatus, MemoryType, OnShortage, Placement, PlacementReason,
-    Pressure, PressureLevel, Priority, Released, RenewRequest, SetLimits, TotalStatus,
+    Candidate, Device, DeviceCapabilities, DeviceHealth, DeviceLimits, DevicePage, DeviceStatus,
+    FragmentationStatus, Holder, Lease, LeaseKind, LimitsPage, MemoryStatus, MemoryType, OnShortage,
+    Placement, PlacementReason, Pressure, PressureLevel, Priority, Released, RenewRequest, SetLimits,
+    TotalStatus,
 };
 pub use model::{
     Component, ComponentSource, KeepAlive, LoadRequest, Model, ModelPage, RegisterModel, Residency,

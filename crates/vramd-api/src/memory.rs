@@ -120,7 +120,7 @@ impl AllocateRequest {
 }
 
 /// Renews the lease of an allocation.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RenewRequest {
     /// The new time to live, from now. Default: the length that the lease had.
@@ -270,6 +270,7 @@ pub struct Device {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[allow(clippy::struct_excessive_bools)] // independent facts, not a state
 pub struct DeviceCapabilities {
     /// Other processes can map its memory through a descriptor.
     pub export: bool,
@@ -287,6 +288,13 @@ pub struct DeviceCapabilities {
 pub enum DeviceHealth {
     Healthy,
     Lost,
+}
+
+/// `GET /api/devices`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DevicePage {
+    pub devices: Vec<Device>,
 }
 
 /// `GET /api/memory/status`.

@@ -37,12 +37,12 @@ impl fmt::Display for KeepAlive {
         if total == 0 {
             return f.pad("0s");
         }
-        let text: String = [(total / 3600, 'h'), (total / 60 % 60, 'm'), (total % 60, 's')]
-            .into_iter()
-            .filter(|(count, _)| *count > 0)
-            .map(|(count, unit)| format!("{count}{unit}"))
-            .collect();
-        f.pad(&text)
+        for (count, unit) in [(total / 3600, 'h'), (total / 60 % 60, 'm'), (total % 60, 's')] {
+            if count > 0 {
+                write!(f, "{count}{unit}")?;
+            }
+        }
+        Ok(())
     }
 }
 

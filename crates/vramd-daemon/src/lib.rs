@@ -1,1 +1,287 @@
+//! The daemon of vramd, as a library: [`serve`] runs it until it is told to stop.
+//!
+//! Owns the driver (all state), REST and events, the attach socket, the reading of model files and the journal. It
+//! leaves decisions to `vramd-core` and memory to `vramd-device`. It holds no unsafe code and no global state.
 
+mod attach;
+mod clock;
+mod devices;
+mod driver;
+mod event_log;
+mod http;
+mod loader;
+mod requests;
+mod server;
+mod source;
+mod store;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use vramd_api::{ComponentName, DeviceId, ModelName, ReadyFile};
+
+pub use devices::Devices;
+use driver::{Driver, Event, Load, LoadAnswer};
+pub use http::openapi_json;
+use server::{RemoveOnDrop, Server};
+use source::Roots;
+use store::{Store, StoreError};
+
+/// How long the driver may take to end what runs when the daemon stops.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Settings, resolved.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// None: no TCP.
+    pub listen: Option<SocketAddr>,
+    /// None: no Unix socket, and nothing can be attached.
+    pub socket: Option<PathBuf>,
+    pub state_dir: PathBuf,
+    pub model_roots: Vec<PathBuf>,
+    /// The most that the daemon may hold in RAM; default 80 % of it.
+    pub cpu_limit_bytes: Option<u64>,
+    /// Simulated devices: `24GiB,8GiB`.
+    pub sim: Option<String>,
+    /// Written once the daemon serves.
+    pub ready_file: Option<PathBuf>,
+}
+
+/// Why the daemon could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("{0} is not a loopback address")]
+    NotLoopback(SocketAddr),
+    #[error("neither a TCP address nor a Unix socket is configured")]
+    NoListener,
+    #[error("the daemon cannot listen on {what}")]
+    Listen { what: String, source: io::Error },
+    #[error("the state directory {path} cannot be used", path = .path.display())]
+    StateDir { path: PathBuf, source: io::Error },
+    #[error("another daemon uses the state directory {path}", path = .path.display())]
+    InUse { path: PathBuf },
+    #[error("the model root {path} cannot be opened", path = .path.display())]
+    ModelRoot { path: PathBuf, source: io::Error },
+    #[error("{0}")]
+    Devices(String),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("the ready file {path} cannot be written", path = .path.display())]
+    ReadyFile { path: PathBuf, source: io::Error },
+}
+
+impl StartError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::NotLoopback(_) => {
+                "vramd has no TLS and no tokens yet; listen on 127.0.0.1 or [::1] and forward the port over SSH"
+            }
+            Self::NoListener => "set --listen or --socket",
+            Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+                "is vramd running already? `vramd status` asks it; choose another with --listen or --socket"
+            }
+            Self::Listen { .. } => "choose another with --listen or --socket",
+            Self::StateDir { .. } => "choose a directory that can be written to with --state-dir",
+            Self::InUse { .. } => "stop that daemon, or choose another directory with --state-dir",
+            Self::ModelRoot { .. } => "make the directory, or leave out its --model-root",
+            Self::Devices(_) => "`vramd doctor` says what works on this machine",
+            Self::Store(StoreError::TooNew { .. }) => "run the newer vramd, or choose another --state-dir",
+            Self::Store(_) => {
+                "free space on the disk, or move the damaged file away to begin with an empty journal"
+            }
+            Self::ReadyFile { .. } => "choose another path with --ready-file",
+        };
+        Some(hint.to_owned())
+    }
+}
+
+/// Opens the configured devices and serves until `shutdown` completes; returns after a clean stop.
+pub async fn serve(
+    config: Config,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), StartError> {
+    let devices =
+        Devices::open(config.cpu_limit_bytes, config.sim.as_deref()).map_err(StartError::Devices)?;
+    serve_on(config, devices, shutdown).await
+}
+
+/// Serves on devices that the caller opened.
+pub async fn serve_on(
+    config: Config,
+    devices: Devices,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), StartError> {
+    if let Some(address) = config.listen.filter(|address| !address.ip().is_loopback()) {
+        return Err(StartError::NotLoopback(address));
+    }
+    if config.listen.is_none() && config.socket.is_none() {
+        return Err(StartError::NoListener);
+    }
+    let _lock = lock(&config.state_dir)?;
+    raise_descriptor_limit();
+    let (store, stored) = Store::open(&config.state_dir, None)?;
+    let roots =
+        Roots::open(&config.model_roots).map_err(|(path, source)| StartError::ModelRoot { path, source })?;
+    let roots = Arc::new(roots);
+    let tcp = match config.listen {
+        Some(address) => Some(
+            TcpListener::bind(address)
+                .await
+                .map_err(|source| StartError::Listen { what: address.to_string(), source })?,
+        ),
+        None => None,
+    };
+    let address = tcp.as_ref().and_then(|listener| listener.local_addr().ok());
+    let unix = match &config.socket {
+        Some(path) => Some(
+            server::bind_unix(path)
+                .map_err(|source| StartError::Listen { what: path.display().to_string(), source })?,
+        ),
+        None => None,
+    };
+    let _socket = config.socket.clone().map(RemoveOnDrop);
+
+    let known: Vec<ModelName> = stored.models.iter().map(|model| model.name.clone()).collect();
+    let residents = stored.residents.clone();
+    let run = uuid::Uuid::now_v7().simple().to_string();
+    let (driver, task) = Driver::start(devices, store, stored, run);
+    let stopping = CancellationToken::new();
+    let app = http::App::new(
+        driver.clone(),
+        roots.clone(),
+        stopping.clone(),
+        address.map(|address| address.port()),
+    );
+    let server =
+        tokio::spawn(Server::new(http::router(app), driver.clone(), stopping.clone()).run(tcp, unix));
+    let restore = tokio::spawn(restore(driver.clone(), roots, known, residents));
+
+    let mut snapshots = driver.snapshots();
+    let _ = snapshots.wait_for(|snapshot| snapshot.ready()).await;
+    let ready = ReadyFile {
+        address: address.map(|address| address.to_string()),
+        socket: config.socket.clone(),
+        pid: std::process::id(),
+        version: vramd_api::VERSION.to_owned(),
+    };
+    let ready_file = write_ready_file(config.ready_file.as_deref(), &ready);
+    if ready_file.is_ok() {
+        tracing::info!(address = ready.address, socket = ?ready.socket, "vramd serves");
+        shutdown.await;
+        tracing::info!("vramd stops");
+    }
+    restore.abort();
+    drop(snapshots);
+    stopping.cancel();
+    let _ = server.await;
+    driver.stop().await;
+    drop(driver);
+    if tokio::time::timeout(STOP_TIMEOUT, task).await.is_err() {
+        tracing::warn!("the driver did not end in time; what it did is recovered at the next start");
+    }
+    ready_file.map(drop)
+}
+
+/// Looks at the files of the models that were known before, and loads again what was resident.
+async fn restore(
+    driver: Driver,
+    roots: Arc<Roots>,
+    known: Vec<ModelName>,
+    residents: Vec<(ModelName, DeviceId)>,
+) {
+    for (model, device) in residents {
+        let load = Load { model: model.clone(), device: Some(device), components: None, keep_alive: None };
+        let mut prepared = None;
+        loop {
+            match driver.ask(|reply| Event::Load(load.clone(), prepared.take(), reply)).await {
+                Ok(LoadAnswer::Operation(_)) => break,
+                Ok(LoadAnswer::Prepare(sources)) => {
+                    let roots = roots.clone();
+                    match tokio::task::spawn_blocking(move || roots.prepare(&sources)).await {
+                        Ok(Ok(files)) => prepared = Some(files),
+                        Ok(Err(error)) => {
+                            tracing::warn!(%model, %error, "a model that was resident cannot be loaded again");
+                            break;
+                        }
+                        Err(_) => break,
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%model, %error, "a model that was resident cannot be loaded again");
+                    break;
+                }
+            }
+        }
+    }
+    for name in known {
+        let snapshot = driver.snapshot();
+        let Some(model) = snapshot.models.get(&name) else { continue };
+        let unread = model.components.iter().filter(|(_, component)| component.plan.is_err());
+        let sources: Vec<(ComponentName, String)> =
+            unread.map(|(name, component)| (name.clone(), component.path.clone())).collect();
+        let roots = roots.clone();
+        let read = move || {
+            let mut plans = BTreeMap::new();
+            for (name, path) in sources {
+                let source = BTreeMap::from([(name.clone(), path)]);
+                let plan = roots.prepare(&source).map_err(Box::new).map(|mut read| read.remove(&name));
+                if let Some(plan) = plan.transpose() {
+                    plans.insert(name, plan.map(|prepared| prepared.plan));
+                }
+            }
+            plans
+        };
+        let Ok(plans) = tokio::task::spawn_blocking(read).await else { return };
+        driver.tell(Event::Inspected(name, plans)).await;
+    }
+}
+
+/// Holds the state directory for this process, and makes it if it is not there.
+fn lock(directory: &Path) -> Result<std::fs::File, StartError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let fault = |source| StartError::StateDir { path: directory.to_owned(), source };
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(fault)?;
+    let file = std::fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(directory.join("vramd.lock"))
+        .map_err(fault)?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::InUse { path: directory.to_owned() }),
+        Err(error) => Err(fault(error.into())),
+    }
+}
+
+/// Every segment and every connection is a descriptor: take as many as the system lets us.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        if let Err(error) = setrlimit(Resource::Nofile, limit) {
+            tracing::warn!(%error, "the limit of open files could not be raised");
+        }
+    }
+}
+
+/// Writes the ready file whole or not at all; it is removed when the answer is dropped.
+fn write_ready_file(path: Option<&Path>, ready: &ReadyFile) -> Result<Option<RemoveOnDrop>, StartError> {
+    let Some(path) = path else { return Ok(None) };
+    let fault = |source| StartError::ReadyFile { path: path.to_owned(), source };
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    let text = serde_json::to_string(ready).expect("paths of the command line print");
+    std::fs::write(&beside, text + "\n").map_err(fault)?;
+    std::fs::rename(&beside, path).map_err(fault)?;
+    Ok(Some(RemoveOnDrop(path.to_owned())))
+}

@@ -30,7 +30,12 @@ pub enum DeviceError {
     Source(#[source] io::Error),
     /// A call to the driver or the kernel failed.
     #[error("{native} failed in {call:?}")]
-    Native { call: Call, native: &'static str, #[source] source: io::Error },
+    Native {
+        call: Call,
+        native: &'static str,
+        #[source]
+        source: io::Error,
+    },
     /// The caller broke the contract: a segment that does not exist, a range outside of it, a size that is no
     /// multiple of the granularity, an access that it was not created for.
     #[error("{call:?} on segment {segment:?}: {reason}")]

@@ -8,15 +8,20 @@
 //! by a [`SegmentId`] that the caller chose, never by a pointer, so that a backend may keep the memory in
 //! another process.
 
-pub mod contract;
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on fails"))]
+
 pub mod cpu;
 mod error;
+mod host;
+mod segment;
 pub mod sim;
+mod source;
+mod table;
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 
 pub use error::{Call, DeviceError};
+pub use source::Source;
 use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 
 /// Names one segment on one device. Never used twice while a daemon runs.
@@ -55,7 +60,8 @@ pub struct Sample {
 pub enum Writers {
     /// Only the device itself (`write`, `zero`, `fill_from_file`); no importer ever can.
     DeviceOnly,
-    /// Importers that were handed a writable descriptor too.
+    /// Importers that were handed a writable descriptor too. They can also give the memory behind the segment
+    /// back to the system, though never change its size.
     Importers,
 }
 
@@ -110,13 +116,4 @@ pub trait Device: Send + Sync {
     /// A descriptor through which another process maps the whole segment. The segment stays the device's: the
     /// descriptor only keeps the memory itself alive.
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError>;
-}
-
-/// An open file to fill memory from.
-#[derive(Debug)]
-pub struct Source {
-    /// Opened with `O_DIRECT` where the file system takes it.
-    pub direct: Option<File>,
-    /// The same file, buffered: for unaligned heads and tails, and where `direct` is missing.
-    pub buffered: File,
 }

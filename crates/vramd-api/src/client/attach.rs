@@ -1,0 +1,321 @@
+//! The attach socket: asks for a model or an allocation, gets descriptors and the tensor table.
+//!
+//! Mapping the descriptors is left to the caller, since it needs unsafe code. Everything that the daemon says
+//! is checked here first: a range that passes lies inside a descriptor that is at least as large as announced.
+
+use std::io::{self, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+
+use crate::ApiError;
+use crate::attach::{
+    Attach, Attached, BadHeader, FrameKind, HEADER_BYTES, Header, MAX_DESCRIPTORS, Tensor, encode_frame,
+};
+
+/// A daemon that does not answer an attach in this time hangs.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Where the daemon's socket is when nobody says otherwise.
+pub fn default_socket() -> PathBuf {
+    let uid = rustix::process::getuid();
+    if uid.is_root() {
+        return "/run/vramd/vramd.sock".into();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| Path::new(dir).is_absolute()) {
+        Some(dir) => Path::new(&dir).join("vramd/vramd.sock"),
+        None => format!("/tmp/vramd-{}/vramd.sock", uid.as_raw()).into(),
+    }
+}
+
+/// What was attached. Dropping it ends the lease; mappings made from its descriptors stay valid in this process.
+#[derive(Debug)]
+pub struct Attachment {
+    pub attached: Attached,
+    pub tensors: Vec<Tensor>,
+    /// One for each of `attached.segments`.
+    pub descriptors: Vec<OwnedFd>,
+    /// The lease. Nothing more is said on it; it reads as ended when the daemon goes.
+    pub stream: UnixStream,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    #[error("{0}")]
+    Api(Box<ApiError>),
+    #[error("no vramd answers at {}", socket.display())]
+    Connect { socket: PathBuf, source: io::Error },
+    #[error("the attach connection broke")]
+    Broken(#[from] io::Error),
+    #[error("the daemon sent a frame that cannot be used: {0}")]
+    Frame(String),
+}
+
+impl From<BadHeader> for AttachError {
+    fn from(error: BadHeader) -> Self {
+        Self::Frame(error.to_string())
+    }
+}
+
+impl From<serde_json::Error> for AttachError {
+    fn from(error: serde_json::Error) -> Self {
+        Self::Frame(error.to_string())
+    }
+}
+
+impl AttachError {
+    /// What to do next.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Api(error) => error.hint.clone(),
+            Self::Connect { .. } => Some(
+                "is it running? `vramd serve` starts it; --socket or VRAMD_SOCKET names another path"
+                    .to_owned(),
+            ),
+            Self::Broken(_) => Some("the daemon may have stopped: look at its log".to_owned()),
+            Self::Frame(_) => Some("compare `vramd --version` with the version of the daemon".to_owned()),
+        }
+    }
+}
+
+/// Attaches what `request` names. Blocks until the daemon answers.
+pub fn attach(socket: &Path, request: &Attach) -> Result<Attachment, AttachError> {
+    let stream = UnixStream::connect(socket)
+        .map_err(|source| AttachError::Connect { socket: socket.to_owned(), source })?;
+    attach_over(stream, request)
+}
+
+fn attach_over(mut stream: UnixStream, request: &Attach) -> Result<Attachment, AttachError> {
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    stream.write_all(&encode_frame(FrameKind::Attach, request, 0)?)?;
+    let (header, descriptors) = receive_header(&stream)?;
+    let mut body = vec![0; header.body_bytes as usize];
+    stream.read_exact(&mut body)?;
+    match header.kind {
+        FrameKind::Attached => {
+            let attached: Attached = serde_json::from_slice(&body)?;
+            let tensors = attached.tensors()?;
+            check(&attached, &tensors, header.descriptors, &descriptors)?;
+            stream.set_read_timeout(None)?;
+            Ok(Attachment { attached, tensors, descriptors, stream })
+        }
+        FrameKind::Error => Err(AttachError::Api(Box::new(serde_json::from_slice(&body)?))),
+        FrameKind::Attach => Err(AttachError::Frame("it is a request".to_owned())),
+    }
+}
+
+/// Reads exactly one header, so that no descriptor of a later frame could be lost, with what came beside it.
+fn receive_header(stream: &UnixStream) -> Result<(Header, Vec<OwnedFd>), AttachError> {
+    let mut bytes = [0; HEADER_BYTES];
+    let mut filled = 0;
+    let mut descriptors = Vec::new();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS as usize))];
+    while filled < HEADER_BYTES {
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = recvmsg(
+            stream,
+            &mut [IoSliceMut::new(&mut bytes[filled..])],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        );
+        // Owned at once: whatever fails below, they are closed.
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                descriptors.extend(rights);
+            }
+        }
+        let received = match received {
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other.map_err(io::Error::from)?,
+        };
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(AttachError::Frame(
+                "the kernel dropped some of its descriptors: this process has too many open (ulimit -n)"
+                    .to_owned(),
+            ));
+        }
+        if received.bytes == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        filled += received.bytes;
+    }
+    Ok((Header::decode(&bytes)?, descriptors))
+}
+
+fn check(
+    attached: &Attached,
+    tensors: &[Tensor],
+    announced: u32,
+    descriptors: &[OwnedFd],
+) -> Result<(), AttachError> {
+    let bad = |what: String| Err(AttachError::Frame(what));
+    if descriptors.len() != announced as usize || descriptors.len() != attached.segments.len() {
+        return bad(format!(
+            "{} descriptors came for {} segments, and {announced} were announced",
+            descriptors.len(),
+            attached.segments.len()
+        ));
+    }
+    for (number, (segment, descriptor)) in attached.segments.iter().zip(descriptors).enumerate() {
+        if !segment.page_bytes.is_power_of_two() || !segment.bytes.is_multiple_of(segment.page_bytes) {
+            return bad(format!("segment {number} is no multiple of its pages"));
+        }
+        let bytes = rustix::fs::fstat(descriptor).map_err(io::Error::from)?.st_size;
+        if u64::try_from(bytes).is_ok_and(|bytes| bytes < segment.bytes) {
+            return bad(format!("segment {number} has {bytes} bytes and should have {}", segment.bytes));
+        }
+    }
+    let block = &attached.block;
+    let Some(segment) = attached.segments.get(block.segment as usize) else {
+        return bad(format!("there is no segment {}", block.segment));
+    };
+    if !inside(block.offset, block.bytes, segment.bytes) {
+        return bad("the block lies outside its segment".to_owned());
+    }
+    for tensor in tensors {
+        if !inside(tensor.offset, tensor.bytes, block.bytes) {
+            return bad(format!("tensor {} lies outside the block", tensor.name));
+        }
+        let bits = tensor
+            .shape
+            .iter()
+            .try_fold(tensor.dtype.bitsize() as u64, |bits, dimension| bits.checked_mul(*dimension));
+        if bits != tensor.bytes.checked_mul(8) {
+            return bad(format!("tensor {} has a size that is not that of its shape", tensor.name));
+        }
+    }
+    Ok(())
+}
+
+fn inside(offset: u64, bytes: u64, whole: u64) -> bool {
+    offset.checked_add(bytes).is_some_and(|end| end <= whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+    use std::os::fd::AsFd;
+
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::ErrorCode;
+
+    const PAGE: u64 = 4096;
+
+    fn memory(bytes: u64) -> OwnedFd {
+        let descriptor = memfd_create("test", MemfdFlags::CLOEXEC).expect("a memfd");
+        ftruncate(&descriptor, bytes).expect("its length");
+        descriptor
+    }
+
+    fn answer() -> Value {
+        json!({
+            "leaseId": "0198c2de-7a51-7c3e-9d0f-5b1a2c3d4e5f",
+            "deviceId": "cpu:0",
+            "allocationId": "0198c2de-7a51-7c3e-9d0f-5b1a2c3d4e60",
+            "generation": 1,
+            "model": "tiny",
+            "component": "weights",
+            "access": "read",
+            "segments": [{"bytes": PAGE, "pageBytes": PAGE}],
+            "block": {"segment": 0, "offset": 256, "bytes": 64},
+            "tensors": [["a", "F32", [2, 3], 0, 24], ["b", "F4", [4], 24, 2], ["c", "BF16", [], 26, 2]],
+            "metadata": {"format": "pt"},
+        })
+    }
+
+    /// Attaches to a daemon that sends `bytes` beside `descriptors`, and closes.
+    fn attach_to(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Result<Attachment, AttachError> {
+        let (client, daemon) = UnixStream::pair().expect("a pair of sockets");
+        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS as usize))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !borrowed.is_empty() {
+            assert!(control.push(SendAncillaryMessage::ScmRights(&borrowed)));
+        }
+        sendmsg(&daemon, &[IoSlice::new(bytes)], &mut control, SendFlags::empty()).expect("sent");
+        drop(descriptors);
+        daemon.shutdown(std::net::Shutdown::Write).expect("closed");
+        attach_over(client, &Attach::default())
+    }
+
+    fn attach_with(body: &Value, descriptors: Vec<OwnedFd>) -> Result<Attachment, AttachError> {
+        let count = u32::try_from(descriptors.len()).expect("few");
+        attach_to(&encode_frame(FrameKind::Attached, body, count).expect("a frame"), descriptors)
+    }
+
+    #[test]
+    fn a_good_answer_is_taken() {
+        let attachment = attach_with(&answer(), vec![memory(PAGE)]).expect("attached");
+        assert_eq!(attachment.descriptors.len(), 1);
+        assert_eq!(attachment.tensors[0].shape, [2, 3]);
+    }
+
+    #[test]
+    fn the_request_reaches_the_daemon_as_one_frame() {
+        let (client, mut daemon) = UnixStream::pair().expect("a pair of sockets");
+        let request = Attach { model: Some("tiny".parse().expect("a name")), ..Attach::default() };
+        let expected = encode_frame(FrameKind::Attach, &request, 0).expect("a frame");
+        daemon.shutdown(std::net::Shutdown::Write).expect("closed");
+        assert!(matches!(attach_over(client, &request), Err(AttachError::Broken(_))));
+        let mut received = Vec::new();
+        daemon.read_to_end(&mut received).expect("read");
+        assert_eq!(received, expected);
+    }
+
+    #[test]
+    fn ranges_that_do_not_fit_are_refused() {
+        let cases = [
+            ("/block/segment", json!(1)),
+            ("/block/offset", json!(PAGE)),
+            ("/block/bytes", json!(u64::MAX)),
+            ("/segments/0/bytes", json!(2 * PAGE)),
+            ("/segments/0/bytes", json!(PAGE - 1)),
+            ("/segments/0/pageBytes", json!(0)),
+            ("/tensors/0/3", json!(48)),
+            ("/tensors/0/3", json!(u64::MAX)),
+            ("/tensors/0/4", json!(20)),
+            ("/tensors/0/2", json!([u64::MAX, u64::MAX])),
+            ("/segments", json!([])),
+        ];
+        for (place, value) in cases {
+            let mut body = answer();
+            *body.pointer_mut(place).expect("a place") = value.clone();
+            let result = attach_with(&body, vec![memory(PAGE)]);
+            assert!(matches!(result, Err(AttachError::Frame(_))), "{place} = {value} was taken");
+        }
+    }
+
+    #[test]
+    fn descriptors_of_a_refused_answer_are_closed() {
+        let (mut reader, writer) = std::io::pipe().expect("a pipe");
+        let result = attach_with(&answer(), vec![writer.into(), memory(PAGE)]);
+        assert!(matches!(result, Err(AttachError::Frame(_))));
+        assert_eq!(reader.read(&mut [0]).expect("read"), 0, "somebody still holds the other end");
+    }
+
+    #[test]
+    fn a_refusal_comes_with_its_code() {
+        let error = ApiError::new(ErrorCode::NotResident, "tiny is not resident").hint("load it");
+        let frame = encode_frame(FrameKind::Error, &error, 0).expect("a frame");
+        let Err(AttachError::Api(received)) = attach_to(&frame, Vec::new()) else { panic!("it was taken") };
+        assert_eq!(*received, error);
+    }
+
+    #[test]
+    fn broken_frames_are_errors() {
+        let frame = encode_frame(FrameKind::Attached, &answer(), 1).expect("a frame");
+        for length in [1, HEADER_BYTES, HEADER_BYTES + 3, frame.len() - 1] {
+            let result = attach_to(&frame[..length], vec![memory(PAGE)]);
+            assert!(matches!(result, Err(AttachError::Broken(_))), "{length} bytes were taken");
+        }
+        assert!(matches!(attach_to(b"HTTP/1.1 400 Bad", Vec::new()), Err(AttachError::Frame(_))));
+    }
+}

@@ -1,0 +1,222 @@
+//! One method for each call.
+
+use reqwest::Method;
+use serde::Serialize;
+
+use super::{Client, ClientError};
+use crate::{
+    AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType, Device,
+    DeviceLimits, DevicePage, DeviceStatus, Health, LimitsPage, LoadRequest, MemoryStatus, Model, ModelName,
+    ModelPage, Operation, OperationId, OperationPage, OperationState, RegisterModel, Released, RenewRequest,
+    SetLimits, TouchRequest, UnloadRequest,
+};
+
+/// Which allocations to list, in which order, and from where on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AllocationFilter {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub purpose: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allocation_type: Option<AllocationType>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<AllocationStatus>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub persistent: Option<bool>,
+    /// `createdAt`, `sizeBytes`, or one of these with a minus before it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sort: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub page_size: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub page_token: Option<String>,
+}
+
+/// Devices and memory. A device is named by its id or its uuid.
+impl Client {
+    pub async fn health(&self) -> Result<Health, ClientError> {
+        self.get(&["healthz"]).await
+    }
+
+    pub async fn ready(&self) -> Result<Health, ClientError> {
+        self.get(&["readyz"]).await
+    }
+
+    pub async fn devices(&self) -> Result<DevicePage, ClientError> {
+        self.get(&["api", "devices"]).await
+    }
+
+    pub async fn device(&self, device: &str) -> Result<Device, ClientError> {
+        self.get(&["api", "devices", device]).await
+    }
+
+    /// `include` may name `allocations`, `fragmentation` and `processes`.
+    pub async fn memory_status(&self, include: &[&str]) -> Result<MemoryStatus, ClientError> {
+        self.get_with(&["api", "memory", "status"], &include_query(include)).await
+    }
+
+    pub async fn device_status(&self, device: &str, include: &[&str]) -> Result<DeviceStatus, ClientError> {
+        self.get_with(&["api", "memory", "status", device], &include_query(include)).await
+    }
+
+    /// One page; `device` narrows it to one device.
+    pub async fn allocations(
+        &self,
+        device: Option<&str>,
+        filter: &AllocationFilter,
+    ) -> Result<AllocationPage, ClientError> {
+        match device {
+            Some(device) => self.get_with(&["api", "memory", "allocations", "device", device], filter).await,
+            None => self.get_with(&["api", "memory", "allocations"], filter).await,
+        }
+    }
+
+    /// All pages from `filter.page_token` on.
+    pub async fn all_allocations(
+        &self,
+        device: Option<&str>,
+        mut filter: AllocationFilter,
+    ) -> Result<Vec<Allocation>, ClientError> {
+        let mut all = Vec::new();
+        loop {
+            let page = self.allocations(device, &filter).await?;
+            all.extend(page.allocations);
+            filter.page_token = page.next_page_token;
+            if filter.page_token.is_none() {
+                return Ok(all);
+            }
+        }
+    }
+
+    pub async fn allocation(&self, id: AllocationId) -> Result<Allocation, ClientError> {
+        self.get(&["api", "memory", "allocation", &id.to_string()]).await
+    }
+
+    /// Allocates on `device`, or on the best one.
+    pub async fn allocate(
+        &self,
+        device: Option<&str>,
+        request: &AllocateRequest,
+    ) -> Result<Allocation, ClientError> {
+        let mut path = vec!["api", "memory", "allocations", "allocate"];
+        path.extend(device);
+        self.post(&path, request).await
+    }
+
+    pub async fn renew(&self, id: AllocationId, request: &RenewRequest) -> Result<Allocation, ClientError> {
+        self.post(&["api", "memory", "allocation", &id.to_string(), "renew"], request).await
+    }
+
+    pub async fn release(&self, id: AllocationId) -> Result<Released, ClientError> {
+        self.delete(&["api", "memory", "allocations", &id.to_string()]).await
+    }
+
+    pub async fn limits(&self) -> Result<LimitsPage, ClientError> {
+        self.get(&["api", "memory", "limits"]).await
+    }
+
+    pub async fn device_limits(&self, device: &str) -> Result<DeviceLimits, ClientError> {
+        self.get(&["api", "memory", "limits", device]).await
+    }
+
+    pub async fn set_limits(&self, device: &str, limits: &SetLimits) -> Result<DeviceLimits, ClientError> {
+        self.send(self.request(Method::PUT, &["api", "memory", "limits", device]).json(limits)).await
+    }
+}
+
+/// Models.
+impl Client {
+    pub async fn models(&self) -> Result<ModelPage, ClientError> {
+        self.get(&["api", "models"]).await
+    }
+
+    pub async fn register_model(&self, request: &RegisterModel) -> Result<Model, ClientError> {
+        self.post(&["api", "models"], request).await
+    }
+
+    pub async fn model(&self, name: &ModelName) -> Result<Model, ClientError> {
+        self.get(&["api", "models", name.as_str()]).await
+    }
+
+    pub async fn remove_model(&self, name: &ModelName) -> Result<Model, ClientError> {
+        self.delete(&["api", "models", name.as_str()]).await
+    }
+
+    /// Waits up to `wait_seconds` for the end; the operation says whether it came.
+    pub async fn load(
+        &self,
+        name: &ModelName,
+        request: &LoadRequest,
+        wait_seconds: u32,
+    ) -> Result<Operation, ClientError> {
+        self.model_operation(name, "load", request, wait_seconds).await
+    }
+
+    /// Waits up to `wait_seconds` for the end; the operation says whether it came.
+    pub async fn unload(
+        &self,
+        name: &ModelName,
+        request: &UnloadRequest,
+        wait_seconds: u32,
+    ) -> Result<Operation, ClientError> {
+        self.model_operation(name, "unload", request, wait_seconds).await
+    }
+
+    async fn model_operation(
+        &self,
+        name: &ModelName,
+        what: &str,
+        body: &impl Serialize,
+        wait_seconds: u32,
+    ) -> Result<Operation, ClientError> {
+        let request = self.request(Method::POST, &["api", "models", name.as_str(), what]);
+        self.send(request.query(&[("wait", wait_seconds)]).json(body)).await
+    }
+
+    pub async fn pin(&self, name: &ModelName) -> Result<Model, ClientError> {
+        self.send(self.request(Method::POST, &["api", "models", name.as_str(), "pin"])).await
+    }
+
+    pub async fn unpin(&self, name: &ModelName) -> Result<Model, ClientError> {
+        self.send(self.request(Method::POST, &["api", "models", name.as_str(), "unpin"])).await
+    }
+
+    pub async fn touch(&self, name: &ModelName, request: &TouchRequest) -> Result<Model, ClientError> {
+        self.post(&["api", "models", name.as_str(), "touch"], request).await
+    }
+}
+
+/// Operations.
+impl Client {
+    pub async fn operations(&self, state: Option<OperationState>) -> Result<OperationPage, ClientError> {
+        let query: Vec<_> = state.map(|state| ("state", state)).into_iter().collect();
+        self.get_with(&["api", "operations"], &query).await
+    }
+
+    /// Waits up to `wait_seconds` for the end.
+    pub async fn operation(&self, id: OperationId, wait_seconds: u32) -> Result<Operation, ClientError> {
+        self.get_with(&["api", "operations", &id.to_string()], &[("wait", wait_seconds)]).await
+    }
+
+    pub async fn cancel(&self, id: OperationId) -> Result<Operation, ClientError> {
+        self.delete(&["api", "operations", &id.to_string()]).await
+    }
+
+    /// The `OpenAPI` document, which has no envelope.
+    pub async fn openapi(&self) -> Result<serde_json::Value, ClientError> {
+        let request = self.request(Method::GET, &["api", "openapi.json"]);
+        let response = request.send().await.map_err(|error| self.transport(error))?;
+        let status = response.status();
+        let body = response.bytes().await.map_err(|error| self.transport(error))?;
+        if !status.is_success() {
+            return Err(self.refusal(status, &body));
+        }
+        serde_json::from_slice(&body).map_err(|error| self.protocol(error.to_string()))
+    }
+}
+
+fn include_query(include: &[&str]) -> Vec<(&'static str, String)> {
+    if include.is_empty() { Vec::new() } else { vec![("include", include.join(","))] }
+}

@@ -1,0 +1,143 @@
+//! Allocations and what keeps them.
+//!
+//! `Reserved → Active → Releasing → gone`; a reservation whose segment cannot be had is gone at once.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use jiff::Timestamp;
+use vramd_api::{
+    AllocationHistoryEntry, AllocationId, AllocationStatus, AllocationType, DeviceId, Holder, LeaseId,
+    LeaseKind, MemoryType, OwnerName, Priority,
+};
+
+use super::SegmentId;
+use crate::{Now, Tick};
+
+/// The most history entries that one allocation keeps; the oldest go first.
+const HISTORY: usize = 32;
+
+/// A request as the ledger takes it: checked, with every default filled in.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    pub id: AllocationId,
+    pub size_bytes: u64,
+    /// A power of two.
+    pub alignment: u64,
+    pub allocation_type: AllocationType,
+    pub memory_type: Option<MemoryType>,
+    pub purpose: String,
+    pub priority: Priority,
+    pub owner: OwnerName,
+    pub persistent: bool,
+    pub generation: u64,
+    /// A segment of its own, which no importer can ever write to: models.
+    pub sealed: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Allocation {
+    pub request: Request,
+    pub device: DeviceId,
+    pub segment: SegmentId,
+    pub offset: u64,
+    /// What is charged: the size rounded up to what the segment gives out.
+    pub block_bytes: u64,
+    pub state: State,
+    pub leases: BTreeMap<LeaseId, Lease>,
+    pub created_at: Timestamp,
+    pub history: VecDeque<AllocationHistoryEntry>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Admitted; its segment is still being made.
+    Reserved,
+    Active,
+    /// Its bytes are being zeroed or given back.
+    Releasing,
+}
+
+/// What keeps an allocation. When the last one ends, it is released.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Lease {
+    Connection { holder: Holder },
+    TimeToLive { seconds: u64, deadline: Tick, expires_at: Timestamp },
+    Persistent,
+    Model,
+}
+
+impl Lease {
+    pub fn time_to_live(seconds: u64, now: Now) -> Self {
+        Self::TimeToLive {
+            seconds,
+            deadline: now.tick.after_seconds(seconds),
+            expires_at: now.wall_after(seconds),
+        }
+    }
+
+    pub fn deadline(&self) -> Option<Tick> {
+        match self {
+            Self::TimeToLive { deadline, .. } => Some(*deadline),
+            Self::Connection { .. } | Self::Persistent | Self::Model => None,
+        }
+    }
+
+    fn to_api(&self, id: LeaseId) -> vramd_api::Lease {
+        let (kind, expires_at, holder) = match self {
+            Self::Connection { holder } => (LeaseKind::Connection, None, Some(holder.clone())),
+            Self::TimeToLive { expires_at, .. } => (LeaseKind::TimeToLive, Some(*expires_at), None),
+            Self::Persistent => (LeaseKind::Persistent, None, None),
+            Self::Model => (LeaseKind::Model, None, None),
+        };
+        vramd_api::Lease { lease_id: id, kind, expires_at, holder }
+    }
+}
+
+impl Allocation {
+    /// The processes that are attached.
+    pub fn holders(&self) -> impl Iterator<Item = &Holder> {
+        self.leases.values().filter_map(|lease| match lease {
+            Lease::Connection { holder } => Some(holder),
+            Lease::TimeToLive { .. } | Lease::Persistent | Lease::Model => None,
+        })
+    }
+
+    pub fn is_attached(&self) -> bool {
+        self.holders().next().is_some()
+    }
+
+    pub fn note(&mut self, now: Now, what: impl Into<String>) {
+        if self.history.len() == HISTORY {
+            self.history.pop_front();
+        }
+        self.history.push_back(AllocationHistoryEntry { at: now.wall, what: what.into() });
+    }
+
+    /// As the interfaces show it; a reservation is not an allocation yet.
+    pub fn to_api(&self) -> Option<vramd_api::Allocation> {
+        let status = match self.state {
+            State::Reserved => return None,
+            State::Active => AllocationStatus::Active,
+            State::Releasing => AllocationStatus::Releasing,
+        };
+        let request = &self.request;
+        Some(vramd_api::Allocation {
+            allocation_id: request.id,
+            device_id: self.device.clone(),
+            size_bytes: request.size_bytes,
+            block_bytes: self.block_bytes,
+            alignment: request.alignment,
+            allocation_type: request.allocation_type,
+            purpose: request.purpose.clone(),
+            priority: request.priority,
+            persistent: request.persistent,
+            status,
+            owner: request.owner.clone(),
+            generation: request.generation,
+            leases: self.leases.iter().map(|(id, lease)| lease.to_api(*id)).collect(),
+            created_at: self.created_at,
+            placement: None,
+            history: None,
+        })
+    }
+}

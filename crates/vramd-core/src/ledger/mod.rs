@@ -1,0 +1,589 @@
+//! The ledger: devices, segments, blocks, allocations, leases and reservations; who holds which byte.
+//!
+//! It decides and keeps the books; it touches no memory. A decision that needs the device comes back as [`Work`],
+//! and its outcome is told by [`Ledger::segment_created`], [`Ledger::segment_failed`], [`Ledger::released`] or
+//! [`Ledger::destroyed`]. A reservation is taken at once, so that two requests never count the same byte.
+//!
+//! Small blocks (up to [`SMALL_BYTES`]) of one owner share segments; larger ones and models get their own. The
+//! last empty shared segment stays as a spare, if nobody ever saw it, so that small allocations do not go to the
+//! driver each time.
+
+mod allocation;
+mod book;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use imbl::OrdMap;
+use vramd_api::{AllocationId, DeviceId, Holder, LeaseId, OwnerName, Placement};
+
+pub use allocation::{Allocation, Lease, Request, State};
+use book::{Book, Segment, SegmentState, Sharing};
+pub use book::{DeviceFacts, Measured, Usage};
+
+use crate::placement::{self, Offer, Standing};
+use crate::ranges::Ranges;
+use crate::{Now, Tick};
+
+/// Blocks up to this size share segments.
+pub const SMALL_BYTES: u64 = 1 << 20;
+/// The size of a shared segment.
+pub const SHARED_SEGMENT_BYTES: u64 = 4 << 20;
+/// Blocks in shared segments are multiples of this.
+pub const BLOCK_QUANTUM: u64 = 256;
+
+/// Names one segment; counted up, never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SegmentId(pub u64);
+
+/// What a device has to do for a decision to come true.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Work {
+    /// Destroy `first`, if given, then create a segment.
+    Create { device: DeviceId, segment: SegmentId, bytes: u64, sealed: bool, first: Option<SegmentId> },
+    /// Zero a block of a shared segment, before it is free again.
+    Zero { device: DeviceId, segment: SegmentId, offset: u64, bytes: u64, allocation: AllocationId },
+    /// Give the segment of an allocation back.
+    Release { device: DeviceId, segment: SegmentId, allocation: AllocationId },
+    /// Give an empty segment back.
+    Destroy { device: DeviceId, segment: SegmentId },
+}
+
+/// A request that was admitted.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Grant {
+    pub device: DeviceId,
+    pub placement: Placement,
+    pub readiness: Readiness,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    /// Its segment is live: activate it.
+    Ready,
+    /// It waits for its segment, which this work makes.
+    Needs(Work),
+    /// It waits for a segment that is under way.
+    Waits,
+}
+
+/// A request that was not admitted, with the figures of the device that came closest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shortage {
+    pub requested_bytes: u64,
+    pub available_bytes: u64,
+    pub largest_free_bytes: u64,
+    /// What one block could get if every idle model were unloaded.
+    pub largest_after_eviction_bytes: u64,
+    /// Who holds the rest, largest first, five at most.
+    pub holders: Vec<(OwnerName, u64)>,
+    pub placement: Placement,
+    /// Every device that was asked for is lost.
+    pub lost: bool,
+}
+
+/// A release that was refused: processes are attached.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InUse {
+    pub holders: Vec<Holder>,
+}
+
+/// All allocations by id; a clone is a cheap snapshot that does not change.
+pub type Allocations = OrdMap<AllocationId, Arc<Allocation>>;
+
+/// All books.
+#[derive(Debug, Clone, Default)]
+pub struct Ledger {
+    books: BTreeMap<DeviceId, Book>,
+    allocations: Allocations,
+    leases: BTreeMap<LeaseId, AllocationId>,
+    deadlines: BTreeSet<(Tick, LeaseId)>,
+    last_segment: u64,
+}
+
+impl Ledger {
+    pub fn add_device(&mut self, facts: DeviceFacts) {
+        self.books.insert(facts.device.clone(), Book::new(facts));
+    }
+
+    pub fn devices(&self) -> impl Iterator<Item = &DeviceFacts> {
+        self.books.values().map(|book| &book.facts)
+    }
+
+    pub fn allocations(&self) -> &Allocations {
+        &self.allocations
+    }
+
+    pub fn allocation(&self, id: AllocationId) -> Option<&Allocation> {
+        self.allocations.get(&id).map(AsRef::as_ref)
+    }
+
+    /// The size of the segment that an allocation lies in.
+    pub fn segment_bytes(&self, id: AllocationId) -> Option<u64> {
+        let allocation = self.allocations.get(&id)?;
+        let segment = self.books.get(&allocation.device)?.segments.get(&allocation.segment)?;
+        Some(segment.ranges.bytes())
+    }
+
+    pub fn usage(&self, device: &DeviceId) -> Option<Usage> {
+        self.books.get(device).map(Book::usage)
+    }
+
+    /// What the device shows as ours; to be read when a measurement begins and given to [`Self::observe`].
+    pub fn live_bytes(&self, device: &DeviceId) -> u64 {
+        self.books.get(device).map_or(0, |book| book.live)
+    }
+
+    /// Takes a measurement in. What went live or away while it was taken is counted against us, not for us.
+    pub fn observe(&mut self, device: &DeviceId, mut measured: Measured) {
+        if let Some(book) = self.books.get_mut(device) {
+            measured.live_bytes = measured.live_bytes.min(book.live).min(measured.used_bytes);
+            book.measured = Some(measured);
+        }
+    }
+
+    pub fn is_lost(&self, device: &DeviceId) -> bool {
+        self.books.get(device).is_some_and(|book| book.lost)
+    }
+
+    /// Nothing is given out on it any more; what is there can still be released. True if that is news.
+    pub fn lose(&mut self, device: &DeviceId) -> bool {
+        self.books.get_mut(device).is_some_and(|book| !std::mem::replace(&mut book.lost, true))
+    }
+
+    /// Sets or lifts a limit. What is held above it stays.
+    pub fn set_limit(&mut self, device: &DeviceId, limit: Option<u64>) {
+        if let Some(book) = self.books.get_mut(device) {
+            book.limit_override = limit;
+        }
+    }
+
+    pub fn limit(&self, device: &DeviceId) -> Option<(u64, bool)> {
+        self.books.get(device).map(|book| (book.limit(), book.limit_override.is_some()))
+    }
+
+    /// Whether sealed blocks of these sizes all fit on `device` together.
+    pub fn fits_sealed(&self, device: &DeviceId, sizes: &[u64]) -> bool {
+        self.books.get(device).is_some_and(|book| {
+            let need = sizes.iter().map(|size| segment_bytes(*size, book)).fold(0u64, u64::saturating_add);
+            need <= book.room() + book.spare_bytes()
+        })
+    }
+
+    /// How the devices stand towards `request`, in order of their ids.
+    pub fn offers(&self, request: &Request) -> Vec<Offer> {
+        self.books
+            .values()
+            .map(|book| {
+                let usage = book.usage();
+                let standing = if book.lost {
+                    Standing::Lost
+                } else if Self::find(book, request).is_some() {
+                    Standing::Fits
+                } else {
+                    Standing::NotEnoughMemory
+                };
+                let used_after = usage.used_bytes.saturating_add(request.size_bytes);
+                Offer {
+                    device: book.facts.device.clone(),
+                    memory_type: book.facts.memory_type,
+                    available_bytes: usage.available_bytes,
+                    largest_free_bytes: usage.largest_free_bytes,
+                    used_after: used_after as f64 / book.facts.total_bytes.max(1) as f64,
+                    standing,
+                }
+            })
+            .collect()
+    }
+
+    /// Admits a request, on one of `on` (all devices if it is empty), or says why not. An admitted request has
+    /// its bytes from now on, as a reservation.
+    pub fn reserve(&mut self, request: Request, on: &[DeviceId], now: Now) -> Result<Grant, Box<Shortage>> {
+        let mut offers = self.offers(&request);
+        if !on.is_empty() {
+            offers.retain(|offer| on.contains(&offer.device));
+        }
+        let (chosen, placement) = placement::choose(&offers, request.allocation_type, request.memory_type);
+        let found = chosen.and_then(|device| {
+            let place = Self::find(self.books.get(&device)?, &request)?;
+            Some((device, place))
+        });
+        let Some((device, place)) = found else {
+            return Err(Box::new(self.shortage(&request, &offers, placement)));
+        };
+        let readiness = self.put(request, &device, place, now);
+        Ok(Grant { device, placement, readiness })
+    }
+
+    fn find(book: &Book, request: &Request) -> Option<Place> {
+        if book.lost {
+            return None;
+        }
+        let block = request.size_bytes.checked_next_multiple_of(BLOCK_QUANTUM)?;
+        let small = !request.sealed && block <= SMALL_BYTES;
+        if small {
+            let fitting = book.segments.iter().find_map(|(id, segment)| {
+                let open = segment.state != SegmentState::Destroying
+                    && matches!(&segment.sharing, Sharing::Shared(owner) if *owner == request.owner);
+                let offset = open.then(|| segment.ranges.find(block, request.alignment))??;
+                Some(Place::In { segment: *id, offset, block })
+            });
+            if fitting.is_some() {
+                return fitting;
+            }
+            if let Some(spare) = book.spare {
+                return Some(Place::In { segment: spare, offset: 0, block });
+            }
+            let shared = SHARED_SEGMENT_BYTES.next_multiple_of(book.facts.granularity_bytes);
+            if shared <= book.room() {
+                return Some(Place::New { bytes: shared, block, shared: true, first: None });
+            }
+        }
+        let bytes = segment_bytes(request.size_bytes, book);
+        if bytes <= book.room() {
+            Some(Place::New { bytes, block: bytes, shared: false, first: None })
+        } else if bytes <= book.room() + book.spare_bytes() {
+            Some(Place::New { bytes, block: bytes, shared: false, first: book.spare })
+        } else {
+            None
+        }
+    }
+
+    fn put(&mut self, request: Request, device: &DeviceId, place: Place, now: Now) -> Readiness {
+        let book = self.books.get_mut(device).expect("the place was found in this book");
+        let (segment_id, offset, block_bytes, readiness) = match place {
+            Place::In { segment: id, offset, block } => {
+                let segment = book.segments.get_mut(&id).expect("the place was found in this segment");
+                let taken = segment.ranges.take(block, request.alignment);
+                assert_eq!(taken, Some(offset), "the place that was found is there");
+                segment.sharing = Sharing::Shared(request.owner.clone());
+                if book.spare == Some(id) {
+                    book.spare = None;
+                }
+                let ready = segment.state == SegmentState::Live;
+                if !ready {
+                    segment.waiting.push(request.id);
+                }
+                (id, offset, block, if ready { Readiness::Ready } else { Readiness::Waits })
+            }
+            Place::New { bytes, block, shared, first } => {
+                self.last_segment += 1;
+                let id = SegmentId(self.last_segment);
+                let mut ranges = Ranges::new(bytes);
+                let offset =
+                    ranges.take(block, request.alignment).expect("a new segment has room for its block");
+                let sharing =
+                    if shared { Sharing::Shared(request.owner.clone()) } else { Sharing::Exclusive };
+                let segment = Segment {
+                    state: SegmentState::Creating,
+                    sharing,
+                    ranges,
+                    exported: false,
+                    waiting: vec![request.id],
+                };
+                book.segments.insert(id, segment);
+                book.held += bytes;
+                if let Some(first) = first {
+                    let spare = book.segments.get_mut(&first).expect("the spare is a segment");
+                    spare.state = SegmentState::Destroying;
+                    book.spare = None;
+                }
+                let work = Work::Create {
+                    device: device.clone(),
+                    segment: id,
+                    bytes,
+                    sealed: request.sealed,
+                    first,
+                };
+                (id, offset, block, Readiness::Needs(work))
+            }
+        };
+        book.reserved += block_bytes;
+        let allocation = Allocation {
+            device: device.clone(),
+            segment: segment_id,
+            offset,
+            block_bytes,
+            state: State::Reserved,
+            leases: BTreeMap::new(),
+            created_at: now.wall,
+            history: std::collections::VecDeque::new(),
+            request,
+        };
+        self.allocations.insert(allocation.request.id, Arc::new(allocation));
+        readiness
+    }
+
+    fn shortage(&self, request: &Request, offers: &[Offer], placement: Placement) -> Shortage {
+        let wanted = |offer: &&Offer| request.memory_type.is_none_or(|wanted| wanted == offer.memory_type);
+        let closest = offers.iter().filter(wanted).max_by_key(|offer| offer.largest_free_bytes);
+        let mut holders: BTreeMap<OwnerName, u64> = BTreeMap::new();
+        let mut idle = 0;
+        for allocation in self.allocations.values() {
+            if closest.is_some_and(|offer| offer.device == allocation.device) {
+                *holders.entry(allocation.request.owner.clone()).or_default() += allocation.block_bytes;
+                if allocation.request.sealed && allocation.state == State::Active && !allocation.is_attached()
+                {
+                    idle += allocation.block_bytes;
+                }
+            }
+        }
+        let mut holders: Vec<_> = holders.into_iter().collect();
+        holders.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+        holders.truncate(5);
+        let largest = closest.map_or(0, |offer| offer.largest_free_bytes);
+        Shortage {
+            requested_bytes: request.size_bytes,
+            available_bytes: closest.map_or(0, |offer| offer.available_bytes),
+            largest_free_bytes: largest,
+            largest_after_eviction_bytes: largest.saturating_add(idle),
+            holders,
+            placement,
+            lost: !offers.is_empty() && offers.iter().filter(wanted).all(|o| o.standing == Standing::Lost),
+        }
+    }
+
+    /// The device made a segment. Answers the reservations that waited for it.
+    pub fn segment_created(&mut self, device: &DeviceId, id: SegmentId) -> Vec<AllocationId> {
+        let Some(book) = self.books.get_mut(device) else { return Vec::new() };
+        let Some(segment) = book.segments.get_mut(&id) else { return Vec::new() };
+        segment.state = SegmentState::Live;
+        book.live += segment.ranges.bytes();
+        std::mem::take(&mut segment.waiting)
+    }
+
+    /// The device could not make a segment. Its reservations are gone; answers them.
+    pub fn segment_failed(&mut self, device: &DeviceId, id: SegmentId) -> Vec<AllocationId> {
+        let Some(book) = self.books.get_mut(device) else { return Vec::new() };
+        let Some(segment) = book.segments.remove(&id) else { return Vec::new() };
+        book.held -= segment.ranges.bytes();
+        for allocation in segment.waiting.iter().filter_map(|id| self.allocations.remove(id)) {
+            book.reserved -= allocation.block_bytes;
+        }
+        segment.waiting
+    }
+
+    /// A reservation becomes an allocation, kept by its first lease.
+    pub fn activate(&mut self, id: AllocationId, lease_id: LeaseId, lease: Lease, now: Now) {
+        let Some(allocation) = self.allocations.get_mut(&id).map(Arc::make_mut) else { return };
+        debug_assert_eq!(allocation.state, State::Reserved);
+        allocation.state = State::Active;
+        allocation.created_at = now.wall;
+        allocation.note(now, format!("created on {}", allocation.device));
+        let (device, block) = (allocation.device.clone(), allocation.block_bytes);
+        if let Some(book) = self.books.get_mut(&device) {
+            book.reserved -= block;
+            book.allocated += block;
+            book.allocation_count += 1;
+        }
+        self.grant(id, lease_id, lease, now);
+    }
+
+    /// Adds a lease to an active allocation; false if it is not active.
+    pub fn grant(&mut self, id: AllocationId, lease_id: LeaseId, lease: Lease, now: Now) -> bool {
+        let Some(allocation) = self.allocations.get_mut(&id).map(Arc::make_mut) else { return false };
+        if allocation.state != State::Active {
+            return false;
+        }
+        if let Lease::Connection { holder } = &lease {
+            allocation.note(now, format!("attached by {} ({})", holder.command, holder.pid));
+            if let Some(segment) = self
+                .books
+                .get_mut(&allocation.device)
+                .and_then(|book| book.segments.get_mut(&allocation.segment))
+            {
+                segment.exported = true;
+            }
+        }
+        self.deadlines.extend(lease.deadline().map(|deadline| (deadline, lease_id)));
+        allocation.leases.insert(lease_id, lease);
+        self.leases.insert(lease_id, id);
+        true
+    }
+
+    /// Renews the time to live of an allocation; None if it has no such lease. Without `seconds` it gets its old
+    /// length again.
+    pub fn renew(&mut self, id: AllocationId, seconds: Option<u64>, now: Now) -> Option<()> {
+        let allocation = Arc::make_mut(self.allocations.get_mut(&id)?);
+        if allocation.state != State::Active {
+            return None;
+        }
+        let (lease_id, old) =
+            allocation.leases.iter_mut().find(|(_, lease)| matches!(lease, Lease::TimeToLive { .. }))?;
+        let Lease::TimeToLive { seconds: before, deadline, .. } = *old else { return None };
+        let renewed = Lease::time_to_live(seconds.unwrap_or(before), now);
+        self.deadlines.remove(&(deadline, *lease_id));
+        self.deadlines.extend(renewed.deadline().map(|deadline| (deadline, *lease_id)));
+        *old = renewed;
+        allocation.note(now, "lease renewed");
+        Some(())
+    }
+
+    /// A lease ended. If it was the last, its allocation is released by the work that comes back.
+    pub fn end_lease(&mut self, lease_id: LeaseId, now: Now) -> Option<(AllocationId, Option<Work>)> {
+        let id = self.leases.remove(&lease_id)?;
+        let allocation = Arc::make_mut(self.allocations.get_mut(&id)?);
+        let lease = allocation.leases.remove(&lease_id)?;
+        if let Some(deadline) = lease.deadline() {
+            self.deadlines.remove(&(deadline, lease_id));
+        }
+        match &lease {
+            Lease::Connection { holder } => {
+                allocation.note(now, format!("detached by {} ({})", holder.command, holder.pid));
+            }
+            Lease::TimeToLive { .. } => allocation.note(now, "lease ended"),
+            Lease::Persistent | Lease::Model => {}
+        }
+        let last = allocation.leases.is_empty() && allocation.state == State::Active;
+        Some((id, last.then(|| self.start_release(id, now)).flatten()))
+    }
+
+    /// The next moment at which a lease ends by itself.
+    pub fn next_deadline(&self) -> Option<Tick> {
+        self.deadlines.first().map(|(tick, _)| *tick)
+    }
+
+    /// The leases that have ended by themselves.
+    pub fn expired(&self, tick: Tick) -> Vec<LeaseId> {
+        self.deadlines.iter().take_while(|(deadline, _)| *deadline <= tick).map(|(_, lease)| *lease).collect()
+    }
+
+    /// Releases an active allocation, whatever lease it has, unless a process is attached.
+    pub fn release(&mut self, id: AllocationId, now: Now) -> Result<Option<Work>, InUse> {
+        let Some(allocation) = self.allocation(id) else { return Ok(None) };
+        if allocation.is_attached() {
+            return Err(InUse { holders: allocation.holders().cloned().collect() });
+        }
+        if allocation.state != State::Active {
+            return Ok(None);
+        }
+        Ok(self.start_release(id, now))
+    }
+
+    fn start_release(&mut self, id: AllocationId, now: Now) -> Option<Work> {
+        let allocation = Arc::make_mut(self.allocations.get_mut(&id)?);
+        allocation.state = State::Releasing;
+        allocation.note(now, "releasing");
+        for (lease_id, lease) in std::mem::take(&mut allocation.leases) {
+            self.leases.remove(&lease_id);
+            if let Some(deadline) = lease.deadline() {
+                self.deadlines.remove(&(deadline, lease_id));
+            }
+        }
+        let book = self.books.get_mut(&allocation.device)?;
+        let segment = book.segments.get_mut(&allocation.segment)?;
+        let (device, segment_id) = (allocation.device.clone(), allocation.segment);
+        Some(if segment.sharing == Sharing::Exclusive {
+            segment.state = SegmentState::Destroying;
+            Work::Release { device, segment: segment_id, allocation: id }
+        } else {
+            let (offset, bytes) = (allocation.offset, allocation.block_bytes);
+            Work::Zero { device, segment: segment_id, offset, bytes, allocation: id }
+        })
+    }
+
+    /// The device is done with an allocation's bytes; they are free. Answers the allocation, and what is left to
+    /// do when its segment is empty now.
+    pub fn released(&mut self, id: AllocationId) -> Option<(Arc<Allocation>, Option<Work>)> {
+        let allocation = self.allocations.remove(&id)?;
+        let book = self.books.get_mut(&allocation.device)?;
+        book.allocated -= allocation.block_bytes;
+        book.allocation_count -= 1;
+        let segment = book.segments.get_mut(&allocation.segment)?;
+        if segment.sharing == Sharing::Exclusive {
+            let bytes = segment.ranges.bytes();
+            book.segments.remove(&allocation.segment);
+            book.held -= bytes;
+            book.live -= bytes;
+            return Some((allocation, None));
+        }
+        segment.ranges.give(allocation.offset, allocation.block_bytes);
+        if !segment.ranges.is_empty() {
+            return Some((allocation, None));
+        }
+        if book.spare.is_none() && !segment.exported && !book.lost {
+            segment.sharing = Sharing::Spare;
+            book.spare = Some(allocation.segment);
+            return Some((allocation, None));
+        }
+        segment.state = SegmentState::Destroying;
+        let work = Work::Destroy { device: allocation.device.clone(), segment: allocation.segment };
+        Some((allocation, Some(work)))
+    }
+
+    /// An empty segment is gone.
+    pub fn destroyed(&mut self, device: &DeviceId, id: SegmentId) {
+        if let Some(book) = self.books.get_mut(device)
+            && let Some(segment) = book.segments.remove(&id)
+        {
+            book.held -= segment.ranges.bytes();
+            book.live -= segment.ranges.bytes();
+        }
+    }
+
+    /// Adds everything up anew and compares. An error names the first sum that is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        let mut blocks: BTreeMap<(&DeviceId, SegmentId), Vec<(u64, u64)>> = BTreeMap::new();
+        let mut sums: BTreeMap<&DeviceId, (u64, u64, u64)> = BTreeMap::new();
+        let mut lease_count = 0;
+        for allocation in self.allocations.values() {
+            let sum = sums.entry(&allocation.device).or_default();
+            match allocation.state {
+                State::Reserved => sum.1 += allocation.block_bytes,
+                State::Active | State::Releasing => {
+                    sum.0 += allocation.block_bytes;
+                    sum.2 += 1;
+                }
+            }
+            if allocation.state == State::Active && allocation.leases.is_empty() {
+                return Err(format!("{} is active and nothing keeps it", allocation.request.id));
+            }
+            lease_count += allocation.leases.len();
+            let place = (&allocation.device, allocation.segment);
+            blocks.entry(place).or_default().push((allocation.offset, allocation.block_bytes));
+        }
+        if lease_count != self.leases.len() {
+            return Err(format!("{lease_count} leases are held, {} are indexed", self.leases.len()));
+        }
+        for (device, book) in &self.books {
+            let (allocated, reserved, count) = sums.remove(device).unwrap_or_default();
+            let held: u64 = book.segments.values().map(|segment| segment.ranges.bytes()).sum();
+            let live: u64 = book
+                .segments
+                .values()
+                .filter(|segment| segment.state != SegmentState::Creating)
+                .map(|segment| segment.ranges.bytes())
+                .sum();
+            let free: u64 = book.segments.values().map(|segment| segment.ranges.free()).sum();
+            let kept = (book.held, book.live, book.allocated, book.reserved, book.allocation_count);
+            if kept != (held, live, allocated, reserved, count) || held != allocated + reserved + free {
+                return Err(format!(
+                    "{device}: kept {kept:?}, counted {:?} and {free} free",
+                    (held, live, allocated, reserved, count)
+                ));
+            }
+            for id in book.segments.keys() {
+                let mut ranges = blocks.remove(&(device, *id)).unwrap_or_default();
+                ranges.sort_unstable();
+                if ranges.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
+                    return Err(format!("{device}: two blocks overlap in {id:?}"));
+                }
+            }
+        }
+        if let Some(((device, segment), _)) = blocks.first_key_value() {
+            return Err(format!("{device}: blocks lie in {segment:?}, which is not there"));
+        }
+        Ok(())
+    }
+}
+
+/// Where a request would go.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    In { segment: SegmentId, offset: u64, block: u64 },
+    New { bytes: u64, block: u64, shared: bool, first: Option<SegmentId> },
+}
+
+fn segment_bytes(size: u64, book: &Book) -> u64 {
+    size.checked_next_multiple_of(book.facts.granularity_bytes).unwrap_or(u64::MAX)
+}

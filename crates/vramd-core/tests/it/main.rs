@@ -1,0 +1,5 @@
+//! The core against dull models and bad input.
+
+#![allow(clippy::unwrap_used, reason = "what a test unwraps, it asserts")]
+
+mod layout;

@@ -1,0 +1,144 @@
+//! The devices of this machine, by id.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use vramd_api::{ApiError, DeviceHealth, DeviceId, ErrorCode};
+use vramd_core::ledger::DeviceFacts;
+use vramd_device::{Device, DeviceError, cpu, sim};
+
+/// The share of the machine's memory that the daemon may hold when no limit is configured.
+const DEFAULT_CPU_SHARE: f64 = 0.8;
+
+/// A device and the most that the daemon may hold on it.
+pub struct Opened {
+    pub device: Arc<dyn Device>,
+    pub limit_bytes: u64,
+}
+
+impl std::fmt::Debug for Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Opened")
+            .field("facts", self.device.facts())
+            .field("limit_bytes", &self.limit_bytes)
+            .finish()
+    }
+}
+
+/// All devices that opened; the set does not change while the daemon runs.
+#[derive(Debug, Default)]
+pub struct Devices(BTreeMap<DeviceId, Opened>);
+
+impl Devices {
+    /// Opens the host's memory, and simulated devices by a spec such as `24GiB,8GiB`.
+    pub fn open(cpu_limit_bytes: Option<u64>, sim_spec: Option<&str>) -> Result<Self, String> {
+        let mut devices = Self::default();
+        let cpu =
+            cpu::Device::open(cpu::Options::default()).map_err(|error| format!("host memory: {error}"))?;
+        let total = cpu.facts().total_bytes;
+        let limit = cpu_limit_bytes.unwrap_or((total as f64 * DEFAULT_CPU_SHARE) as u64);
+        devices.add(Arc::new(cpu), limit);
+        for spec in
+            sim_spec.map(sim::parse_spec).transpose().map_err(|error| error.to_string())?.unwrap_or_default()
+        {
+            let limit = spec.total_bytes;
+            let device = sim::Device::open(spec).map_err(|error| format!("simulated device: {error}"))?;
+            devices.add(Arc::new(device), limit);
+        }
+        Ok(devices)
+    }
+
+    pub fn add(&mut self, device: Arc<dyn Device>, limit_bytes: u64) {
+        let limit_bytes = limit_bytes.min(device.facts().total_bytes);
+        self.0.insert(device.facts().device.clone(), Opened { device, limit_bytes });
+    }
+
+    pub fn get(&self, id: &DeviceId) -> Option<&Arc<dyn Device>> {
+        self.0.get(id).map(|opened| &opened.device)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn Device>> {
+        self.0.values().map(|opened| &opened.device)
+    }
+
+    /// The device that `text` names, by id or by uuid.
+    pub fn named(&self, text: &str) -> Result<&Arc<dyn Device>, ApiError> {
+        self.iter()
+            .find(|device| device.facts().device.as_str() == text || device.facts().uuid == text)
+            .ok_or_else(|| {
+                let known: Vec<_> = self.0.keys().map(DeviceId::as_str).collect();
+                ApiError::not_found("device", text).hint(format!("the devices are: {}", known.join(", ")))
+            })
+    }
+
+    /// What the ledger has to know of each.
+    pub fn facts(&self) -> impl Iterator<Item = DeviceFacts> {
+        self.0.values().map(|opened| {
+            let facts = opened.device.facts();
+            DeviceFacts {
+                device: facts.device.clone(),
+                memory_type: facts.memory_type,
+                total_bytes: facts.total_bytes,
+                granularity_bytes: facts.granularity_bytes,
+                limit_bytes: opened.limit_bytes,
+            }
+        })
+    }
+}
+
+/// A device as the interfaces show it.
+pub fn to_api(device: &dyn Device, lost: bool) -> vramd_api::Device {
+    let facts = device.facts();
+    vramd_api::Device {
+        device_id: facts.device.clone(),
+        uuid: facts.uuid.clone(),
+        name: facts.name.clone(),
+        memory_type: facts.memory_type,
+        total_bytes: facts.total_bytes,
+        granularity_bytes: facts.granularity_bytes,
+        capabilities: facts.capabilities,
+        health: if lost { DeviceHealth::Lost } else { DeviceHealth::Healthy },
+        notes: facts.notes.clone(),
+    }
+}
+
+/// A device's error as the interfaces show it.
+pub fn error(device: &DeviceId, error: &DeviceError) -> ApiError {
+    let chain = {
+        let mut text = error.to_string();
+        let mut source = std::error::Error::source(error);
+        while let Some(cause) = source {
+            text = format!("{text}: {cause}");
+            source = cause.source();
+        }
+        text
+    };
+    let (code, hint) = match error {
+        DeviceError::OutOfMemory { .. } => (
+            ErrorCode::InsufficientMemory,
+            "free memory on the machine, or ask for less; `vramd ps` shows who holds what",
+        ),
+        DeviceError::Lost { .. } => {
+            (ErrorCode::DeviceLost, "other devices go on working; restart the daemon once the device is back")
+        }
+        DeviceError::Source(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => (
+            ErrorCode::InvalidModelFile,
+            "the file became shorter while it was read; put the whole file back and load again",
+        ),
+        DeviceError::Source(_) => {
+            (ErrorCode::ModelReadFailed, "check the disk and the file system (`dmesg`), then load again")
+        }
+        DeviceError::Native { .. } => {
+            (ErrorCode::DeviceLost, "see the daemon's log; `vramd doctor` checks the machine")
+        }
+        DeviceError::Misuse { .. } => {
+            (ErrorCode::Internal, "this is a bug in vramd; please report it with the daemon's log")
+        }
+    };
+    let mut shown =
+        ApiError::new(code, format!("{device}: {chain}")).hint(hint).detail("deviceId", device.as_str());
+    if let DeviceError::OutOfMemory { requested, available } = error {
+        shown = shown.detail("requestedBytes", *requested).detail("availableBytes", *available);
+    }
+    shown
+}

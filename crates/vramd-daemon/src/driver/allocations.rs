@@ -1,0 +1,478 @@
+//! Allocations: admitted or lined up, made ready by the device, kept by leases, released.
+
+use uuid::Uuid;
+use vramd_api::{
+    AllocationId, ApiError, DeviceId, DeviceLimits, ErrorCode, EventKind, LeaseId, OperationId, Placement,
+    Released,
+};
+use vramd_core::ledger::{Grant, Lease, Readiness, SegmentId, Shortage, State as AllocationState, Work};
+use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
+use vramd_device::{DeviceError, Range, SegmentId as Segment, Writers};
+
+use super::{Allocate, Caller, Event, OnStored, Reply, State};
+use crate::devices;
+use crate::store::{Change, StoredAllocation};
+
+/// A client's request on its way: in the queue, or waiting for its segment.
+#[derive(Debug)]
+pub struct Waiting {
+    pub(super) allocate: Allocate,
+    pub(super) placement: Option<Placement>,
+    pub(super) reply: Reply<vramd_api::Allocation>,
+}
+
+/// What happens when a reservation becomes ready.
+#[derive(Debug)]
+pub enum OnReady {
+    Client(Box<Waiting>),
+    Load(OperationId),
+    /// A persistent allocation of an earlier run.
+    Restore,
+}
+
+impl OnReady {
+    /// Answers a client that waits.
+    pub(super) fn refuse(self, outbox: &mut Vec<Box<dyn FnOnce() + Send>>, error: impl FnOnce() -> ApiError) {
+        if let Self::Client(waiting) = self {
+            let error = error();
+            outbox.push(Box::new(move || {
+                let _ = waiting.reply.send(Err(error));
+            }));
+        }
+    }
+}
+
+/// What happens when an allocation's bytes are back.
+#[derive(Debug)]
+pub enum OnReleased {
+    Reply(Reply<Released>),
+    Operation(OperationId),
+}
+
+impl State {
+    pub(super) fn allocate(&mut self, allocate: Allocate, reply: Reply<vramd_api::Allocation>) {
+        if self.stopping {
+            let error = ApiError::new(ErrorCode::Unavailable, "the daemon is stopping");
+            return self.answer(reply, Err(error));
+        }
+        let id = allocate.request.id;
+        let on: Vec<DeviceId> = allocate.on.iter().cloned().collect();
+        let wait = allocate.wait_seconds;
+        match self.ledger.reserve(allocate.request.clone(), &on, self.now) {
+            Ok(grant) => {
+                self.waiting
+                    .insert(id, OnReady::Client(Box::new(Waiting { allocate, placement: None, reply })));
+                self.granted(id, grant);
+            }
+            Err(shortage) => match wait {
+                Some(seconds) if !shortage.lost => {
+                    let deadline = self.now.tick.after_seconds(seconds);
+                    if !self.queue.push(Queued { request: allocate.request.clone(), on, deadline }) {
+                        let error = ApiError::new(
+                            ErrorCode::TooManyRequests,
+                            format!("{MAX_WAITING} requests wait for memory already"),
+                        )
+                        .hint("try again later, or ask with onShortage=fail")
+                        .detail("limit", MAX_WAITING);
+                        return self.answer(reply, Err(error));
+                    }
+                    self.waiting
+                        .insert(id, OnReady::Client(Box::new(Waiting { allocate, placement: None, reply })));
+                }
+                _ => self.answer(reply, Err(refusal(&shortage))),
+            },
+        }
+    }
+
+    /// Gives waiting requests what there is now.
+    pub(super) fn admit(&mut self) {
+        if self.queue.is_empty() {
+            return;
+        }
+        for (id, grant) in self.queue.admit(&mut self.ledger, self.now) {
+            self.granted(id, grant);
+        }
+    }
+
+    pub(super) fn expire_waiting(&mut self) {
+        if self.queue.is_empty() {
+            return;
+        }
+        for queued in self.queue.expired(self.now.tick) {
+            let Some(on_ready) = self.waiting.remove(&queued.request.id) else { continue };
+            let shortage = self.ledger.reserve(queued.request.clone(), &queued.on, self.now);
+            match shortage {
+                Ok(grant) => {
+                    self.waiting.insert(queued.request.id, on_ready);
+                    self.granted(queued.request.id, grant);
+                }
+                Err(shortage) => on_ready.refuse(&mut self.outbox, || {
+                    let mut error = refusal(&shortage);
+                    if error.code == ErrorCode::InsufficientMemory {
+                        error.code = ErrorCode::Timeout;
+                        error.status = error.code.status();
+                        error.message = format!("no room came up in time: {}", error.message);
+                    }
+                    error
+                }),
+            }
+        }
+        let waiting = &mut self.waiting;
+        self.queue.retain(|id| match waiting.get(&id) {
+            Some(OnReady::Client(client)) if client.reply.is_closed() => {
+                waiting.remove(&id);
+                false
+            }
+            found => found.is_some(),
+        });
+    }
+
+    pub(super) fn granted(&mut self, id: AllocationId, grant: Grant) {
+        if let Some(OnReady::Client(client)) = self.waiting.get_mut(&id) {
+            client.placement = Some(grant.placement);
+        }
+        match grant.readiness {
+            Readiness::Ready => self.ready(id),
+            Readiness::Waits => {}
+            Readiness::Needs(work) => self.perform(work),
+        }
+    }
+
+    /// Sends work to its device.
+    pub(super) fn perform(&mut self, work: Work) {
+        match work {
+            Work::Create { device, segment, bytes, sealed, first } => {
+                let writers = if sealed { Writers::DeviceOnly } else { Writers::Importers };
+                let id = device.clone();
+                if let Some(first) = first {
+                    self.jobs += 1;
+                    let sender = self.sender.clone();
+                    self.spawn(&id, move |on| {
+                        let outcome = on.destroy(Segment(first.0));
+                        let destroyed =
+                            Event::SegmentDestroyed { device: device.clone(), segment: first, outcome };
+                        let _ = sender.blocking_send(destroyed);
+                        let outcome = on.create(Segment(segment.0), bytes, writers);
+                        Event::SegmentCreated { device, segment, outcome }
+                    });
+                } else {
+                    self.spawn(&id, move |on| {
+                        let outcome = on.create(Segment(segment.0), bytes, writers);
+                        Event::SegmentCreated { device, segment, outcome }
+                    });
+                }
+            }
+            Work::Zero { device, segment, offset, bytes, allocation } => self.spawn(&device, move |on| {
+                let outcome = on.zero(Range { segment: Segment(segment.0), offset, bytes });
+                Event::BlockReleased { allocation, outcome }
+            }),
+            Work::Release { device, segment, allocation } => self.spawn(&device, move |on| {
+                Event::BlockReleased { allocation, outcome: on.destroy(Segment(segment.0)) }
+            }),
+            Work::Destroy { device, segment } => {
+                let id = device.clone();
+                self.spawn(&id, move |on| {
+                    let outcome = on.destroy(Segment(segment.0));
+                    Event::SegmentDestroyed { device, segment, outcome }
+                });
+            }
+        }
+    }
+
+    pub(super) fn segment_created(
+        &mut self,
+        device: &DeviceId,
+        segment: SegmentId,
+        outcome: Result<(), DeviceError>,
+    ) {
+        let Err(error) = outcome else {
+            for id in self.ledger.segment_created(device, segment) {
+                self.ready(id);
+            }
+            return;
+        };
+        self.note_failure(device, Some(&error));
+        for id in self.ledger.segment_failed(device, segment) {
+            let shown = devices::error(device, &error);
+            match self.waiting.remove(&id) {
+                Some(OnReady::Load(operation)) => self.part_failed(operation, id, shown),
+                Some(OnReady::Restore) => {
+                    tracing::error!(%id, error = %shown, "a persistent allocation is not back");
+                }
+                Some(client) => client.refuse(&mut self.outbox, || shown),
+                None => {}
+            }
+        }
+        self.admit();
+    }
+
+    /// The bytes of a reservation are there.
+    fn ready(&mut self, id: AllocationId) {
+        match self.waiting.remove(&id) {
+            Some(OnReady::Client(waiting)) if waiting.allocate.lease_seconds.is_none() => {
+                let Some(allocation) = self.ledger.allocation(id) else { return };
+                let row = StoredAllocation {
+                    id,
+                    device: allocation.device.clone(),
+                    generation: allocation.request.generation,
+                    request: serde_json::to_string(&waiting.allocate.body)
+                        .expect("a request that was read prints"),
+                };
+                self.store(Change::PutAllocation(row), OnStored::Activate(id, waiting));
+            }
+            Some(OnReady::Client(waiting)) => self.activated(id, *waiting, Ok(())),
+            Some(OnReady::Load(operation)) => {
+                self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Model, self.now);
+                self.part_ready(operation);
+            }
+            Some(OnReady::Restore) => {
+                self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Persistent, self.now);
+                self.emit_created(id);
+            }
+            None => self.discard(id),
+        }
+    }
+
+    /// Gives back what nobody waits for any more.
+    fn discard(&mut self, id: AllocationId) {
+        self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Persistent, self.now);
+        if let Ok(Some(work)) = self.ledger.release(id, self.now) {
+            self.perform(work);
+        }
+    }
+
+    /// A client's allocation is ready, and in the journal if it has to be.
+    pub(super) fn activated(&mut self, id: AllocationId, waiting: Waiting, stored: Result<(), ApiError>) {
+        let Waiting { allocate, placement, reply } = waiting;
+        if let Err(error) = stored {
+            self.discard(id);
+            return self.answer(reply, Err(error));
+        }
+        let lease = match allocate.lease_seconds {
+            None => Lease::Persistent,
+            // The client went away while it waited: nobody knows the id.
+            Some(_) if reply.is_closed() => return self.discard(id),
+            Some(seconds) => Lease::time_to_live(seconds, self.now),
+        };
+        self.ledger.activate(id, LeaseId(Uuid::now_v7()), lease, self.now);
+        self.emit_created(id);
+        let mut shown = self.ledger.allocation(id).and_then(vramd_core::ledger::Allocation::to_api);
+        if let Some(allocation) = &mut shown {
+            allocation.placement = placement;
+        }
+        self.answer(reply, shown.ok_or_else(|| ApiError::not_found("allocation", id)));
+    }
+
+    fn emit_created(&self, id: AllocationId) {
+        let Some(allocation) = self.ledger.allocation(id) else { return };
+        let request = &allocation.request;
+        self.emit(
+            EventKind::AllocationCreated,
+            serde_json::json!({
+                "allocationId": id, "deviceId": allocation.device, "sizeBytes": request.size_bytes,
+                "owner": request.owner, "purpose": request.purpose, "generation": request.generation,
+            }),
+        );
+    }
+
+    pub(super) fn release(&mut self, id: AllocationId, caller: Caller, reply: Reply<Released>) {
+        let Some(allocation) =
+            self.ledger.allocation(id).filter(|found| found.state != AllocationState::Reserved)
+        else {
+            return self.answer(reply, Err(ApiError::not_found("allocation", id)));
+        };
+        if let Err(error) = owned(allocation, caller) {
+            return self.answer(reply, Err(error));
+        }
+        if allocation.request.sealed {
+            let error = ApiError::new(ErrorCode::Conflict, format!("allocation {id} belongs to a model"))
+                .hint("unload the model instead: `vramd unload MODEL`");
+            return self.answer(reply, Err(error));
+        }
+        if allocation.state == AllocationState::Releasing {
+            let error =
+                ApiError::new(ErrorCode::Conflict, format!("allocation {id} is being released already"));
+            return self.answer(reply, Err(error));
+        }
+        if allocation.is_attached() {
+            let holders = allocation.holders().cloned().collect::<Vec<_>>();
+            return self.answer(reply, Err(attached(&format!("allocation {id}"), &holders)));
+        }
+        if allocation.request.persistent {
+            self.store(Change::RemoveAllocation(id), OnStored::Release(id, reply));
+        } else {
+            self.release_stored(id, reply, Ok(()));
+        }
+    }
+
+    pub(super) fn release_stored(
+        &mut self,
+        id: AllocationId,
+        reply: Reply<Released>,
+        stored: Result<(), ApiError>,
+    ) {
+        if let Err(error) = stored {
+            return self.answer(reply, Err(error));
+        }
+        match self.ledger.release(id, self.now) {
+            Ok(Some(work)) => {
+                self.releasing.insert(id, OnReleased::Reply(reply));
+                self.perform(work);
+            }
+            Ok(None) => {
+                let error =
+                    ApiError::new(ErrorCode::Conflict, format!("allocation {id} is being released already"));
+                self.answer(reply, Err(error));
+            }
+            // Somebody attached while the journal was written: it lives on until they go, as a lease would.
+            Err(in_use) => self.answer(reply, Err(attached(&format!("allocation {id}"), &in_use.holders))),
+        }
+    }
+
+    pub(super) fn block_released(&mut self, id: AllocationId, outcome: &Result<(), DeviceError>) {
+        let device = self.ledger.allocation(id).map(|allocation| allocation.device.clone());
+        if let (Some(device), Err(error)) = (&device, outcome) {
+            self.note_failure(device, Some(error));
+        }
+        let Some((allocation, left)) = self.ledger.released(id) else { return };
+        if let Some(work) = left {
+            self.perform(work);
+        }
+        let released = Released {
+            allocation_id: id,
+            device_id: allocation.device.clone(),
+            released_bytes: allocation.block_bytes,
+        };
+        let data = serde_json::json!({
+            "allocationId": id, "deviceId": allocation.device, "releasedBytes": allocation.block_bytes,
+            "owner": allocation.request.owner, "purpose": allocation.request.purpose,
+        });
+        self.emit(EventKind::AllocationReleased, data);
+        match self.releasing.remove(&id) {
+            Some(OnReleased::Reply(reply)) => self.answer(reply, Ok(released)),
+            Some(OnReleased::Operation(operation)) => self.part_released(operation, id),
+            None => {}
+        }
+        self.admit();
+    }
+
+    pub(super) fn renew(
+        &mut self,
+        id: AllocationId,
+        seconds: Option<u64>,
+        caller: Caller,
+        reply: Reply<vramd_api::Allocation>,
+    ) {
+        let Some(allocation) =
+            self.ledger.allocation(id).filter(|found| found.state != AllocationState::Reserved)
+        else {
+            return self.answer(reply, Err(ApiError::not_found("allocation", id)));
+        };
+        if let Err(error) = owned(allocation, caller) {
+            return self.answer(reply, Err(error));
+        }
+        let renewed = self.ledger.renew(id, seconds, self.now);
+        let shown = self.ledger.allocation(id).and_then(vramd_core::ledger::Allocation::to_api);
+        let answer = renewed.and(shown).ok_or_else(|| {
+            ApiError::new(ErrorCode::Conflict, format!("allocation {id} has no lease with a time to live"))
+                .hint("persistent allocations and models are kept without one")
+        });
+        self.answer(reply, answer);
+    }
+
+    /// A lease ended, by itself or because its connection closed.
+    pub(super) fn lease_ended(&mut self, lease: LeaseId) {
+        let Some((id, work)) = self.ledger.end_lease(lease, self.now) else { return };
+        self.emit(EventKind::LeaseEnded, serde_json::json!({ "leaseId": lease, "allocationId": id }));
+        self.detached(id, lease);
+        if let Some(work) = work {
+            self.perform(work);
+        }
+    }
+
+    pub(super) fn set_limit(&mut self, device: DeviceId, limit: Option<u64>, reply: Reply<DeviceLimits>) {
+        self.store(Change::SetLimit(device.clone(), limit), OnStored::Limit(device, limit, reply));
+    }
+
+    pub(super) fn limit_stored(
+        &mut self,
+        device: &DeviceId,
+        limit: Option<u64>,
+        reply: Reply<DeviceLimits>,
+        stored: Result<(), ApiError>,
+    ) {
+        let answer = stored.map(|()| {
+            self.ledger.set_limit(device, limit);
+            let (limit_bytes, overridden) = self.ledger.limit(device).unwrap_or_default();
+            let limits = DeviceLimits { device_id: device.clone(), limit_bytes, overridden };
+            self.emit(EventKind::LimitsChanged, serde_json::json!(limits));
+            limits
+        });
+        self.answer(reply, answer);
+        self.admit();
+    }
+}
+
+/// On the Unix socket an ordinary user frees, renews and attaches only what carries their own uid.
+pub(super) fn owned(allocation: &vramd_core::ledger::Allocation, caller: Caller) -> Result<(), ApiError> {
+    let Some(uid) = caller.uid else { return Ok(()) };
+    let mine = format!("uid:{uid}");
+    let owner = allocation.request.owner.as_str();
+    let same = owner.strip_prefix(&mine).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    if same || uid == 0 || uid == rustix::process::geteuid().as_raw() {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::PermissionDenied,
+        format!("allocation {} belongs to {owner}, not to {mine}", allocation.request.id),
+    ))
+}
+
+/// Something cannot go because processes are attached to it.
+pub(super) fn attached(what: &str, holders: &[vramd_api::Holder]) -> ApiError {
+    let names: Vec<_> =
+        holders.iter().take(3).map(|holder| format!("{} ({})", holder.command, holder.pid)).collect();
+    let more = holders.len().saturating_sub(names.len());
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    ApiError::new(ErrorCode::Conflict, format!("{what} is attached by {}{more}", names.join(", ")))
+        .hint("it can go once these processes have closed it")
+        .detail("holders", serde_json::json!(holders))
+}
+
+/// A request that was not admitted, in words and figures.
+pub(super) fn refusal(shortage: &Shortage) -> ApiError {
+    use vramd_api::Bytes;
+    if shortage.lost {
+        return ApiError::new(ErrorCode::DeviceLost, "the device is lost")
+            .hint("other devices go on working; restart the daemon once the device is back");
+    }
+    let holders: Vec<_> = shortage
+        .holders
+        .iter()
+        .map(|(owner, bytes)| serde_json::json!({ "owner": owner, "bytes": bytes }))
+        .collect();
+    let largest = shortage.largest_free_bytes;
+    let hint = if shortage.requested_bytes <= shortage.largest_after_eviction_bytes {
+        "it would fit once idle models are unloaded: `vramd ps` shows which, `vramd unload` unloads"
+    } else if shortage.requested_bytes <= shortage.available_bytes {
+        "there is enough in all, but not in one piece"
+    } else {
+        "`vramd ps` shows who holds memory; ask for less, wait with onShortage=wait, or raise the limit"
+    };
+    ApiError::new(
+        ErrorCode::InsufficientMemory,
+        format!(
+            "{} asked, {} available, the largest piece is {}",
+            Bytes::show(shortage.requested_bytes),
+            Bytes::show(shortage.available_bytes),
+            Bytes::show(largest)
+        ),
+    )
+    .hint(hint)
+    .detail("requestedBytes", shortage.requested_bytes)
+    .detail("availableBytes", shortage.available_bytes)
+    .detail("largestFreeBytes", largest)
+    .detail("largestAfterEvictionBytes", shortage.largest_after_eviction_bytes)
+    .detail("holders", holders)
+    .detail("considered", serde_json::json!(shortage.placement.considered))
+}

@@ -1,0 +1,219 @@
+//! Attachments: a connection, and the allocation that it keeps.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde_json::value::RawValue;
+use uuid::Uuid;
+use vramd_api::attach::Access;
+use vramd_api::{
+    AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, LeaseId, ModelName, ResidencyState,
+};
+use vramd_core::ledger::{Allocation, Lease, State as AllocationState};
+use vramd_core::models::{Plan, Residency};
+use vramd_device::SegmentId;
+
+use super::allocations::owned;
+use super::models::{no_component, no_model, not_resident};
+use super::{AttachRequest, AttachTarget, Caller, Reply, State};
+
+/// What a connection got: a lease, and where the bytes are.
+#[derive(Debug)]
+pub struct Attachment {
+    pub lease: LeaseId,
+    pub allocation: AllocationId,
+    pub device: DeviceId,
+    pub segment: SegmentId,
+    pub segment_bytes: u64,
+    pub block_offset: u64,
+    pub block_bytes: u64,
+    pub generation: u64,
+    pub model: Option<(ModelName, ComponentName)>,
+    pub plan: Option<Arc<Plan>>,
+}
+
+impl Attachment {
+    /// The tensor table; an allocation has none.
+    pub fn table(&self) -> Arc<RawValue> {
+        match &self.plan {
+            Some(plan) => plan.table.clone(),
+            None => RawValue::from_string("[]".to_owned()).expect("an empty array is JSON").into(),
+        }
+    }
+
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.plan.as_ref().map(|plan| plan.layout.metadata.clone()).unwrap_or_default()
+    }
+}
+
+/// Where the bytes to attach are.
+struct Found {
+    allocation: AllocationId,
+    model: Option<(ModelName, ComponentName)>,
+    plan: Option<Arc<Plan>>,
+}
+
+impl State {
+    pub(super) fn attach(&mut self, request: AttachRequest, reply: Reply<Attachment>) {
+        // A connection that closed while its request waited must not get a lease that nobody would end.
+        if reply.is_closed() {
+            return;
+        }
+        let answer = self.find(&request).and_then(|found| self.open(found, request));
+        self.answer(reply, answer);
+    }
+
+    fn find(&self, request: &AttachRequest) -> Result<Found, ApiError> {
+        match &request.target {
+            AttachTarget::Model { model, component } => {
+                if request.access == Access::Write {
+                    return Err(ApiError::invalid("access", "a model's weights are attached read-only")
+                        .hint(
+                            "a private, copy-on-write mapping of a read-only descriptor can be written to",
+                        ));
+                }
+                self.find_component(model, component.as_ref(), request.device.as_ref())
+            }
+            AttachTarget::Allocation(id) => {
+                let allocation = self
+                    .ledger
+                    .allocation(*id)
+                    .filter(|allocation| allocation.state == AllocationState::Active)
+                    .ok_or_else(|| ApiError::not_found("allocation", id))?;
+                if request.device.as_ref().is_some_and(|device| *device != allocation.device) {
+                    return Err(ApiError::new(
+                        ErrorCode::NotResident,
+                        format!("allocation {id} is on {}", allocation.device),
+                    ));
+                }
+                owned(allocation, Caller { uid: Some(request.holder.uid) })?;
+                if allocation.request.sealed && request.access == Access::Write {
+                    return Err(ApiError::invalid(
+                        "access",
+                        format!("allocation {id} holds a model's weights"),
+                    ));
+                }
+                Ok(Found { allocation: *id, model: None, plan: None })
+            }
+        }
+    }
+
+    fn find_component(
+        &self,
+        name: &ModelName,
+        component: Option<&ComponentName>,
+        device: Option<&DeviceId>,
+    ) -> Result<Found, ApiError> {
+        let model = self.models.get(name).ok_or_else(|| no_model(name))?;
+        let component = match component {
+            Some(component) => component,
+            None => match model.components.keys().collect::<Vec<_>>().as_slice() {
+                [only] => *only,
+                many => {
+                    let known: Vec<_> = many.iter().map(|component| format!("{name}/{component}")).collect();
+                    return Err(ApiError::invalid(
+                        "component",
+                        format!("model {name} has several components"),
+                    )
+                    .hint(format!("name one of them: {}", known.join(", "))));
+                }
+            },
+        };
+        let entry = model.components.get(component).ok_or_else(|| no_component(model, component))?;
+        let resident: Vec<_> = entry
+            .residency
+            .iter()
+            .filter(|(on, _)| device.is_none_or(|device| device == *on))
+            .filter_map(|(on, residency)| match residency {
+                Residency::Resident { allocation, plan } => Some((on, *allocation, plan.clone())),
+                Residency::Loading { .. } | Residency::Evicting { .. } => None,
+            })
+            .collect();
+        match resident.as_slice() {
+            [(_, allocation, plan)] => Ok(Found {
+                allocation: *allocation,
+                model: Some((name.clone(), component.clone())),
+                plan: Some(plan.clone()),
+            }),
+            [] => {
+                let place = device.map_or_else(|| "any device".to_owned(), ToString::to_string);
+                let error = not_resident(name, &place);
+                let loading =
+                    entry.residency.values().any(|residency| matches!(residency, Residency::Loading { .. }));
+                let state = if loading { ResidencyState::Loading } else { ResidencyState::OnDisk };
+                let error = error.detail("state", serde_json::json!(state));
+                Err(if loading { error.hint("it is being loaded: wait for that operation") } else { error })
+            }
+            many => {
+                let places: Vec<_> = many.iter().map(|(on, ..)| on.as_str()).collect();
+                Err(ApiError::invalid(
+                    "deviceId",
+                    format!("{name}/{component} is resident on {}", places.join(", ")),
+                )
+                .hint("name one of these devices"))
+            }
+        }
+    }
+
+    fn open(&mut self, found: Found, request: AttachRequest) -> Result<Attachment, ApiError> {
+        let gone = || ApiError::not_found("allocation", found.allocation);
+        let allocation: &Allocation = self.ledger.allocation(found.allocation).ok_or_else(gone)?;
+        let device = self.devices.get(&allocation.device).ok_or_else(gone)?;
+        if self.ledger.is_lost(&allocation.device) {
+            return Err(ApiError::new(ErrorCode::DeviceLost, format!("{} is lost", allocation.device)));
+        }
+        if !device.facts().capabilities.export {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("memory on {} cannot be mapped by other processes", allocation.device),
+            ));
+        }
+        let lease = LeaseId(Uuid::now_v7());
+        let attachment = Attachment {
+            lease,
+            allocation: found.allocation,
+            device: allocation.device.clone(),
+            segment: SegmentId(allocation.segment.0),
+            segment_bytes: self.ledger.segment_bytes(found.allocation).unwrap_or(allocation.block_bytes),
+            block_offset: allocation.offset,
+            block_bytes: if found.plan.is_some() {
+                allocation.block_bytes
+            } else {
+                allocation.request.size_bytes
+            },
+            generation: allocation.request.generation,
+            model: found.model,
+            plan: found.plan,
+        };
+        let AttachRequest { holder, .. } = request;
+        self.emit(
+            EventKind::AttachmentOpened,
+            serde_json::json!({
+                "leaseId": lease, "allocationId": found.allocation, "deviceId": attachment.device, "holder": holder,
+                "model": attachment.model.as_ref().map(|(model, _)| model),
+                "component": attachment.model.as_ref().map(|(_, component)| component),
+            }),
+        );
+        self.ledger.grant(found.allocation, lease, Lease::Connection { holder }, self.now);
+        let name = attachment.model.as_ref().map(|(name, _)| name.clone());
+        self.used(name.as_ref());
+        self.attachments.insert(lease, name);
+        Ok(attachment)
+    }
+
+    fn used(&mut self, name: Option<&ModelName>) {
+        let now = self.now;
+        if let Some(model) = name.and_then(|name| self.models.get_mut(name)) {
+            model.last_used = Some(now);
+        }
+    }
+
+    /// A lease has ended; if it was an attachment's, its model was used until now.
+    pub(super) fn detached(&mut self, allocation: AllocationId, lease: LeaseId) {
+        if let Some(name) = self.attachments.remove(&lease) {
+            self.used(name.as_ref());
+            let data = serde_json::json!({ "leaseId": lease, "allocationId": allocation, "model": name });
+            self.emit(EventKind::AttachmentClosed, data);
+        }
+    }
+}

@@ -1,0 +1,494 @@
+//! The driver: the one task that owns all state.
+//!
+//! It takes one closed [`Event`] at a time, decides with `vramd-core`, sends device work to threads and reads its
+//! outcome as further events. It does nothing slow itself. After each batch of events it publishes a [`Snapshot`]
+//! and only then sends the replies, so that a client that reads after it wrote sees what it wrote.
+
+mod allocations;
+mod attachments;
+mod models;
+mod operations;
+mod restore;
+mod snapshot;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use vramd_api::attach::Access;
+use vramd_api::{
+    AllocateRequest, AllocationId, ApiError, ComponentName, DeviceId, DeviceLimits, ErrorCode, EventKind,
+    Holder, KeepAlive, LeaseId, ModelName, Operation, OperationId, PressureLevel, Released,
+};
+use vramd_core::Now;
+use vramd_core::ledger::{Ledger, Request, SegmentId};
+use vramd_core::models::{Model, Models, Plan};
+use vramd_core::queue::Queue;
+use vramd_device::{Device, DeviceError, Sample};
+
+use crate::clock::Clock;
+use crate::devices::Devices;
+use crate::event_log::EventLog;
+use crate::source::Prepared;
+use crate::store::{Change, Store, StoreError, Stored};
+
+pub use attachments::Attachment;
+pub use operations::{Entry, Progress};
+pub use snapshot::{DeviceView, Snapshot, memory_status};
+
+/// How often leases, waits and keep-alives are looked at and devices are measured.
+const TICK: Duration = Duration::from_millis(250);
+/// The most events that wait for the driver; senders beyond wait themselves.
+const MAILBOX: usize = 4096;
+/// The most events in one batch, between two snapshots.
+const BATCH: usize = 256;
+
+/// Where an answer goes.
+pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
+
+/// A request for memory, checked.
+#[derive(Debug)]
+pub struct Allocate {
+    pub request: Request,
+    pub on: Option<DeviceId>,
+    /// The time to live of its lease; None for persistent ones.
+    pub lease_seconds: Option<u64>,
+    /// How long to wait for room; None fails at once.
+    pub wait_seconds: Option<u64>,
+    /// As it came, for the journal.
+    pub body: AllocateRequest,
+}
+
+/// A request to load a model, or some of its components.
+#[derive(Debug, Clone)]
+pub struct Load {
+    pub model: ModelName,
+    pub device: Option<DeviceId>,
+    pub components: Option<Vec<ComponentName>>,
+    pub keep_alive: Option<KeepAlive>,
+}
+
+/// The answer to a load.
+#[derive(Debug)]
+pub enum LoadAnswer {
+    Operation(Box<Operation>),
+    /// Read these files' headers, then ask again with them.
+    Prepare(BTreeMap<ComponentName, String>),
+}
+
+/// What an attach names.
+#[derive(Debug)]
+pub enum AttachTarget {
+    Model { model: ModelName, component: Option<ComponentName> },
+    Allocation(AllocationId),
+}
+
+#[derive(Debug)]
+pub struct AttachRequest {
+    pub target: AttachTarget,
+    pub device: Option<DeviceId>,
+    pub access: Access,
+    pub holder: Holder,
+}
+
+/// Who calls: over TCP the daemon's own user, on the Unix socket the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller {
+    pub uid: Option<u32>,
+}
+
+/// Everything that can happen to the daemon.
+#[derive(Debug)]
+pub enum Event {
+    Allocate(Box<Allocate>, Reply<vramd_api::Allocation>),
+    Release(AllocationId, Caller, Reply<Released>),
+    Renew(AllocationId, Option<u64>, Caller, Reply<vramd_api::Allocation>),
+    SetLimit(DeviceId, Option<u64>, Reply<DeviceLimits>),
+    Register(Box<Model>, Reply<vramd_api::Model>),
+    Remove(ModelName, Reply<vramd_api::Model>),
+    Load(Load, Option<BTreeMap<ComponentName, Prepared>>, Reply<LoadAnswer>),
+    Unload(ModelName, Option<DeviceId>, Reply<Operation>),
+    Pin(ModelName, bool, Reply<vramd_api::Model>),
+    Touch(ModelName, Option<KeepAlive>, Reply<vramd_api::Model>),
+    Cancel(OperationId, Reply<Operation>),
+    Attach(Box<AttachRequest>, Reply<Attachment>),
+    /// The files of a model that was known from an earlier run were looked at.
+    Inspected(ModelName, BTreeMap<ComponentName, Result<Arc<Plan>, Box<ApiError>>>),
+    /// A connection closed.
+    LeaseEnded(LeaseId),
+    SegmentCreated {
+        device: DeviceId,
+        segment: SegmentId,
+        outcome: Result<(), DeviceError>,
+    },
+    SegmentDestroyed {
+        device: DeviceId,
+        segment: SegmentId,
+        outcome: Result<(), DeviceError>,
+    },
+    /// A block was zeroed, or its segment given back.
+    BlockReleased {
+        allocation: AllocationId,
+        outcome: Result<(), DeviceError>,
+    },
+    LoadRead {
+        operation: OperationId,
+        outcome: Result<(), LoadFailure>,
+    },
+    Measured {
+        device: DeviceId,
+        live_bytes: u64,
+        outcome: Result<Sample, DeviceError>,
+    },
+    /// The journal wrote, or failed to write, what this was waiting for.
+    Stored(Box<OnStored>, Result<(), StoreError>),
+    Tick,
+    Stop,
+}
+
+/// Why the bytes of a model did not arrive.
+#[derive(Debug)]
+pub enum LoadFailure {
+    Cancelled,
+    Device(DeviceId, DeviceError),
+}
+
+/// What goes on once the journal has written.
+#[derive(Debug)]
+pub enum OnStored {
+    Activate(AllocationId, Box<allocations::Waiting>),
+    Release(AllocationId, Reply<Released>),
+    Limit(DeviceId, Option<u64>, Reply<DeviceLimits>),
+    Register(Box<Model>, Reply<vramd_api::Model>),
+    Remove(ModelName, Reply<vramd_api::Model>),
+    Pin(ModelName, bool, Reply<vramd_api::Model>),
+    Touch(ModelName, KeepAlive, Reply<vramd_api::Model>),
+    /// Written for a restart only; a failure is logged.
+    Nothing,
+}
+
+/// The way to the driver.
+#[derive(Debug, Clone)]
+pub struct Driver {
+    sender: mpsc::Sender<Event>,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    pub log: Arc<EventLog>,
+    pub devices: Arc<Devices>,
+}
+
+impl Driver {
+    /// Starts the driver on what the journal held. Ends after [`Self::stop`]; the handle tells when.
+    pub fn start(
+        devices: Devices,
+        store: Store,
+        stored: Stored,
+        run: String,
+    ) -> (Self, tokio::task::JoinHandle<()>) {
+        let (sender, inbox) = mpsc::channel(MAILBOX);
+        let devices = Arc::new(devices);
+        let log = EventLog::new(run);
+        let clock = Clock::start();
+        let mut state = State {
+            ledger: Ledger::default(),
+            queue: Queue::default(),
+            models: Models::default(),
+            operations: operations::Operations::default(),
+            waiting: HashMap::new(),
+            releasing: HashMap::new(),
+            attachments: HashMap::new(),
+            changing: BTreeSet::new(),
+            pressure: BTreeMap::new(),
+            measuring: BTreeSet::new(),
+            samples: BTreeMap::new(),
+            jobs: 0,
+            outbox: Vec::new(),
+            stopping: false,
+            devices: devices.clone(),
+            store,
+            log: log.clone(),
+            sender: sender.clone(),
+            clock,
+            now: clock.now(),
+        };
+        state.begin(stored);
+        let (publish, snapshots) = watch::channel(Arc::new(state.snapshot()));
+        let task = tokio::spawn(state.run(inbox, publish));
+        (Self { sender, snapshots, log, devices }, task)
+    }
+
+    /// The state after the last batch of events.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshots.borrow().clone()
+    }
+
+    /// For those who wait until a snapshot shows something.
+    pub fn snapshots(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.snapshots.clone()
+    }
+
+    /// Sends an event that is answered.
+    pub async fn ask<T>(&self, event: impl FnOnce(Reply<T>) -> Event) -> Result<T, ApiError> {
+        let (reply, answer) = oneshot::channel();
+        let stopping =
+            || ApiError::new(ErrorCode::Unavailable, "the daemon is stopping").hint("try again in a moment");
+        self.sender.send(event(reply)).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?
+    }
+
+    /// Sends an event that is not.
+    pub async fn tell(&self, event: Event) {
+        let _ = self.sender.send(event).await;
+    }
+
+    /// Cancels what runs and ends the driver once it has ended.
+    pub async fn stop(&self) {
+        self.tell(Event::Stop).await;
+    }
+}
+
+/// All state of the daemon.
+struct State {
+    ledger: Ledger,
+    queue: Queue,
+    models: Models,
+    operations: operations::Operations,
+    /// What happens when a reservation becomes ready, or room is found.
+    waiting: HashMap<AllocationId, allocations::OnReady>,
+    /// What happens when an allocation's bytes are back.
+    releasing: HashMap<AllocationId, allocations::OnReleased>,
+    /// The open attachments, and the models that they are used through.
+    attachments: HashMap<LeaseId, Option<ModelName>>,
+    /// Models that the journal is writing a change of.
+    changing: BTreeSet<ModelName>,
+    pressure: BTreeMap<DeviceId, PressureLevel>,
+    measuring: BTreeSet<DeviceId>,
+    samples: BTreeMap<DeviceId, jiff::Timestamp>,
+    /// Device calls and journal writes under way.
+    jobs: usize,
+    /// Answers to be sent after the next snapshot.
+    outbox: Vec<Box<dyn FnOnce() + Send>>,
+    stopping: bool,
+    devices: Arc<Devices>,
+    store: Store,
+    log: Arc<EventLog>,
+    sender: mpsc::Sender<Event>,
+    clock: Clock,
+    /// Read once for each batch.
+    now: Now,
+}
+
+impl State {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Event>, publish: watch::Sender<Arc<Snapshot>>) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut batch = Vec::with_capacity(BATCH);
+        while !(self.stopping && self.jobs == 0) {
+            tokio::select! {
+                _ = inbox.recv_many(&mut batch, BATCH) => {}
+                _ = ticks.tick() => batch.push(Event::Tick),
+            }
+            self.now = self.clock.now();
+            for event in batch.drain(..) {
+                self.take(event);
+            }
+            debug_assert_eq!(self.ledger.check(), Ok(()));
+            publish.send_replace(Arc::new(self.snapshot()));
+            for send in self.outbox.drain(..) {
+                send();
+            }
+        }
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Allocate(allocate, reply) => self.allocate(*allocate, reply),
+            Event::Release(id, caller, reply) => self.release(id, caller, reply),
+            Event::Renew(id, seconds, caller, reply) => self.renew(id, seconds, caller, reply),
+            Event::SetLimit(device, limit, reply) => self.set_limit(device, limit, reply),
+            Event::Register(model, reply) => self.register(model, reply),
+            Event::Remove(name, reply) => self.remove(name, reply),
+            Event::Load(load, prepared, reply) => self.load(&load, prepared, reply),
+            Event::Unload(name, device, reply) => self.unload(&name, device.as_ref(), reply),
+            Event::Pin(name, pinned, reply) => self.pin(name, pinned, reply),
+            Event::Touch(name, keep_alive, reply) => self.touch(name, keep_alive, reply),
+            Event::Cancel(id, reply) => self.cancel(id, reply),
+            Event::Attach(request, reply) => self.attach(*request, reply),
+            Event::Inspected(name, plans) => self.inspected(&name, plans),
+            Event::LeaseEnded(lease) => self.lease_ended(lease),
+            Event::SegmentCreated { device, segment, outcome } => {
+                self.jobs -= 1;
+                self.segment_created(&device, segment, outcome);
+            }
+            Event::SegmentDestroyed { device, segment, outcome } => {
+                self.jobs -= 1;
+                self.note_failure(&device, outcome.as_ref().err());
+                self.ledger.destroyed(&device, segment);
+                self.admit();
+            }
+            Event::BlockReleased { allocation, outcome } => {
+                self.jobs -= 1;
+                self.block_released(allocation, &outcome);
+            }
+            Event::LoadRead { operation, outcome } => {
+                self.jobs -= 1;
+                self.load_read(operation, outcome);
+            }
+            Event::Measured { device, live_bytes, outcome } => {
+                self.jobs -= 1;
+                self.measured(&device, live_bytes, outcome);
+            }
+            Event::Stored(next, outcome) => {
+                self.jobs -= 1;
+                self.stored(*next, outcome);
+            }
+            Event::Tick => self.tick(),
+            Event::Stop => self.stop(),
+        }
+    }
+
+    fn tick(&mut self) {
+        for lease in self.ledger.expired(self.now.tick) {
+            self.lease_ended(lease);
+        }
+        self.expire_waiting();
+        self.expire_models();
+        self.operations.prune();
+        if !self.stopping {
+            self.measure();
+        }
+    }
+
+    fn measure(&mut self) {
+        let idle: Vec<_> = self
+            .devices
+            .iter()
+            .map(|device| device.facts().device.clone())
+            .filter(|device| !self.measuring.contains(device) && !self.ledger.is_lost(device))
+            .collect();
+        for id in idle {
+            let live_bytes = self.ledger.live_bytes(&id);
+            self.measuring.insert(id.clone());
+            let device = id.clone();
+            self.spawn(&id, move |on| Event::Measured { device, live_bytes, outcome: on.sample() });
+        }
+    }
+
+    fn measured(&mut self, device: &DeviceId, live_bytes: u64, outcome: Result<Sample, DeviceError>) {
+        self.measuring.remove(device);
+        match outcome {
+            Ok(Sample { used_bytes, available_bytes }) => {
+                let measured = vramd_core::ledger::Measured { used_bytes, available_bytes, live_bytes };
+                self.ledger.observe(device, measured);
+                self.samples.insert(device.clone(), self.now.wall);
+                self.watch_pressure(device);
+            }
+            Err(error) => self.note_failure(device, Some(&error)),
+        }
+        self.admit();
+    }
+
+    fn watch_pressure(&mut self, device: &DeviceId) {
+        let Some(ratio) = self
+            .ledger
+            .usage(device)
+            .zip(self.devices.get(device))
+            .map(|(usage, opened)| usage.used_bytes as f64 / opened.facts().total_bytes.max(1) as f64)
+        else {
+            return;
+        };
+        let before = self.pressure.get(device).copied().unwrap_or_default();
+        let level = vramd_core::pressure::level(ratio, before);
+        if level != before {
+            self.pressure.insert(device.clone(), level);
+            self.emit(
+                EventKind::PressureChanged,
+                serde_json::json!({ "deviceId": device, "level": level, "before": before, "ratio": ratio }),
+            );
+        }
+    }
+
+    /// Remembers a device that is lost. Its allocations stay in the books until they are released.
+    fn note_failure(&mut self, device: &DeviceId, error: Option<&DeviceError>) {
+        let Some(error) = error else { return };
+        tracing::warn!(%device, error = error as &dyn std::error::Error, "a device call failed");
+        if matches!(error, DeviceError::Lost { .. }) && self.ledger.lose(device) {
+            self.emit(
+                EventKind::DeviceLost,
+                serde_json::json!({ "deviceId": device, "reason": error.to_string() }),
+            );
+        }
+    }
+
+    fn stop(&mut self) {
+        self.stopping = true;
+        self.emit(EventKind::DaemonStopping, serde_json::json!({}));
+        self.operations.cancel_all();
+        self.queue.retain(|_| false);
+        for (_, on_ready) in std::mem::take(&mut self.waiting) {
+            on_ready
+                .refuse(&mut self.outbox, || ApiError::new(ErrorCode::Unavailable, "the daemon is stopping"));
+        }
+    }
+
+    fn stored(&mut self, next: OnStored, outcome: Result<(), StoreError>) {
+        if let Err(error) = &outcome {
+            tracing::error!(error = error as &dyn std::error::Error, "the journal could not be written");
+        }
+        let outcome = outcome.map_err(|error| store_failed(&error));
+        match next {
+            OnStored::Activate(id, waiting) => self.activated(id, *waiting, outcome),
+            OnStored::Release(id, reply) => self.release_stored(id, reply, outcome),
+            OnStored::Limit(device, limit, reply) => self.limit_stored(&device, limit, reply, outcome),
+            OnStored::Register(model, reply) => self.registered(*model, reply, outcome),
+            OnStored::Remove(name, reply) => self.removed(&name, reply, outcome),
+            OnStored::Pin(name, pinned, reply) => self.pinned(&name, pinned, reply, outcome),
+            OnStored::Touch(name, keep_alive, reply) => self.touched(&name, Some(keep_alive), reply, outcome),
+            OnStored::Nothing => {}
+        }
+    }
+
+    /// Writes to the journal, then goes on with `next`.
+    fn store(&mut self, change: Change, next: OnStored) {
+        let sender = self.sender.clone();
+        self.jobs += 1;
+        self.store.write(vec![change], move |outcome| {
+            let _ = sender.blocking_send(Event::Stored(Box::new(next), outcome));
+        });
+    }
+
+    /// Runs a device call on a thread of its own; its outcome comes back as an event.
+    fn spawn(&mut self, device: &DeviceId, call: impl FnOnce(&dyn Device) -> Event + Send + 'static) {
+        let device = self.devices.get(device).expect("the ledger knows only devices that opened").clone();
+        let sender = self.sender.clone();
+        self.jobs += 1;
+        tokio::task::spawn_blocking(move || {
+            let event = call(device.as_ref());
+            let _ = sender.blocking_send(event);
+        });
+    }
+
+    fn answer<T: Send + 'static>(&mut self, reply: Reply<T>, answer: Result<T, ApiError>) {
+        self.outbox.push(Box::new(move || {
+            let _ = reply.send(answer);
+        }));
+    }
+
+    fn emit(&self, kind: EventKind, data: serde_json::Value) {
+        self.log.push(kind, self.now.wall, data);
+    }
+}
+
+fn store_failed(error: &StoreError) -> ApiError {
+    let cause = std::error::Error::source(error).map_or_else(String::new, |cause| format!(": {cause}"));
+    ApiError::new(ErrorCode::StoreFailed, format!("{error}{cause}; nothing was changed"))
+        .hint("free space in the state directory, then try again")
+}
+
+/// Keeps a component's plan beside the allocation it goes to.
+#[derive(Debug, Clone)]
+struct Part {
+    component: ComponentName,
+    allocation: AllocationId,
+    plan: Arc<Plan>,
+}

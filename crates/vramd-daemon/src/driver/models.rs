@@ -1,0 +1,633 @@
+//! Models: registered, loaded in parts, unloaded, kept alive.
+//!
+//! A load reserves the blocks of all its parts at once, has them made, reads the files into them on a thread of
+//! its own, and then either all parts are resident or none is.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use uuid::Uuid;
+use vramd_api::{
+    AllocationId, AllocationType, ApiError, Bytes, ComponentName, DeviceId, ErrorCode, EventKind, KeepAlive,
+    ModelName, Operation, OperationId, OperationKind, Priority,
+};
+use vramd_core::ledger::{Request, State as AllocationState};
+use vramd_core::models::{Busy, MAX_MODELS, Model, Plan, Residency};
+
+use super::allocations::{OnReady, OnReleased, attached, refusal};
+use super::operations::{Loading, Running, Unloading};
+use super::{Event, Load, LoadAnswer, LoadFailure, OnStored, Part, Reply, State};
+use crate::loader::{self, Target};
+use crate::source::Prepared;
+use crate::store::{Change, StoredModel};
+
+impl State {
+    pub(super) fn register(&mut self, model: Box<Model>, reply: Reply<vramd_api::Model>) {
+        let refused = if self.models.get(&model.name).is_some() || self.changing.contains(&model.name) {
+            ApiError::new(ErrorCode::Conflict, format!("there is a model {} already", model.name))
+                .hint("choose another name, or remove that one first")
+        } else if self.models.len() >= MAX_MODELS {
+            ApiError::new(ErrorCode::TooManyRequests, format!("{MAX_MODELS} models are registered already"))
+                .detail("limit", MAX_MODELS)
+        } else {
+            self.changing.insert(model.name.clone());
+            let row = stored(&model);
+            return self.store(Change::PutModel(row), OnStored::Register(model, reply));
+        };
+        self.answer(reply, Err(refused));
+    }
+
+    pub(super) fn registered(
+        &mut self,
+        model: Model,
+        reply: Reply<vramd_api::Model>,
+        stored: Result<(), ApiError>,
+    ) {
+        self.changing.remove(&model.name);
+        let answer = stored.map(|()| {
+            let shown = model.to_api(self.ledger.allocations());
+            self.emit(
+                EventKind::ModelRegistered,
+                serde_json::json!({ "name": model.name, "sizeBytes": shown.size_bytes }),
+            );
+            self.models.insert(model);
+            shown
+        });
+        self.answer(reply, answer);
+    }
+
+    pub(super) fn inspected(
+        &mut self,
+        name: &ModelName,
+        plans: BTreeMap<ComponentName, Result<Arc<Plan>, Box<ApiError>>>,
+    ) {
+        let Some(model) = self.models.get_mut(name) else { return };
+        for (component, plan) in plans {
+            if let Some(entry) = model.components.get_mut(&component).filter(|entry| entry.plan.is_err()) {
+                entry.plan = plan;
+            }
+        }
+    }
+
+    pub(super) fn remove(&mut self, name: ModelName, reply: Reply<vramd_api::Model>) {
+        let refused = match self.changeable(&name) {
+            Err(error) => error,
+            Ok(model) => match model.removable(self.ledger.allocations()) {
+                Ok(()) => {
+                    self.changing.insert(name.clone());
+                    return self.store(Change::RemoveModel(name.clone()), OnStored::Remove(name, reply));
+                }
+                Err(busy) => refuse(&name, busy),
+            },
+        };
+        self.answer(reply, Err(refused));
+    }
+
+    pub(super) fn removed(
+        &mut self,
+        name: &ModelName,
+        reply: Reply<vramd_api::Model>,
+        stored: Result<(), ApiError>,
+    ) {
+        self.changing.remove(name);
+        let shown = self.models.get(name).map(|model| model.to_api(self.ledger.allocations()));
+        let answer = stored.and_then(|()| {
+            self.models.remove(name);
+            self.emit(EventKind::ModelRemoved, serde_json::json!({ "name": name }));
+            shown.ok_or_else(|| no_model(name))
+        });
+        self.answer(reply, answer);
+    }
+
+    pub(super) fn pin(&mut self, name: ModelName, pinned: bool, reply: Reply<vramd_api::Model>) {
+        match self.changeable(&name) {
+            Err(error) => self.answer(reply, Err(error)),
+            Ok(_) => self.store(Change::SetPinned(name.clone(), pinned), OnStored::Pin(name, pinned, reply)),
+        }
+    }
+
+    pub(super) fn pinned(
+        &mut self,
+        name: &ModelName,
+        pinned: bool,
+        reply: Reply<vramd_api::Model>,
+        stored: Result<(), ApiError>,
+    ) {
+        let now = self.now;
+        let answer = stored.and_then(|()| {
+            self.change(name, |model| {
+                model.pinned = pinned;
+                model.last_used = Some(now);
+            })
+        });
+        self.answer(reply, answer);
+    }
+
+    pub(super) fn touch(
+        &mut self,
+        name: ModelName,
+        keep_alive: Option<KeepAlive>,
+        reply: Reply<vramd_api::Model>,
+    ) {
+        match (self.changeable(&name), keep_alive) {
+            (Err(error), _) => self.answer(reply, Err(error)),
+            (Ok(_), None) => self.touched(&name, None, reply, Ok(())),
+            (Ok(_), Some(keep_alive)) => self.store(
+                Change::SetKeepAlive(name.clone(), keep_alive),
+                OnStored::Touch(name, keep_alive, reply),
+            ),
+        }
+    }
+
+    pub(super) fn touched(
+        &mut self,
+        name: &ModelName,
+        keep_alive: Option<KeepAlive>,
+        reply: Reply<vramd_api::Model>,
+        stored: Result<(), ApiError>,
+    ) {
+        let now = self.now;
+        let answer = stored.and_then(|()| {
+            self.change(name, |model| {
+                model.keep_alive = keep_alive.unwrap_or(model.keep_alive);
+                model.last_used = Some(now);
+            })
+        });
+        self.answer(reply, answer);
+    }
+
+    fn change(
+        &mut self,
+        name: &ModelName,
+        change: impl FnOnce(&mut Model),
+    ) -> Result<vramd_api::Model, ApiError> {
+        let model = self.models.get_mut(name).ok_or_else(|| no_model(name))?;
+        change(model);
+        let shown = model.to_api(self.ledger.allocations());
+        self.emit(
+            EventKind::ModelChanged,
+            serde_json::json!({ "name": name, "pinned": shown.pinned, "keepAlive": shown.keep_alive }),
+        );
+        Ok(shown)
+    }
+
+    fn changeable(&self, name: &ModelName) -> Result<&Model, ApiError> {
+        let model = self.models.get(name).ok_or_else(|| no_model(name))?;
+        if self.changing.contains(name) {
+            return Err(ApiError::new(ErrorCode::Conflict, format!("model {name} is being removed")));
+        }
+        Ok(model)
+    }
+
+    pub(super) fn load(
+        &mut self,
+        load: &Load,
+        prepared: Option<BTreeMap<ComponentName, Prepared>>,
+        reply: Reply<LoadAnswer>,
+    ) {
+        let answer = self.try_load(load, prepared);
+        self.answer(reply, answer);
+    }
+
+    fn try_load(
+        &mut self,
+        load: &Load,
+        prepared: Option<BTreeMap<ComponentName, Prepared>>,
+    ) -> Result<LoadAnswer, ApiError> {
+        if self.stopping {
+            return Err(ApiError::new(ErrorCode::Unavailable, "the daemon is stopping"));
+        }
+        let model = self.changeable(&load.model)?;
+        let wanted: Vec<ComponentName> = match &load.components {
+            None => model.components.keys().cloned().collect(),
+            Some(names) => names.clone(),
+        };
+        for name in &wanted {
+            if !model.components.contains_key(name) {
+                return Err(no_component(model, name));
+            }
+        }
+        let on = |name: &ComponentName, device: &DeviceId| model.components[name].residency.get(device);
+        let device = load.device.clone().or_else(|| {
+            let first = model.components[wanted.first()?].residency.keys().next()?;
+            wanted.iter().all(|name| on(name, first).is_some()).then(|| first.clone())
+        });
+        if let Some(device) = &device {
+            if let Some(operation) =
+                wanted.iter().find_map(|name| on(name, device).and_then(Residency::operation))
+            {
+                return match self.operations.running.get(&operation) {
+                    Some(Running::Unload(_)) => Err(ApiError::new(
+                        ErrorCode::Conflict,
+                        format!("model {} is being unloaded", load.model),
+                    )
+                    .hint("wait for that operation, then load again")
+                    .detail("operationId", operation.to_string())),
+                    _ => Ok(LoadAnswer::Operation(Box::new(self.operations.show(operation)?))),
+                };
+            }
+            if wanted.iter().all(|name| on(name, device).is_some()) {
+                let device = device.clone();
+                return self.loaded_already(load, &device);
+            }
+        }
+        let missing: Vec<ComponentName> = wanted
+            .into_iter()
+            .filter(|name| device.as_ref().is_none_or(|device| on(name, device).is_none()))
+            .collect();
+        let Some(mut prepared) = prepared else {
+            let files =
+                missing.iter().map(|name| (name.clone(), model.components[name].path.clone())).collect();
+            return Ok(LoadAnswer::Prepare(files));
+        };
+        prepared.retain(|name, _| missing.contains(name));
+        self.begin_load(load, device, prepared)
+    }
+
+    fn loaded_already(&mut self, load: &Load, device: &DeviceId) -> Result<LoadAnswer, ApiError> {
+        self.set_keep_alive(load);
+        let subject = format!("{} on {device}", load.model);
+        let id = self.operations.begin(OperationKind::Load, subject, 0, self.now);
+        self.end_operation(
+            id,
+            Ok(serde_json::json!({ "model": load.model, "deviceId": device, "loaded": false })),
+        );
+        Ok(LoadAnswer::Operation(Box::new(self.operations.show(id)?)))
+    }
+
+    fn set_keep_alive(&mut self, load: &Load) {
+        let Some(model) = self.models.get_mut(&load.model) else { return };
+        model.last_used = Some(self.now);
+        if let Some(keep_alive) = load.keep_alive.filter(|keep_alive| *keep_alive != model.keep_alive) {
+            model.keep_alive = keep_alive;
+            self.store(Change::SetKeepAlive(load.model.clone(), keep_alive), OnStored::Nothing);
+        }
+    }
+
+    fn begin_load(
+        &mut self,
+        load: &Load,
+        device: Option<DeviceId>,
+        prepared: BTreeMap<ComponentName, Prepared>,
+    ) -> Result<LoadAnswer, ApiError> {
+        let sizes: Vec<u64> = prepared.values().map(|prepared| prepared.plan.layout.block_bytes).collect();
+        let whole =
+            Self::weights(load, None, sizes.iter().fold(0, |sum, size| u64::saturating_add(sum, *size)));
+        let device = if let Some(device) = device {
+            device
+        } else {
+            let offers = self.ledger.offers(&whole);
+            let (chosen, _) = vramd_core::placement::choose(&offers, AllocationType::Weights, None);
+            chosen.ok_or_else(|| self.shortage(&whole, &[]))?
+        };
+        if !self.ledger.fits_sealed(&device, &sizes) {
+            return Err(self.shortage(&whole, &[device]));
+        }
+        let payload: u64 = prepared.values().map(|prepared| prepared.plan.layout.payload_bytes).sum();
+        let subject = format!("{} on {device}", load.model);
+        let operation = self.operations.begin(OperationKind::Load, subject, payload, self.now);
+        let mut loading = Loading {
+            model: load.model.clone(),
+            device: device.clone(),
+            parts: Vec::new(),
+            prepared: Vec::new(),
+            unready: prepared.len(),
+            releasing: 0,
+            failed: None,
+        };
+        let mut grants = Vec::new();
+        for (component, prepared) in prepared {
+            let request = Self::weights(load, Some(&component), prepared.plan.layout.block_bytes);
+            let allocation = request.id;
+            let grant = self
+                .ledger
+                .reserve(request, std::slice::from_ref(&device), self.now)
+                .expect("all parts fit together, so each of them fits");
+            grants.push((allocation, grant));
+            let plan = prepared.plan.clone();
+            let model = self.models.get_mut(&load.model).expect("it was found above");
+            let entry = model.components.get_mut(&component).expect("it was found above");
+            entry.plan = Ok(plan.clone());
+            entry
+                .residency
+                .insert(device.clone(), Residency::Loading { allocation, operation, plan: plan.clone() });
+            loading.parts.push(Part { component, allocation, plan });
+            loading.prepared.push(prepared);
+        }
+        self.set_keep_alive(load);
+        self.operations.running.insert(operation, Running::Load(loading));
+        let shown = self.operations.show(operation)?;
+        self.emit(EventKind::OperationChanged, serde_json::json!(shown));
+        for (allocation, grant) in grants {
+            self.waiting.insert(allocation, OnReady::Load(operation));
+            self.granted(allocation, grant);
+        }
+        Ok(LoadAnswer::Operation(Box::new(shown)))
+    }
+
+    /// A request for the block of one component, or of all of a model together.
+    fn weights(load: &Load, component: Option<&ComponentName>, bytes: u64) -> Request {
+        let purpose = match component {
+            Some(component) => format!("{}/{component}", load.model),
+            None => load.model.to_string(),
+        };
+        Request {
+            id: AllocationId(Uuid::now_v7()),
+            size_bytes: bytes,
+            alignment: 4096,
+            allocation_type: AllocationType::Weights,
+            memory_type: None,
+            purpose,
+            priority: Priority::Normal,
+            owner: "vramd".parse().expect("a valid owner"),
+            persistent: false,
+            generation: 1,
+            sealed: true,
+        }
+    }
+
+    fn shortage(&self, request: &Request, on: &[DeviceId]) -> ApiError {
+        match self.ledger.clone().reserve(request.clone(), on, self.now) {
+            Err(shortage) => refusal(&shortage),
+            // The whole fits as one block, but its parts do not: each is rounded up.
+            Ok(_) => ApiError::new(
+                ErrorCode::InsufficientMemory,
+                format!("{} asked in several parts do not fit", Bytes::show(request.size_bytes)),
+            )
+            .detail("requestedBytes", request.size_bytes),
+        }
+    }
+
+    /// The segment of one part is there.
+    pub(super) fn part_ready(&mut self, id: OperationId) {
+        let Some(Running::Load(loading)) = self.operations.running.get_mut(&id) else { return };
+        loading.unready -= 1;
+        if loading.unready > 0 {
+            return;
+        }
+        if loading.failed.is_some() {
+            return self.give_parts_back(id);
+        }
+        let (device, prepared) = (loading.device.clone(), std::mem::take(&mut loading.prepared));
+        let allocations: Vec<_> = loading.parts.iter().map(|part| part.allocation).collect();
+        let targets: Vec<Target> = allocations
+            .iter()
+            .zip(prepared)
+            .filter_map(|(allocation, prepared)| {
+                let allocation = self.ledger.allocation(*allocation)?;
+                Some(Target { segment: allocation.segment.0, offset: allocation.offset, prepared })
+            })
+            .collect();
+        let progress = self.operations.progress(id).expect("a running operation has progress");
+        let on = device.clone();
+        self.spawn(&device, move |device| {
+            let outcome = loader::read(device, &targets, &progress).map_err(|failure| match failure {
+                Some(error) => LoadFailure::Device(on, error),
+                None => LoadFailure::Cancelled,
+            });
+            Event::LoadRead { operation: id, outcome }
+        });
+    }
+
+    /// The segment of one part could not be made; its reservation is gone.
+    pub(super) fn part_failed(&mut self, id: OperationId, allocation: AllocationId, error: ApiError) {
+        let Some(Running::Load(loading)) = self.operations.running.get_mut(&id) else { return };
+        loading.failed.get_or_insert(error);
+        loading.unready -= 1;
+        let unready = loading.unready;
+        self.forget_part(id, allocation);
+        if unready == 0 {
+            self.give_parts_back(id);
+        }
+    }
+
+    /// The thread that read the files has ended.
+    pub(super) fn load_read(&mut self, id: OperationId, outcome: Result<(), LoadFailure>) {
+        let failure = match outcome {
+            Ok(()) => return self.loaded(id),
+            Err(LoadFailure::Cancelled) => {
+                ApiError::new(ErrorCode::Cancelled, "the load was cancelled; nothing of it is left")
+            }
+            Err(LoadFailure::Device(device, error)) => {
+                self.note_failure(&device, Some(&error));
+                crate::devices::error(&device, &error)
+            }
+        };
+        let Some(Running::Load(loading)) = self.operations.running.get_mut(&id) else { return };
+        loading.failed.get_or_insert(failure);
+        self.give_parts_back(id);
+    }
+
+    fn loaded(&mut self, id: OperationId) {
+        let Some(Running::Load(loading)) = self.operations.running.remove(&id) else { return };
+        let Some(model) = self.models.get_mut(&loading.model) else { return };
+        for part in &loading.parts {
+            if let Some(component) = model.components.get_mut(&part.component) {
+                let resident = Residency::Resident { allocation: part.allocation, plan: part.plan.clone() };
+                component.residency.insert(loading.device.clone(), resident);
+            }
+        }
+        model.last_used = Some(self.now);
+        let bytes: u64 = loading.parts.iter().map(|part| part.plan.layout.payload_bytes).sum();
+        let data = serde_json::json!({
+            "model": loading.model, "deviceId": loading.device, "bytes": bytes, "loaded": true,
+            "components": loading.parts.iter().map(|part| part.component.as_str()).collect::<Vec<_>>(),
+        });
+        self.emit(EventKind::ModelLoaded, data.clone());
+        self.store(Change::PutResident(loading.model, loading.device), OnStored::Nothing);
+        self.end_operation(id, Ok(data));
+    }
+
+    /// A load has failed: what its parts have goes back, then it ends.
+    fn give_parts_back(&mut self, id: OperationId) {
+        let Some(Running::Load(loading)) = self.operations.running.get(&id) else { return };
+        let parts: Vec<_> = loading.parts.iter().map(|part| part.allocation).collect();
+        let mut releasing = 0;
+        for allocation in parts {
+            let work =
+                self.ledger.release(allocation, self.now).expect("nobody attaches to a part that is loading");
+            if let Some(work) = work {
+                releasing += 1;
+                self.releasing.insert(allocation, OnReleased::Operation(id));
+                self.perform(work);
+            }
+        }
+        if let Some(Running::Load(loading)) = self.operations.running.get_mut(&id) {
+            loading.releasing = releasing;
+        }
+        self.end_if_given_back(id);
+    }
+
+    /// The bytes of one part are back.
+    pub(super) fn part_released(&mut self, id: OperationId, allocation: AllocationId) {
+        self.forget_part(id, allocation);
+        match self.operations.running.get_mut(&id) {
+            Some(Running::Load(Loading { releasing, .. }) | Running::Unload(Unloading { releasing, .. })) => {
+                *releasing -= 1;
+            }
+            None => return,
+        }
+        self.end_if_given_back(id);
+    }
+
+    fn end_if_given_back(&mut self, id: OperationId) {
+        match self.operations.running.get_mut(&id) {
+            Some(Running::Load(Loading { releasing: 0, failed, .. })) => {
+                let error =
+                    failed.take().unwrap_or_else(|| ApiError::new(ErrorCode::Internal, "the load failed"));
+                self.end_operation(id, Err(error));
+            }
+            Some(Running::Unload(Unloading { releasing: 0, model, devices, bytes })) => {
+                let data = serde_json::json!({ "model": model, "devices": devices, "releasedBytes": bytes });
+                let gone: Vec<_> = devices.drain(..).map(|device| (model.clone(), device)).collect();
+                for (model, device) in gone {
+                    self.store(Change::RemoveResident(model, device), OnStored::Nothing);
+                }
+                self.emit(EventKind::ModelUnloaded, data.clone());
+                self.end_operation(id, Ok(data));
+            }
+            _ => {}
+        }
+    }
+
+    /// A part of a model is on that device no more.
+    fn forget_part(&mut self, id: OperationId, allocation: AllocationId) {
+        let name = match self.operations.running.get(&id) {
+            Some(Running::Load(loading)) => loading.model.clone(),
+            Some(Running::Unload(unloading)) => unloading.model.clone(),
+            None => return,
+        };
+        if let Some(model) = self.models.get_mut(&name) {
+            for component in model.components.values_mut() {
+                component.residency.retain(|_, residency| residency.allocation() != allocation);
+            }
+        }
+    }
+
+    pub(super) fn unload(&mut self, name: &ModelName, device: Option<&DeviceId>, reply: Reply<Operation>) {
+        let answer = self.try_unload(name, device);
+        self.answer(reply, answer);
+    }
+
+    fn try_unload(&mut self, name: &ModelName, device: Option<&DeviceId>) -> Result<Operation, ApiError> {
+        let model = self.changeable(name)?;
+        let holders = model.holders(device, self.ledger.allocations());
+        if !holders.is_empty() {
+            return Err(attached(&format!("model {name}"), &holders));
+        }
+        if let Some(operation) = model.operation(device) {
+            return Err(refuse(name, Busy::Operation(operation)));
+        }
+        let devices: Vec<DeviceId> =
+            model.resident_on().into_iter().filter(|on| device.is_none_or(|device| device == on)).collect();
+        if devices.is_empty() {
+            let place = device.map_or_else(|| "any device".to_owned(), ToString::to_string);
+            return Err(not_resident(name, &place));
+        }
+        if model.pinned {
+            return Err(ApiError::new(ErrorCode::Conflict, format!("model {name} is pinned"))
+                .hint(format!("unpin it first: `vramd unpin {name}`")));
+        }
+        self.begin_unload(name, devices)
+    }
+
+    fn begin_unload(&mut self, name: &ModelName, devices: Vec<DeviceId>) -> Result<Operation, ApiError> {
+        let places: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
+        let subject = format!("{name} on {}", places.join(", "));
+        let parts: Vec<(ComponentName, DeviceId, AllocationId)> = self
+            .models
+            .get(name)
+            .ok_or_else(|| no_model(name))?
+            .components
+            .iter()
+            .flat_map(|(component, entry)| {
+                entry.residency.iter().map(move |residency| (component, residency))
+            })
+            .filter(|(_, (device, residency))| {
+                devices.contains(device) && matches!(residency, Residency::Resident { .. })
+            })
+            .map(|(component, (device, residency))| {
+                (component.clone(), device.clone(), residency.allocation())
+            })
+            .collect();
+        let bytes = parts
+            .iter()
+            .filter_map(|(_, _, allocation)| self.ledger.allocation(*allocation))
+            .filter(|allocation| allocation.state == AllocationState::Active)
+            .map(|allocation| allocation.block_bytes)
+            .sum();
+        let operation = self.operations.begin(OperationKind::Unload, subject, bytes, self.now);
+        let unloading = Unloading { model: name.clone(), devices, releasing: parts.len(), bytes };
+        self.operations.running.insert(operation, Running::Unload(unloading));
+        for (component, device, allocation) in parts {
+            if let Some(entry) =
+                self.models.get_mut(name).and_then(|model| model.components.get_mut(&component))
+            {
+                entry.residency.insert(device, Residency::Evicting { allocation, operation });
+            }
+            let work = self.ledger.release(allocation, self.now).expect("nobody is attached, as was checked");
+            self.releasing.insert(allocation, OnReleased::Operation(operation));
+            self.perform(work.expect("a resident part is an active allocation"));
+        }
+        self.operations.show(operation)
+    }
+
+    /// Unloads what was kept alive long enough.
+    pub(super) fn expire_models(&mut self) {
+        for (name, devices) in self.models.expired(self.now.tick, self.ledger.allocations()) {
+            let loading = self.models.get(&name).and_then(|model| model.operation(None)).is_some();
+            if loading || self.changing.contains(&name) {
+                continue;
+            }
+            if let Err(error) = self.begin_unload(&name, devices.into_iter().collect()) {
+                tracing::warn!(model = %name, %error, "an idle model could not be unloaded");
+            }
+        }
+    }
+}
+
+pub(super) fn no_model(name: &ModelName) -> ApiError {
+    ApiError::not_found("model", name).hint("`vramd models` lists the registered ones")
+}
+
+pub(super) fn no_component(model: &Model, name: &ComponentName) -> ApiError {
+    let known: Vec<_> = model.components.keys().map(ComponentName::as_str).collect();
+    ApiError::new(ErrorCode::NotFound, format!("model {} has no component {name}", model.name))
+        .hint(format!("its components are: {}", known.join(", ")))
+}
+
+pub(super) fn not_resident(name: &ModelName, place: &str) -> ApiError {
+    ApiError::new(ErrorCode::NotResident, format!("model {name} is not resident on {place}"))
+        .hint(format!("load it first: `vramd load {name}`"))
+}
+
+fn refuse(name: &ModelName, busy: Busy) -> ApiError {
+    match busy {
+        Busy::Attached(holders) => attached(&format!("model {name}"), &holders),
+        Busy::Operation(operation) => {
+            ApiError::new(ErrorCode::Conflict, format!("model {name} is being loaded or unloaded"))
+                .hint("wait for that operation, or cancel it: `vramd cancel ID`")
+                .detail("operationId", operation.to_string())
+        }
+        Busy::Resident(devices) => {
+            let places: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
+            ApiError::new(ErrorCode::Conflict, format!("model {name} is resident on {}", places.join(", ")))
+                .hint(format!("unload it first: `vramd unload {name}`"))
+        }
+    }
+}
+
+fn stored(model: &Model) -> StoredModel {
+    let sources: BTreeMap<&ComponentName, serde_json::Value> = model
+        .components
+        .iter()
+        .map(|(name, component)| (name, serde_json::json!({ "path": component.path })))
+        .collect();
+    StoredModel {
+        name: model.name.clone(),
+        components: serde_json::to_string(&sources).expect("names and paths always print"),
+        keep_alive: model.keep_alive,
+        pinned: model.pinned,
+        registered_at: model.registered_at,
+    }
+}

@@ -1,0 +1,212 @@
+//! Operations: what takes time, its progress and its end.
+//!
+//! `Running → Completed | Failed | Cancelled`. Bytes are counted by the thread that moves them, in a
+//! [`Progress`] that readers look at without asking the driver. Ended operations are kept for a day, a thousand
+//! at most.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use imbl::OrdMap;
+use uuid::Uuid;
+use vramd_api::{
+    ApiError, DeviceId, ErrorCode, EventKind, ModelName, Operation, OperationId, OperationKind,
+    OperationState,
+};
+use vramd_core::Now;
+
+use super::{Part, Reply, State};
+use crate::clock;
+use crate::source::Prepared;
+
+const KEPT: usize = 1000;
+const KEPT_SECONDS: i64 = 24 * 60 * 60;
+
+/// What the thread that moves bytes shares with everybody who looks.
+#[derive(Debug, Default)]
+pub struct Progress {
+    pub done: AtomicU64,
+    pub cancelled: AtomicBool,
+}
+
+/// An operation and its live progress.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    operation: Operation,
+    progress: Arc<Progress>,
+}
+
+/// A load under way.
+#[derive(Debug)]
+pub(super) struct Loading {
+    pub model: ModelName,
+    pub device: DeviceId,
+    pub parts: Vec<Part>,
+    pub prepared: Vec<Prepared>,
+    /// Parts whose segments are still being made.
+    pub unready: usize,
+    /// Parts that are being given back.
+    pub releasing: usize,
+    pub failed: Option<ApiError>,
+}
+
+/// An unload under way.
+#[derive(Debug)]
+pub(super) struct Unloading {
+    pub model: ModelName,
+    pub devices: Vec<DeviceId>,
+    pub releasing: usize,
+    pub bytes: u64,
+}
+
+#[derive(Debug)]
+pub(super) enum Running {
+    Load(Loading),
+    Unload(Unloading),
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Operations {
+    entries: OrdMap<OperationId, Arc<Entry>>,
+    pub running: HashMap<OperationId, Running>,
+}
+
+impl Entry {
+    /// The operation with the bytes as they are now.
+    pub fn operation(&self) -> Operation {
+        let mut operation = self.operation.clone();
+        if operation.state == OperationState::Running {
+            operation.bytes_done = self.progress.done.load(Ordering::Relaxed);
+        }
+        let until = operation.finished_at.unwrap_or_else(clock::wall);
+        let seconds = until.duration_since(operation.started_at).as_secs_f64();
+        if operation.bytes_done > 0 && seconds > 0.0 {
+            let rate = operation.bytes_done as f64 / seconds;
+            operation.bytes_per_second = Some(rate as u64);
+            if operation.state == OperationState::Running {
+                let left = operation.bytes_total.saturating_sub(operation.bytes_done) as f64 / rate;
+                operation.seconds_left = Some((left * 1000.0).round() / 1000.0);
+            }
+        }
+        operation
+    }
+
+    pub fn state(&self) -> OperationState {
+        self.operation.state
+    }
+}
+
+impl Operations {
+    pub fn entries(&self) -> &OrdMap<OperationId, Arc<Entry>> {
+        &self.entries
+    }
+
+    pub fn begin(&mut self, kind: OperationKind, subject: String, bytes_total: u64, now: Now) -> OperationId {
+        let id = OperationId(Uuid::now_v7());
+        let operation = Operation {
+            operation_id: id,
+            kind,
+            subject,
+            state: OperationState::Running,
+            bytes_done: 0,
+            bytes_total,
+            bytes_per_second: None,
+            seconds_left: None,
+            started_at: now.wall,
+            finished_at: None,
+            error: None,
+            result: None,
+        };
+        self.entries.insert(id, Arc::new(Entry { operation, progress: Arc::default() }));
+        id
+    }
+
+    pub fn show(&self, id: OperationId) -> Result<Operation, ApiError> {
+        self.entries
+            .get(&id)
+            .map(|entry| entry.operation())
+            .ok_or_else(|| ApiError::not_found("operation", id))
+    }
+
+    pub fn progress(&self, id: OperationId) -> Option<Arc<Progress>> {
+        self.entries.get(&id).map(|entry| entry.progress.clone())
+    }
+
+    fn end(
+        &mut self,
+        id: OperationId,
+        outcome: Result<serde_json::Value, ApiError>,
+        now: Now,
+    ) -> Option<Operation> {
+        self.running.remove(&id);
+        let entry = Arc::make_mut(self.entries.get_mut(&id)?);
+        let operation = &mut entry.operation;
+        operation.finished_at = Some(now.wall);
+        match outcome {
+            Ok(result) => {
+                operation.state = OperationState::Completed;
+                operation.bytes_done = operation.bytes_total;
+                operation.result = Some(result);
+            }
+            Err(error) => {
+                operation.bytes_done = entry.progress.done.load(Ordering::Relaxed);
+                operation.state = if error.code == ErrorCode::Cancelled {
+                    OperationState::Cancelled
+                } else {
+                    OperationState::Failed
+                };
+                operation.error = Some(error);
+            }
+        }
+        Some(entry.operation())
+    }
+
+    pub fn cancel_all(&self) {
+        for id in self.running.keys() {
+            if let Some(progress) = self.progress(*id) {
+                progress.cancelled.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Forgets the oldest of those that have ended.
+    pub fn prune(&mut self) {
+        let oldest = clock::wall().as_second() - KEPT_SECONDS;
+        while let Some((id, entry)) = self.entries.iter().find(|(_, entry)| entry.operation.state.ended()) {
+            let too_old = entry.operation.finished_at.is_some_and(|at| at.as_second() < oldest);
+            if !too_old && self.entries.len() <= KEPT {
+                break;
+            }
+            let id = *id;
+            self.entries.remove(&id);
+        }
+    }
+}
+
+impl State {
+    pub(super) fn end_operation(&mut self, id: OperationId, outcome: Result<serde_json::Value, ApiError>) {
+        if let Some(operation) = self.operations.end(id, outcome, self.now) {
+            self.emit(EventKind::OperationChanged, serde_json::json!(operation));
+        }
+    }
+
+    /// Asks an operation to stop. It ends once what it had is back.
+    pub(super) fn cancel(&mut self, id: OperationId, reply: Reply<Operation>) {
+        let answer = self.operations.show(id).and_then(|operation| {
+            if operation.state.ended() {
+                return Err(ApiError::new(ErrorCode::Conflict, format!("operation {id} has ended already"))
+                    .detail("state", serde_json::json!(operation.state)));
+            }
+            if matches!(self.operations.running.get(&id), Some(Running::Unload(_))) {
+                return Err(ApiError::new(ErrorCode::Conflict, "an unload cannot be cancelled")
+                    .hint("load the model again once it has ended"));
+            }
+            if let Some(progress) = self.operations.progress(id) {
+                progress.cancelled.store(true, Ordering::Relaxed);
+            }
+            Ok(operation)
+        });
+        self.answer(reply, answer);
+    }
+}

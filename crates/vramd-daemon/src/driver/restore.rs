@@ -1,0 +1,89 @@
+//! What was known before a restart is known again: limits, models, persistent allocations.
+//!
+//! Bytes are not kept over a restart. A persistent allocation comes back zeroed and one generation higher; the
+//! models that were resident are loaded again by [`crate::serve`], once the daemon answers.
+
+use std::collections::BTreeMap;
+
+use vramd_api::{AllocateRequest, ApiError, ComponentName, ComponentSource, ErrorCode, EventKind};
+use vramd_core::ledger::Request;
+use vramd_core::models::{Component, Model};
+
+use super::allocations::OnReady;
+use super::{OnStored, State};
+use crate::requests;
+use crate::store::{Change, Stored, StoredAllocation, StoredModel};
+
+impl State {
+    pub(super) fn begin(&mut self, stored: Stored) {
+        for facts in self.devices.clone().facts() {
+            self.ledger.add_device(facts);
+        }
+        for (device, bytes) in stored.limits {
+            self.ledger.set_limit(&device, Some(bytes));
+        }
+        for model in stored.models {
+            match restored_model(&model) {
+                Ok(model) => self.models.insert(model),
+                Err(error) => {
+                    tracing::error!(model = %model.name, %error, "a registered model cannot be read back");
+                }
+            }
+        }
+        for allocation in stored.allocations {
+            let id = allocation.id;
+            if let Err(error) = self.restore_allocation(allocation) {
+                tracing::error!(%id, %error, "a persistent allocation is not back; it will be tried at the next start");
+            }
+        }
+        self.emit(EventKind::DaemonStarted, serde_json::json!({ "version": vramd_api::VERSION }));
+        self.measure();
+    }
+
+    fn restore_allocation(&mut self, stored: StoredAllocation) -> Result<(), ApiError> {
+        let unreadable =
+            |error: &dyn std::fmt::Display| ApiError::new(ErrorCode::StoreFailed, error.to_string());
+        let body: AllocateRequest =
+            serde_json::from_str(&stored.request).map_err(|error| unreadable(&error))?;
+        let generation = stored.generation + 1;
+        let owner = body.owner.clone().ok_or_else(|| unreadable(&"it has no owner"))?;
+        let request = Request { generation, ..requests::request(stored.id, &body, owner) };
+        if self.devices.get(&stored.device).is_none() {
+            return Err(ApiError::not_found("device", &stored.device));
+        }
+        let grant = self
+            .ledger
+            .reserve(request, std::slice::from_ref(&stored.device), self.now)
+            .map_err(|shortage| super::allocations::refusal(&shortage))?;
+        let id = stored.id;
+        self.store(Change::PutAllocation(StoredAllocation { generation, ..stored }), OnStored::Nothing);
+        self.waiting.insert(id, OnReady::Restore);
+        self.granted(id, grant);
+        Ok(())
+    }
+}
+
+/// A model as it was registered; its files are looked at when it is loaded.
+fn restored_model(stored: &StoredModel) -> Result<Model, serde_json::Error> {
+    let sources: BTreeMap<ComponentName, ComponentSource> = serde_json::from_str(&stored.components)?;
+    let unread = || {
+        ApiError::new(ErrorCode::NotResident, "its files were not read since the daemon started")
+            .hint(format!("load it: `vramd load {}`", stored.name))
+    };
+    let components = sources
+        .into_iter()
+        .map(|(name, source)| {
+            let component =
+                Component { path: source.path, plan: Err(Box::new(unread())), residency: BTreeMap::new() };
+            (name, component)
+        })
+        .collect();
+    Ok(Model {
+        name: stored.name.clone(),
+        components,
+        pinned: stored.pinned,
+        keep_alive: stored.keep_alive,
+        registered_at: stored.registered_at,
+        last_used: None,
+    })
+}

@@ -1,0 +1,5 @@
+//! `/api/memory`.
+
+pub mod allocations;
+pub mod limits;
+pub mod status;

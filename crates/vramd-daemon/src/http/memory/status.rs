@@ -1,0 +1,94 @@
+//! `/api/memory/status`.
+
+use axum::extract::{Path, State};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use vramd_api::{ApiError, DeviceStatus, MemoryStatus, Success};
+use vramd_device::Device;
+
+use crate::driver::{Snapshot, memory_status};
+use crate::http::App;
+use crate::http::extract::Params;
+use crate::http::reply::{Answer, Errors, ok};
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct StatusParams {
+    /// What to add to each device, separated by commas: `allocations`, `fragmentation`, `processes`
+    #[param(
+        required = false,
+        pattern = "^((allocations|fragmentation|processes)(,(allocations|fragmentation|processes))*)?$"
+    )]
+    include: Option<String>,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Include {
+    allocations: bool,
+    fragmentation: bool,
+    processes: bool,
+}
+
+impl StatusParams {
+    fn parse(&self) -> Result<Include, ApiError> {
+        let mut include = Include::default();
+        for word in self.include.iter().flat_map(|text| text.split(',')).filter(|word| !word.is_empty()) {
+            match word {
+                "allocations" => include.allocations = true,
+                "fragmentation" => include.fragmentation = true,
+                "processes" => include.processes = true,
+                _ => {
+                    return Err(ApiError::invalid(
+                        "include",
+                        format!("there is nothing called {word:?} to include"),
+                    )
+                    .hint("include takes allocations, fragmentation and processes, separated by commas"));
+                }
+            }
+        }
+        Ok(include)
+    }
+}
+
+/// All devices, and their sum
+#[utoipa::path(get, path = "/api/memory/status", tag = "memory", params(StatusParams),
+    responses((status = 200, body = Success<MemoryStatus>), Errors))]
+pub async fn all(State(app): State<App>, Params(params): Params<StatusParams>) -> Answer<MemoryStatus> {
+    let include = params.parse()?;
+    let snapshot = app.driver.snapshot();
+    let devices = app.driver.devices.iter().filter_map(|device| status(&snapshot, device.as_ref(), include));
+    ok(memory_status(devices.collect()))
+}
+
+/// One device
+#[utoipa::path(get, path = "/api/memory/status/{deviceId}", tag = "memory",
+    params(("deviceId" = String, Path, description = "A device's id or uuid"), StatusParams),
+    responses((status = 200, body = Success<DeviceStatus>), Errors))]
+pub async fn one(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Params(params): Params<StatusParams>,
+) -> Answer<DeviceStatus> {
+    let include = params.parse()?;
+    let device = app.driver.devices.named(&name)?;
+    let status = status(&app.driver.snapshot(), device.as_ref(), include);
+    ok(status.ok_or_else(|| ApiError::not_found("device", &name))?)
+}
+
+fn status(snapshot: &Snapshot, device: &dyn Device, include: Include) -> Option<DeviceStatus> {
+    let id = &device.facts().device;
+    let view = snapshot.device(id)?;
+    let mut status = view.status(device);
+    if include.allocations {
+        let on_device = snapshot.allocations.values().filter(|allocation| allocation.device == *id);
+        status.allocations = Some(on_device.filter_map(|allocation| allocation.to_api()).collect());
+    }
+    if include.fragmentation {
+        status.fragmentation_details = Some(view.fragmentation());
+    }
+    if include.processes {
+        status.processes = Some(snapshot.processes(id));
+    }
+    Some(status)
+}

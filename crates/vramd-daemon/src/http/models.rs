@@ -1,0 +1,197 @@
+//! `/api/models`.
+
+use std::collections::BTreeMap;
+
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use vramd_api::{
+    ApiError, ComponentName, ErrorCode, LoadRequest, Model, ModelName, ModelPage, Operation, RegisterModel,
+    Success, TouchRequest, UnloadRequest,
+};
+use vramd_core::models;
+
+use super::extract::{Body, OptionalBody, Params};
+use super::operations::{WaitParams, wait_for};
+use super::reply::{Answer, Errors, Reply, created, ok};
+use super::{App, bad_path};
+use crate::clock;
+use crate::driver::{Event, Load, LoadAnswer};
+use crate::source::Prepared;
+
+/// The most components of one model.
+const MAX_COMPONENTS: usize = 64;
+
+fn name(text: &str) -> Result<ModelName, ApiError> {
+    text.parse().map_err(|error| bad_path("name", &error))
+}
+
+async fn prepare(
+    app: &App,
+    sources: BTreeMap<ComponentName, String>,
+) -> Result<BTreeMap<ComponentName, Prepared>, ApiError> {
+    let roots = app.roots.clone();
+    tokio::task::spawn_blocking(move || roots.prepare(&sources)).await.map_err(|_| {
+        ApiError::new(ErrorCode::Internal, "reading the model's headers failed; see the daemon's log")
+    })?
+}
+
+/// All registered models
+#[utoipa::path(get, path = "/api/models", tag = "models",
+    responses((status = 200, body = Success<ModelPage>), Errors))]
+pub async fn list(State(app): State<App>) -> Answer<ModelPage> {
+    let snapshot = app.driver.snapshot();
+    ok(ModelPage {
+        models: snapshot.models.iter().map(|model| model.to_api(&snapshot.allocations)).collect(),
+    })
+}
+
+/// Register a model
+///
+/// Its files are opened and their headers checked; nothing is loaded. Kept over restarts.
+#[utoipa::path(post, path = "/api/models", tag = "models", request_body = RegisterModel,
+    params(("Idempotency-Key" = Option<String>, Header, description = "Sent again with the same body, it gets the first answer")),
+    responses((status = 201, body = Success<Model>), Errors))]
+pub async fn register(State(app): State<App>, Body(body): Body<RegisterModel>) -> Answer<Model> {
+    if !(1..=MAX_COMPONENTS).contains(&body.components.len()) {
+        let error = ApiError::invalid("components", format!("a model has 1 to {MAX_COMPONENTS} components"))
+            .hint("call the only one `weights`: {\"weights\": {\"path\": \"/…/model.safetensors\"}}");
+        return Err(error.into());
+    }
+    let sources: BTreeMap<_, _> =
+        body.components.iter().map(|(name, source)| (name.clone(), source.path.clone())).collect();
+    let mut prepared = prepare(&app, sources).await?;
+    let components = body
+        .components
+        .into_iter()
+        .filter_map(|(name, source)| {
+            let plan = prepared.remove(&name)?.plan;
+            Some((name, models::Component { path: source.path, plan: Ok(plan), residency: BTreeMap::new() }))
+        })
+        .collect();
+    let model = models::Model {
+        name: body.name,
+        components,
+        pinned: body.pinned,
+        keep_alive: body.keep_alive.unwrap_or_default(),
+        registered_at: clock::wall(),
+        last_used: None,
+    };
+    created(app.driver.ask(|reply| Event::Register(Box::new(model), reply)).await?)
+}
+
+/// One model
+#[utoipa::path(get, path = "/api/models/{name}", tag = "models", params(("name" = ModelName, Path)),
+    responses((status = 200, body = Success<Model>), Errors))]
+pub async fn get(State(app): State<App>, Path(text): Path<String>) -> Answer<Model> {
+    let name = name(&text)?;
+    let snapshot = app.driver.snapshot();
+    let model = snapshot.models.get(&name).ok_or_else(|| {
+        ApiError::not_found("model", &name).hint("`vramd models` lists the registered ones")
+    })?;
+    ok(model.to_api(&snapshot.allocations))
+}
+
+/// Forget a model that is not resident
+#[utoipa::path(delete, path = "/api/models/{name}", tag = "models", params(("name" = ModelName, Path)),
+    responses((status = 200, body = Success<Model>), Errors))]
+pub async fn remove(State(app): State<App>, Path(text): Path<String>) -> Answer<Model> {
+    let name = name(&text)?;
+    ok(app.driver.ask(|reply| Event::Remove(name, reply)).await?)
+}
+
+/// Load a model
+///
+/// All components of it, or those named, are resident when the operation has completed; if it fails or is cancelled,
+/// none of them is. A model that is being loaded answers with that operation; one that is resident with a completed
+/// one.
+#[utoipa::path(post, path = "/api/models/{name}/load", tag = "models", request_body = Option<LoadRequest>,
+    params(("name" = ModelName, Path), WaitParams,
+        ("Idempotency-Key" = Option<String>, Header, description = "Sent again with the same body, it gets the first answer")),
+    responses((status = 200, description = "The operation has ended", body = Success<Operation>),
+        (status = 202, description = "The operation is under way", body = Success<Operation>), Errors))]
+pub async fn load(
+    State(app): State<App>,
+    Path(text): Path<String>,
+    Params(wait): Params<WaitParams>,
+    OptionalBody(body): OptionalBody<LoadRequest>,
+) -> Answer<Operation> {
+    let wait = wait.seconds()?;
+    if body.components.as_ref().is_some_and(Vec::is_empty) {
+        return Err(
+            ApiError::invalid("components", "name a component, or leave out components for all").into()
+        );
+    }
+    let device = match &body.device_id {
+        Some(device) => Some(app.driver.devices.named(device.as_str())?.facts().device.clone()),
+        None => None,
+    };
+    let load = Load { model: name(&text)?, device, components: body.components, keep_alive: body.keep_alive };
+    let mut prepared = None;
+    let operation = loop {
+        let answer = app.driver.ask(|reply| Event::Load(load.clone(), prepared.take(), reply)).await?;
+        match answer {
+            LoadAnswer::Operation(operation) => break *operation,
+            LoadAnswer::Prepare(sources) => prepared = Some(prepare(&app, sources).await?),
+        }
+    };
+    answer(&app, operation, wait).await
+}
+
+/// Unload a model
+///
+/// Refused while processes have it attached, and while it is pinned.
+#[utoipa::path(post, path = "/api/models/{name}/unload", tag = "models", request_body = Option<UnloadRequest>,
+    params(("name" = ModelName, Path), WaitParams,
+        ("Idempotency-Key" = Option<String>, Header, description = "Sent again with the same body, it gets the first answer")),
+    responses((status = 200, description = "The operation has ended", body = Success<Operation>),
+        (status = 202, description = "The operation is under way", body = Success<Operation>), Errors))]
+pub async fn unload(
+    State(app): State<App>,
+    Path(text): Path<String>,
+    Params(wait): Params<WaitParams>,
+    OptionalBody(body): OptionalBody<UnloadRequest>,
+) -> Answer<Operation> {
+    let wait = wait.seconds()?;
+    let device = match &body.device_id {
+        Some(device) => Some(app.driver.devices.named(device.as_str())?.facts().device.clone()),
+        None => None,
+    };
+    let name = name(&text)?;
+    let operation = app.driver.ask(|reply| Event::Unload(name, device, reply)).await?;
+    answer(&app, operation, wait).await
+}
+
+async fn answer(app: &App, operation: Operation, wait: std::time::Duration) -> Answer<Operation> {
+    let operation = wait_for(app, operation.operation_id, wait).await?;
+    let status = if operation.state.ended() { StatusCode::OK } else { StatusCode::ACCEPTED };
+    Ok(Reply(status, operation))
+}
+
+/// Keep a model resident until it is unpinned
+#[utoipa::path(post, path = "/api/models/{name}/pin", tag = "models", params(("name" = ModelName, Path)),
+    responses((status = 200, body = Success<Model>), Errors))]
+pub async fn pin(State(app): State<App>, Path(text): Path<String>) -> Answer<Model> {
+    let name = name(&text)?;
+    ok(app.driver.ask(|reply| Event::Pin(name, true, reply)).await?)
+}
+
+/// Let a model go again when it is idle
+#[utoipa::path(post, path = "/api/models/{name}/unpin", tag = "models", params(("name" = ModelName, Path)),
+    responses((status = 200, body = Success<Model>), Errors))]
+pub async fn unpin(State(app): State<App>, Path(text): Path<String>) -> Answer<Model> {
+    let name = name(&text)?;
+    ok(app.driver.ask(|reply| Event::Pin(name, false, reply)).await?)
+}
+
+/// Say that a model was used: its keep-alive begins anew
+#[utoipa::path(post, path = "/api/models/{name}/touch", tag = "models", request_body = Option<TouchRequest>,
+    params(("name" = ModelName, Path)),
+    responses((status = 200, body = Success<Model>), Errors))]
+pub async fn touch(
+    State(app): State<App>,
+    Path(text): Path<String>,
+    OptionalBody(body): OptionalBody<TouchRequest>,
+) -> Answer<Model> {
+    let name = name(&text)?;
+    ok(app.driver.ask(|reply| Event::Touch(name, body.keep_alive, reply)).await?)
+}

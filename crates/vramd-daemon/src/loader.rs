@@ -1,0 +1,83 @@
+//! Reads model files straight into device memory.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use vramd_device::{Device, DeviceError, Range, SegmentId};
+
+use crate::driver::Progress;
+use crate::source::Prepared;
+
+/// Bytes in one piece: what one thread reads before it looks at the cancel flag and the next piece.
+const PIECE_BYTES: u64 = 16 << 20;
+/// Reads in flight. More do not help a disk that two can keep busy, and pages are faulted in before.
+const THREADS: usize = 4;
+
+/// A component, and the block that it goes to.
+#[derive(Debug)]
+pub struct Target {
+    pub segment: u64,
+    pub offset: u64,
+    pub prepared: Prepared,
+}
+
+/// One read.
+struct Piece<'a> {
+    target: &'a Target,
+    file: usize,
+    source_offset: u64,
+    range: Range,
+}
+
+/// Reads all targets; `Err(None)` when it was cancelled. Blocking. On an error the blocks' contents are undefined.
+pub fn read(device: &dyn Device, targets: &[Target], progress: &Progress) -> Result<(), Option<DeviceError>> {
+    let pieces: Vec<Piece<'_>> = targets.iter().flat_map(pieces).collect();
+    let next = AtomicUsize::new(0);
+    let failure: Mutex<Option<Option<DeviceError>>> = Mutex::new(None);
+    let work = || {
+        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let outcome = if progress.cancelled.load(Ordering::Relaxed) {
+                Err(None)
+            } else {
+                let source = &piece.target.prepared.files[piece.file];
+                device.fill_from_file(piece.range, source, piece.source_offset).map_err(Some)
+            };
+            if let Err(error) = outcome {
+                failure.lock().expect("no thread panics while it holds this").get_or_insert(error);
+                next.store(pieces.len(), Ordering::Relaxed);
+                return;
+            }
+            progress.done.fetch_add(piece.range.bytes, Ordering::Relaxed);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..THREADS.min(pieces.len()) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    // A cancel that came after the last piece still counts: its caller was told so.
+    match failure.into_inner().expect("no thread panics while it holds this") {
+        Some(error) => Err(error),
+        None if progress.cancelled.load(Ordering::Relaxed) => Err(None),
+        None => Ok(()),
+    }
+}
+
+fn pieces(target: &Target) -> impl Iterator<Item = Piece<'_>> {
+    target.prepared.plan.layout.spans.iter().flat_map(move |span| {
+        (0..span.bytes.div_ceil(PIECE_BYTES)).map(move |index| {
+            let start = index * PIECE_BYTES;
+            Piece {
+                target,
+                file: span.file,
+                source_offset: span.source_offset + start,
+                range: Range {
+                    segment: SegmentId(target.segment),
+                    offset: target.offset + span.block_offset + start,
+                    bytes: PIECE_BYTES.min(span.bytes - start),
+                },
+            }
+        })
+    })
+}

@@ -1,0 +1,106 @@
+//! Requests as the driver takes them: checked across fields, every default filled in.
+
+use uuid::Uuid;
+use vramd_api::{AllocateRequest, AllocationId, ApiError, DeviceId, OnShortage, OwnerName};
+use vramd_core::ledger::Request;
+
+use crate::driver::{Allocate, Caller};
+
+/// Bytes that any request is aligned to when it names no alignment.
+const DEFAULT_ALIGNMENT: u64 = 256;
+const MAX_ALIGNMENT: u64 = 2 << 20;
+const MAX_PURPOSE: usize = 128;
+const DEFAULT_LEASE_SECONDS: u64 = 300;
+const MAX_LEASE_SECONDS: u64 = 365 * 24 * 3600;
+const DEFAULT_WAIT_SECONDS: u64 = 30;
+const MAX_WAIT_SECONDS: u64 = 24 * 3600;
+
+/// Checks a request for memory by `caller`.
+pub fn allocate(
+    mut body: AllocateRequest,
+    on: Option<DeviceId>,
+    caller: Caller,
+) -> Result<Allocate, ApiError> {
+    let alignment = body.alignment.unwrap_or(DEFAULT_ALIGNMENT);
+    if !alignment.is_power_of_two() || alignment > MAX_ALIGNMENT {
+        return Err(ApiError::invalid(
+            "alignment",
+            format!("alignment {alignment} is not a power of two up to {MAX_ALIGNMENT}"),
+        )
+        .hint(format!("use {DEFAULT_ALIGNMENT}, 4096 or {MAX_ALIGNMENT}, or leave it out")));
+    }
+    if body.purpose.chars().count() > MAX_PURPOSE {
+        return Err(ApiError::invalid("purpose", format!("purpose is longer than {MAX_PURPOSE} characters")));
+    }
+    let lease_seconds = match (body.persistent, body.lease_seconds) {
+        (true, Some(_)) => {
+            return Err(ApiError::invalid("leaseSeconds", "a persistent allocation has no lease that ends")
+                .hint("leave out one of persistent and leaseSeconds"));
+        }
+        (true, None) => None,
+        (false, seconds) => Some(lease_seconds(seconds.unwrap_or(DEFAULT_LEASE_SECONDS))?),
+    };
+    let timeout = body.timeout_seconds.unwrap_or(DEFAULT_WAIT_SECONDS);
+    if timeout > MAX_WAIT_SECONDS {
+        return Err(ApiError::invalid(
+            "timeoutSeconds",
+            format!("timeoutSeconds {timeout} is more than {MAX_WAIT_SECONDS}"),
+        ));
+    }
+    let wait_seconds = match body.on_shortage {
+        OnShortage::Fail => None,
+        OnShortage::Wait => Some(timeout),
+    };
+    let owner = owner(body.owner.take(), caller)?;
+    body.owner = Some(owner.clone());
+    body.alignment = Some(alignment);
+    let request = request(AllocationId(Uuid::now_v7()), &body, owner);
+    Ok(Allocate { request, on, lease_seconds, wait_seconds, body })
+}
+
+/// The ledger's request for a checked body.
+pub fn request(id: AllocationId, body: &AllocateRequest, owner: OwnerName) -> Request {
+    Request {
+        id,
+        size_bytes: body.size_bytes.get(),
+        alignment: body.alignment.unwrap_or(DEFAULT_ALIGNMENT),
+        allocation_type: body.allocation_type,
+        memory_type: body.memory_type,
+        purpose: body.purpose.clone(),
+        priority: body.priority,
+        owner,
+        persistent: body.persistent,
+        generation: 1,
+        sealed: false,
+    }
+}
+
+/// Checks the length of a lease.
+pub fn lease_seconds(seconds: u64) -> Result<u64, ApiError> {
+    if (1..=MAX_LEASE_SECONDS).contains(&seconds) {
+        return Ok(seconds);
+    }
+    Err(ApiError::invalid(
+        "leaseSeconds",
+        format!("leaseSeconds {seconds} is not from 1 to {MAX_LEASE_SECONDS}"),
+    ))
+}
+
+/// On the Unix socket an ordinary user owns only what carries their own uid; the daemon's user and root may use
+/// any label.
+fn owner(asked: Option<OwnerName>, caller: Caller) -> Result<OwnerName, ApiError> {
+    let Some(uid) = caller.uid else {
+        return Ok(asked.unwrap_or_else(|| "local".parse().expect("a valid owner")));
+    };
+    let mine = format!("uid:{uid}");
+    let trusted = uid == 0 || uid == rustix::process::geteuid().as_raw();
+    let name = match asked {
+        None => mine,
+        Some(label) if trusted => return Ok(label),
+        Some(label) if label.as_str() == mine || label.as_str().starts_with(&format!("{mine}/")) => {
+            return Ok(label);
+        }
+        Some(label) => format!("{mine}/{label}"),
+    };
+    name.parse().map_err(|error: vramd_api::BadName| ApiError::invalid("owner", error.to_string()))
+}

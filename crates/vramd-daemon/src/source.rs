@@ -1,0 +1,271 @@
+//! Model files: found inside the model roots, opened without a way out, their headers read.
+//!
+//! A path is opened beneath a root with `openat2` and `RESOLVE_BENEATH`: no `..`, no symlink and no mount trick
+//! leads out, not even when the tree changes between two looks.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Component as PathPart, Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use vramd_api::{ApiError, ComponentName, ErrorCode};
+use vramd_core::layout::{self, FileHeader, Index, Layout};
+use vramd_core::models::Plan;
+use vramd_device::Source;
+
+/// A directory that model paths may lie in.
+#[derive(Debug)]
+struct Root {
+    path: PathBuf,
+    /// The same with all symlinks followed.
+    real: PathBuf,
+    handle: File,
+}
+
+/// The configured model roots.
+#[derive(Debug, Default)]
+pub struct Roots(Vec<Root>);
+
+/// A component whose files are open and whose layout is known.
+#[derive(Debug)]
+pub struct Prepared {
+    pub plan: Arc<Plan>,
+    /// In the order that the layout's spans count them.
+    pub files: Vec<Source>,
+}
+
+/// A place beneath a root.
+struct Place<'a> {
+    root: &'a Root,
+    below: PathBuf,
+}
+
+impl Roots {
+    /// Opens every root; an error names the one that cannot be.
+    pub fn open(paths: &[PathBuf]) -> Result<Self, (PathBuf, std::io::Error)> {
+        let mut roots = Vec::new();
+        for path in paths {
+            let root = || -> std::io::Result<Root> {
+                let path = std::path::absolute(path)?;
+                let real = path.canonicalize()?;
+                let flags = OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC;
+                let handle = rustix::fs::open(&real, flags, Mode::empty())?;
+                Ok(Root { path, real, handle: handle.into() })
+            };
+            roots.push(root().map_err(|error| (path.clone(), error))?);
+        }
+        Ok(Self(roots))
+    }
+
+    /// Finds, opens and reads the headers of every component. Blocking.
+    pub fn prepare(
+        &self,
+        sources: &BTreeMap<ComponentName, String>,
+    ) -> Result<BTreeMap<ComponentName, Prepared>, ApiError> {
+        sources
+            .iter()
+            .map(|(name, path)| {
+                let prepared =
+                    self.prepare_one(path).map_err(|error| error.detail("component", name.as_str()))?;
+                Ok((name.clone(), prepared))
+            })
+            .collect()
+    }
+
+    fn prepare_one(&self, path: &str) -> Result<Prepared, ApiError> {
+        let mut place = self.place(path)?;
+        let mut file = place.open(path, OFlags::RDONLY | OFlags::NONBLOCK)?;
+        if file.metadata().map_err(|error| read_failed(path, &error))?.is_dir() {
+            place.below.push(model_file_in(&file, path)?);
+            file = place.open(&place.shown(), OFlags::RDONLY | OFlags::NONBLOCK)?;
+        }
+        let shown = place.shown();
+        if Path::new(&shown).extension().is_none_or(|extension| extension != "json") {
+            let header = read_header(&file, &shown, place.file_name(), 0)?;
+            let layout = Layout::build(vec![header], None).map_err(|e| bad_file(&shown, &e, e.hint()))?;
+            let files = vec![place.source(file)];
+            return Ok(Prepared { plan: Arc::new(Plan::new(layout)), files });
+        }
+        let index = read_index(&mut file, &shown)?;
+        let mut headers = Vec::new();
+        let mut kept_bytes = 0;
+        let mut files = Vec::new();
+        for name in index.files() {
+            let shard = Place { root: place.root, below: place.below.with_file_name(name) };
+            let shown = shard.shown();
+            let file = shard.open(&shown, OFlags::RDONLY | OFlags::NONBLOCK)?;
+            let header = read_header(&file, &shown, name.clone(), kept_bytes)?;
+            kept_bytes += header.payload_offset;
+            headers.push(header);
+            files.push(shard.source(file));
+        }
+        let layout =
+            Layout::build(headers, Some(&index)).map_err(|error| bad_file(&shown, &error, error.hint()))?;
+        Ok(Prepared { plan: Arc::new(Plan::new(layout)), files })
+    }
+
+    fn place(&self, path: &str) -> Result<Place<'_>, ApiError> {
+        let denied = |why: &str, hint: String| {
+            ApiError::new(ErrorCode::PermissionDenied, format!("{path} {why}"))
+                .hint(hint)
+                .detail("path", path)
+        };
+        if self.0.is_empty() {
+            return Err(denied(
+                "cannot be registered: the daemon has no model root",
+                "start it with `vramd serve --model-root DIR`".to_owned(),
+            ));
+        }
+        if path.contains('\0') {
+            return Err(
+                ApiError::invalid("path", "a path cannot contain a NUL character").detail("path", path)
+            );
+        }
+        let asked = Path::new(path);
+        if !asked.is_absolute() {
+            return Err(ApiError::invalid("path", format!("{path} is not an absolute path"))
+                .hint("give the whole path, from / on")
+                .detail("path", path));
+        }
+        let roots =
+            || self.0.iter().map(|root| root.path.display().to_string()).collect::<Vec<_>>().join(", ");
+        let plain = asked.components().all(|part| matches!(part, PathPart::RootDir | PathPart::Normal(_)));
+        let below = self.0.iter().find_map(|root| {
+            let below = asked.strip_prefix(&root.path).or_else(|_| asked.strip_prefix(&root.real)).ok()?;
+            let below = if below.as_os_str().is_empty() { Path::new(".") } else { below };
+            Some(Place { root, below: below.to_owned() })
+        });
+        match below {
+            Some(place) if plain => Ok(place),
+            _ => Err(denied("lies outside of the model roots", format!("the roots are: {}", roots()))),
+        }
+    }
+}
+
+impl Place<'_> {
+    fn open(&self, shown: &str, flags: OFlags) -> Result<File, ApiError> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        let opened = rustix::fs::openat2(
+            self.root.handle.as_fd(),
+            &self.below,
+            flags | OFlags::CLOEXEC | OFlags::NOCTTY,
+            Mode::empty(),
+            resolve,
+        );
+        let error = match opened {
+            Ok(file) => return Ok(file.into()),
+            Err(rustix::io::Errno::XDEV) => ApiError::new(
+                ErrorCode::PermissionDenied,
+                format!("{shown} leaves its model root through a symlink"),
+            )
+            .hint("add the directory that it points into with `--model-root`, and register that path"),
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => {
+                ApiError::new(ErrorCode::NotFound, format!("there is no file {shown}"))
+            }
+            Err(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
+                ApiError::new(ErrorCode::PermissionDenied, format!("the daemon may not read {shown}"))
+                    .hint("give the daemon's user the right to read it")
+            }
+            Err(rustix::io::Errno::LOOP | rustix::io::Errno::NAMETOOLONG) => {
+                ApiError::invalid("path", format!("{shown} cannot be followed"))
+            }
+            Err(error) => return Err(read_failed(shown, &error.into())),
+        };
+        Err(error.detail("path", shown))
+    }
+
+    /// The file as a device reads it: direct, where the file system takes that.
+    fn source(&self, buffered: File) -> Source {
+        let direct = self.open("", OFlags::RDONLY | OFlags::DIRECT).ok();
+        Source { direct, buffered }
+    }
+
+    fn shown(&self) -> String {
+        self.root.path.join(&self.below).display().to_string()
+    }
+
+    fn file_name(&self) -> String {
+        self.below.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+}
+
+/// The one model file of a directory: an index if there is one, else the only `.safetensors` file.
+fn model_file_in(directory: &File, shown: &str) -> Result<String, ApiError> {
+    let read = || -> Result<Vec<String>, rustix::io::Errno> {
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(directory)? {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        Ok(names)
+    };
+    let mut names = read().map_err(|error| read_failed(shown, &error.into()))?;
+    names.sort_unstable();
+    let indexes: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors.index.json")).collect();
+    let files: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
+    let candidates = if indexes.is_empty() { files } else { indexes };
+    match candidates.as_slice() {
+        [only] => Ok((*only).clone()),
+        [] => Err(ApiError::new(ErrorCode::NotFound, format!("{shown} holds no .safetensors file"))
+            .hint("name a .safetensors file, a .safetensors.index.json, or a directory with exactly one of them")
+            .detail("path", shown)),
+        many => Err(ApiError::invalid("path", format!("{shown} holds {} model files", many.len()))
+            .hint("name one of them")
+            .detail("path", shown)
+            .detail("files", many.iter().take(20).map(|name| (*name).clone()).collect::<Vec<_>>())),
+    }
+}
+
+fn read_header(file: &File, shown: &str, name: String, kept_bytes: u64) -> Result<FileHeader, ApiError> {
+    let metadata = file.metadata().map_err(|error| read_failed(shown, &error))?;
+    if !metadata.is_file() {
+        return Err(ApiError::new(ErrorCode::InvalidModelFile, format!("{shown} is not a regular file"))
+            .detail("path", shown));
+    }
+    let bad = |error: layout::HeaderError| bad_file(shown, &error, error.hint());
+    let mut prefix = [0; 8];
+    let got = read_up_to(file, &mut prefix, 0).map_err(|error| read_failed(shown, &error))?;
+    prefix[got..].fill(0);
+    let length = layout::header_length(prefix, metadata.len(), kept_bytes).map_err(bad)?;
+    let mut header = vec![0; length as usize];
+    let got =
+        read_up_to(file, &mut header, layout::PREFIX_BYTES).map_err(|error| read_failed(shown, &error))?;
+    header.truncate(got);
+    let payload_offset = layout::PREFIX_BYTES + length;
+    let header = layout::parse_header(&header, metadata.len() - payload_offset).map_err(bad)?;
+    Ok(FileHeader { name, payload_offset, header })
+}
+
+fn read_index(file: &mut File, shown: &str) -> Result<Index, ApiError> {
+    let mut bytes = Vec::new();
+    file.take(layout::MAX_INDEX_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| read_failed(shown, &error))?;
+    layout::parse_index(&bytes).map_err(|error| bad_file(shown, &error, error.hint()))
+}
+
+fn read_up_to(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<usize> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(got) => done += got,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+fn bad_file(shown: &str, error: &dyn std::error::Error, hint: &str) -> ApiError {
+    ApiError::new(ErrorCode::InvalidModelFile, format!("{shown}: {error}")).hint(hint).detail("path", shown)
+}
+
+fn read_failed(shown: &str, error: &std::io::Error) -> ApiError {
+    ApiError::new(ErrorCode::ModelReadFailed, format!("{shown} could not be read: {error}"))
+        .hint("check the disk and the file system (`dmesg`), then try again")
+        .detail("path", shown)
+}

@@ -1,0 +1,277 @@
+//! The journal: what has to be known again after a restart, in one SQLite file.
+//!
+//! One thread owns the connection. Every batch of changes is one transaction with `synchronous = FULL`: when a
+//! write is answered it survives a crash, and a crash at any moment leaves either all of it or nothing. A full
+//! disk is an error of that write; what was there before stays readable.
+
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use rusqlite::{Connection, OptionalExtension, params};
+use vramd_api::{AllocationId, DeviceId, KeepAlive, ModelName};
+
+/// The version of the tables below; a newer file is refused, an older one will be migrated.
+const SCHEMA_VERSION: i64 = 1;
+
+const SCHEMA: &str = "
+CREATE TABLE model (
+    name TEXT PRIMARY KEY,
+    components TEXT NOT NULL,
+    keep_alive TEXT NOT NULL,
+    pinned INTEGER NOT NULL,
+    registered_at TEXT NOT NULL
+) STRICT;
+CREATE TABLE resident (
+    model TEXT NOT NULL REFERENCES model (name) ON DELETE CASCADE,
+    device TEXT NOT NULL,
+    PRIMARY KEY (model, device)
+) STRICT;
+CREATE TABLE allocation (
+    id TEXT PRIMARY KEY,
+    device TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    request TEXT NOT NULL
+) STRICT;
+CREATE TABLE device_limit (
+    device TEXT PRIMARY KEY,
+    bytes INTEGER NOT NULL
+) STRICT;
+";
+
+/// One change to the journal.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    PutModel(StoredModel),
+    RemoveModel(ModelName),
+    SetPinned(ModelName, bool),
+    SetKeepAlive(ModelName, KeepAlive),
+    PutResident(ModelName, DeviceId),
+    RemoveResident(ModelName, DeviceId),
+    PutAllocation(StoredAllocation),
+    RemoveAllocation(AllocationId),
+    /// None goes back to the configured limit.
+    SetLimit(DeviceId, Option<u64>),
+}
+
+/// A registration; `components` is the JSON of the request's field.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredModel {
+    pub name: ModelName,
+    pub components: String,
+    pub keep_alive: KeepAlive,
+    pub pinned: bool,
+    pub registered_at: jiff::Timestamp,
+}
+
+/// A persistent allocation; `request` is the JSON of its allocate request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredAllocation {
+    pub id: AllocationId,
+    pub device: DeviceId,
+    pub generation: u64,
+    pub request: String,
+}
+
+/// Everything that the journal held when it was opened.
+#[derive(Debug, Default)]
+pub struct Stored {
+    pub models: Vec<StoredModel>,
+    pub residents: Vec<(ModelName, DeviceId)>,
+    pub allocations: Vec<StoredAllocation>,
+    pub limits: Vec<(DeviceId, u64)>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("the journal {path} could not be opened", path = path.display())]
+    Open { path: PathBuf, source: rusqlite::Error },
+    #[error("the journal {path} has version {found}, this vramd knows {SCHEMA_VERSION}", path = path.display())]
+    TooNew { path: PathBuf, found: i64 },
+    #[error("the journal has a row that cannot be read: {what}")]
+    BadRow { what: String },
+    #[error("the journal could not be written")]
+    Write(#[source] rusqlite::Error),
+    #[error("the journal's thread has ended")]
+    Gone,
+}
+
+type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
+
+struct Write {
+    changes: Vec<Change>,
+    done: Done,
+}
+
+/// The way to the journal's thread.
+#[derive(Debug)]
+pub struct Store {
+    writes: Option<std::sync::mpsc::Sender<Write>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Write {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Write").field("changes", &self.changes).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Opens or creates the journal in `dir` and reads all of it. `max_pages` bounds the file's size, for tests of
+    /// a full disk.
+    pub fn open(dir: &Path, max_pages: Option<u32>) -> Result<(Self, Stored), StoreError> {
+        let path = dir.join("vramd.db");
+        let open = |source| StoreError::Open { path: path.clone(), source };
+        let connection = Connection::open(&path).map_err(open)?;
+        connection
+            .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+            .map_err(open)?;
+        let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(open)?;
+        if version > SCHEMA_VERSION {
+            return Err(StoreError::TooNew { path, found: version });
+        }
+        if version == 0 {
+            let first = format!("BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;");
+            connection.execute_batch(&first).map_err(open)?;
+        }
+        let stored = read(&connection)?;
+        if let Some(pages) = max_pages {
+            connection.pragma_update(None, "max_page_count", pages).map_err(open)?;
+        }
+        let (writes, inbox) = std::sync::mpsc::channel::<Write>();
+        let thread = std::thread::Builder::new()
+            .name("journal".to_owned())
+            .spawn(move || run(connection, &inbox))
+            .map_err(|_| StoreError::Gone)?;
+        Ok((Self { writes: Some(writes), thread: Some(thread) }, stored))
+    }
+
+    /// Writes `changes` as one transaction, then calls `done` on the journal's thread. Writes happen in order.
+    pub fn write(&self, changes: Vec<Change>, done: impl FnOnce(Result<(), StoreError>) + Send + 'static) {
+        let write = Write { changes, done: Box::new(done) };
+        let refused = match &self.writes {
+            Some(writes) => writes.send(write).err().map(|refused| refused.0),
+            None => Some(write),
+        };
+        if let Some(write) = refused {
+            (write.done)(Err(StoreError::Gone));
+        }
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.writes = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(mut connection: Connection, inbox: &std::sync::mpsc::Receiver<Write>) {
+    while let Ok(Write { changes, done }) = inbox.recv() {
+        done(apply(&mut connection, &changes).map_err(StoreError::Write));
+    }
+}
+
+fn apply(connection: &mut Connection, changes: &[Change]) -> rusqlite::Result<()> {
+    let transaction = connection.transaction()?;
+    for change in changes {
+        match change {
+            Change::PutModel(model) => transaction.execute(
+                "INSERT INTO model (name, components, keep_alive, pinned, registered_at) VALUES (?, ?, ?, ?, ?)",
+                params![
+                    model.name.as_str(),
+                    model.components,
+                    model.keep_alive.to_string(),
+                    model.pinned,
+                    model.registered_at.to_string()
+                ],
+            ),
+            Change::RemoveModel(name) => {
+                transaction.execute("DELETE FROM model WHERE name = ?", [name.as_str()])
+            }
+            Change::SetPinned(name, pinned) => transaction
+                .execute("UPDATE model SET pinned = ? WHERE name = ?", params![pinned, name.as_str()]),
+            Change::SetKeepAlive(name, keep_alive) => transaction.execute(
+                "UPDATE model SET keep_alive = ? WHERE name = ?",
+                params![keep_alive.to_string(), name.as_str()],
+            ),
+            Change::PutResident(name, device) => transaction.execute(
+                "INSERT OR IGNORE INTO resident (model, device) SELECT name, ? FROM model WHERE name = ?",
+                params![device.as_str(), name.as_str()],
+            ),
+            Change::RemoveResident(name, device) => transaction.execute(
+                "DELETE FROM resident WHERE model = ? AND device = ?",
+                params![name.as_str(), device.as_str()],
+            ),
+            Change::PutAllocation(allocation) => transaction.execute(
+                "INSERT INTO allocation (id, device, generation, request) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (id) DO UPDATE SET device = ?2, generation = ?3",
+                params![
+                    allocation.id.to_string(),
+                    allocation.device.as_str(),
+                    allocation.generation.cast_signed(),
+                    allocation.request
+                ],
+            ),
+            Change::RemoveAllocation(id) => {
+                transaction.execute("DELETE FROM allocation WHERE id = ?", [id.to_string()])
+            }
+            Change::SetLimit(device, Some(bytes)) => transaction.execute(
+                "INSERT INTO device_limit (device, bytes) VALUES (?1, ?2) ON CONFLICT (device) DO UPDATE SET bytes = ?2",
+                params![device.as_str(), bytes.cast_signed()],
+            ),
+            Change::SetLimit(device, None) => {
+                transaction.execute("DELETE FROM device_limit WHERE device = ?", [device.as_str()])
+            }
+        }?;
+    }
+    transaction.commit()
+}
+
+fn read(connection: &Connection) -> Result<Stored, StoreError> {
+    let bad = |error: rusqlite::Error| StoreError::BadRow { what: error.to_string() };
+    let mut stored = Stored::default();
+    let mut rows = connection
+        .prepare("SELECT name, components, keep_alive, pinned, registered_at FROM model ORDER BY name")
+        .map_err(bad)?;
+    let mut rows = rows.query([]).map_err(bad)?;
+    while let Some(row) = rows.next().map_err(bad)? {
+        stored.models.push(StoredModel {
+            name: parsed(row, 0)?,
+            components: row.get(1).map_err(bad)?,
+            keep_alive: parsed(row, 2)?,
+            pinned: row.get(3).map_err(bad)?,
+            registered_at: parsed(row, 4)?,
+        });
+    }
+    let mut rows = connection.prepare("SELECT model, device FROM resident").map_err(bad)?;
+    let mut rows = rows.query([]).map_err(bad)?;
+    while let Some(row) = rows.next().map_err(bad)? {
+        stored.residents.push((parsed(row, 0)?, parsed(row, 1)?));
+    }
+    let mut rows =
+        connection.prepare("SELECT id, device, generation, request FROM allocation").map_err(bad)?;
+    let mut rows = rows.query([]).map_err(bad)?;
+    while let Some(row) = rows.next().map_err(bad)? {
+        stored.allocations.push(StoredAllocation {
+            id: parsed(row, 0)?,
+            device: parsed(row, 1)?,
+            generation: row.get::<_, i64>(2).map_err(bad)?.unsigned_abs(),
+            request: row.get(3).map_err(bad)?,
+        });
+    }
+    let mut rows = connection.prepare("SELECT device, bytes FROM device_limit").map_err(bad)?;
+    let mut rows = rows.query([]).map_err(bad)?;
+    while let Some(row) = rows.next().map_err(bad)? {
+        stored.limits.push((parsed(row, 0)?, row.get::<_, i64>(1).map_err(bad)?.unsigned_abs()));
+    }
+    Ok(stored)
+}
+
+fn parsed<T: std::str::FromStr>(row: &rusqlite::Row<'_>, column: usize) -> Result<T, StoreError> {
+    let text: Option<String> =
+        row.get(column).optional().map_err(|error| StoreError::BadRow { what: error.to_string() })?;
+    let text = text.unwrap_or_default();
+    text.parse().map_err(|_| StoreError::BadRow { what: format!("{text:?} in column {column}") })
+}

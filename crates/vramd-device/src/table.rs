@@ -1,0 +1,61 @@
+//! The segments of one device by their ids, and the checks that every call makes of its caller.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::segment::Segment;
+use crate::{Call, DeviceError, Range, SegmentId};
+
+/// The lock is held for a look-up only: whoever works on a segment holds the segment itself.
+#[derive(Debug, Default)]
+pub(crate) struct Table(Mutex<HashMap<SegmentId, Arc<Segment>>>);
+
+impl Table {
+    /// Checks what `create` is asked for.
+    pub(crate) fn check_new(&self, id: SegmentId, bytes: u64, granularity: u64) -> Result<(), DeviceError> {
+        if bytes == 0 || !bytes.is_multiple_of(granularity) {
+            return Err(misuse(Call::Create, id, "its size is no multiple of the granularity above 0"));
+        }
+        if self.lock().contains_key(&id) {
+            return Err(misuse(Call::Create, id, "its id is in use"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn insert(&self, id: SegmentId, segment: Segment) -> Result<(), DeviceError> {
+        match self.lock().entry(id) {
+            Entry::Occupied(_) => Err(misuse(Call::Create, id, "its id is in use")),
+            Entry::Vacant(place) => {
+                place.insert(Arc::new(segment));
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn remove(&self, id: SegmentId) -> Result<Arc<Segment>, DeviceError> {
+        self.lock().remove(&id).ok_or_else(|| misuse(Call::Destroy, id, "there is no such segment"))
+    }
+
+    pub(crate) fn get(&self, call: Call, id: SegmentId) -> Result<Arc<Segment>, DeviceError> {
+        self.lock().get(&id).cloned().ok_or_else(|| misuse(call, id, "there is no such segment"))
+    }
+
+    /// The segment of a range that is inside of it.
+    pub(crate) fn get_range(&self, call: Call, range: Range) -> Result<Arc<Segment>, DeviceError> {
+        let segment = self.get(call, range.segment)?;
+        match range.offset.checked_add(range.bytes) {
+            Some(end) if end <= segment.bytes() => Ok(segment),
+            _ => Err(misuse(call, range.segment, "the range is not inside of the segment")),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<SegmentId, Arc<Segment>>> {
+        // No operation under this lock can leave the map half changed.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn misuse(call: Call, segment: SegmentId, reason: &'static str) -> DeviceError {
+    DeviceError::Misuse { call, segment, reason }
+}

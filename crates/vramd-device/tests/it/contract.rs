@@ -1,0 +1,434 @@
+//! What every backend must do. A check takes any device of at least 32 MiB that nobody else uses; adding a
+//! backend is adding a line to `on_every_backend`.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::thread;
+
+use proptest::prelude::*;
+use proptest::test_runner::Config;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use rustix::mm::ProtFlags;
+use vramd_device::{Device, DeviceError, ExportAccess, Range, SegmentId, Writers, cpu, sim};
+
+use crate::files::{buffered, direct, file, pattern};
+use crate::fresh;
+use crate::importer::{Import, reopen_writable};
+
+const TOTAL: u64 = 64 << 20;
+
+fn open_cpu() -> cpu::Device {
+    cpu::Device::open(cpu::Options { limit_bytes: Some(TOTAL) }).unwrap()
+}
+
+fn open_sim() -> sim::Device {
+    sim::Device::open(sim::Spec::new(0, TOTAL)).unwrap()
+}
+
+macro_rules! on_every_backend {
+    ($($check:ident),* $(,)?) => {
+        mod cpu_device { $(#[test] fn $check() { super::$check(&super::open_cpu()); })* }
+        mod sim_device { $(#[test] fn $check() { super::$check(&super::open_sim()); })* }
+    };
+}
+
+on_every_backend![
+    facts_are_plausible,
+    a_new_segment_reads_as_zero,
+    memory_that_was_used_before_is_new_again,
+    what_is_written_is_what_is_read,
+    a_range_outside_of_its_segment_is_misuse_and_changes_nothing,
+    a_segment_that_does_not_exist_is_misuse,
+    a_size_off_the_granularity_is_misuse_and_takes_nothing,
+    an_id_in_use_is_misuse_and_leaves_the_first,
+    a_full_device_refuses_and_gets_everything_back,
+    more_than_there_is_is_out_of_memory,
+    samples_count_what_is_held,
+    creates_at_the_same_time_never_take_more_than_there_is,
+    many_threads_leave_nothing_behind,
+    an_importer_sees_the_bytes,
+    importers_write_where_they_may,
+    a_device_only_segment_is_never_writable_for_importers,
+    nobody_changes_the_size,
+    exported_descriptors_are_not_inherited,
+    what_is_destroyed_lives_on_for_who_still_has_it,
+    a_file_fills_exactly_its_range,
+    a_file_that_ends_early_is_an_error,
+    parallel_fills_do_not_mix,
+];
+
+/// A size that every backend's granularity divides.
+const SIZE: u64 = 4 << 20;
+
+fn create(device: &dyn Device, writers: Writers) -> SegmentId {
+    let id = fresh();
+    device.create(id, SIZE, writers).unwrap();
+    id
+}
+
+fn contents(device: &dyn Device, segment: SegmentId, bytes: u64) -> Vec<u8> {
+    let mut contents = vec![0xAA; bytes as usize];
+    device.read(segment, 0, &mut contents).unwrap();
+    contents
+}
+
+fn available(device: &dyn Device) -> u64 {
+    device.sample().unwrap().available_bytes
+}
+
+fn export(device: &dyn Device, segment: SegmentId, access: ExportAccess) -> OwnedFd {
+    device.export(segment, access).unwrap()
+}
+
+#[track_caller]
+fn assert_misuse<T: std::fmt::Debug>(result: &Result<T, DeviceError>) {
+    assert!(matches!(result, Err(DeviceError::Misuse { .. })), "{result:?}");
+}
+
+#[track_caller]
+fn assert_out_of_memory(result: &Result<(), DeviceError>, requested: u64) {
+    assert!(
+        matches!(result, Err(DeviceError::OutOfMemory { requested: r, available: a }) if *r == requested && a < r),
+        "{result:?}"
+    );
+}
+
+fn facts_are_plausible(device: &dyn Device) {
+    let facts = device.facts();
+    assert!(facts.granularity_bytes.is_power_of_two() && facts.page_bytes.is_power_of_two());
+    assert!(facts.page_bytes <= facts.granularity_bytes && SIZE.is_multiple_of(facts.granularity_bytes));
+    assert!(!facts.uuid.is_empty() && !facts.name.is_empty());
+    assert_eq!(facts.total_bytes, TOTAL);
+}
+
+fn a_new_segment_reads_as_zero(device: &dyn Device) {
+    let id = create(device, Writers::DeviceOnly);
+    assert!(contents(device, id, SIZE).iter().all(|byte| *byte == 0));
+}
+
+fn memory_that_was_used_before_is_new_again(device: &dyn Device) {
+    for _ in 0..4 {
+        let id = create(device, Writers::Importers);
+        assert!(contents(device, id, SIZE).iter().all(|byte| *byte == 0));
+        device.write(id, 0, &pattern(SIZE as usize)).unwrap();
+        device.destroy(id).unwrap();
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write(Vec<u8>),
+    Zero(usize),
+    Read(usize),
+}
+
+/// Random histories against the dullest model: a vector.
+fn what_is_written_is_what_is_read(device: &dyn Device) {
+    let length = 0_usize..70_000;
+    let step = prop_oneof![
+        (length.clone(), any::<u8>()).prop_map(|(length, seed)| {
+            Step::Write(pattern(length).iter().map(|byte| byte ^ seed).collect())
+        }),
+        length.clone().prop_map(Step::Zero),
+        length.prop_map(Step::Read),
+    ];
+    let history = prop::collection::vec((0..SIZE as usize, step), 1..40);
+    for writers in [Writers::DeviceOnly, Writers::Importers] {
+        proptest!(Config::with_cases(16), |(history in &history)| {
+            let id = create(device, writers);
+            let mut model = vec![0; SIZE as usize];
+            for (offset, step) in history {
+                let room = model.len() - offset;
+                match step {
+                    Step::Write(bytes) => {
+                        let bytes = &bytes[..bytes.len().min(room)];
+                        device.write(id, offset as u64, bytes).unwrap();
+                        model[offset..][..bytes.len()].copy_from_slice(bytes);
+                    }
+                    Step::Zero(length) => {
+                        let length = length.min(room);
+                        device.zero(Range { segment: id, offset: offset as u64, bytes: length as u64 }).unwrap();
+                        model[offset..][..length].fill(0);
+                    }
+                    Step::Read(length) => {
+                        let mut read = vec![0xAA; length.min(room)];
+                        device.read(id, offset as u64, &mut read).unwrap();
+                        prop_assert!(read == model[offset..][..read.len()], "a read at {offset} differs");
+                    }
+                }
+            }
+            prop_assert!(contents(device, id, SIZE) == model, "the end differs");
+            device.destroy(id).unwrap();
+        });
+    }
+}
+
+fn a_range_outside_of_its_segment_is_misuse_and_changes_nothing(device: &dyn Device) {
+    let source = file(&pattern(8192));
+    let id = create(device, Writers::DeviceOnly);
+    for offset in [SIZE - 4095, SIZE, SIZE + 1, u64::MAX - 4095, u64::MAX] {
+        let range = Range { segment: id, offset, bytes: 4096 };
+        assert_misuse(&device.zero(range));
+        assert_misuse(&device.write(id, offset, &[7; 4096]));
+        assert_misuse(&device.read(id, offset, &mut [0; 4096]));
+        assert_misuse(&device.fill_from_file(range, &buffered(&source), 0));
+    }
+    assert_misuse(&device.zero(Range { segment: id, offset: 1, bytes: u64::MAX }));
+    assert!(contents(device, id, SIZE).iter().all(|byte| *byte == 0));
+    // Nothing at the very end is inside.
+    device.write(id, SIZE, &[]).unwrap();
+    device.zero(Range { segment: id, offset: SIZE, bytes: 0 }).unwrap();
+}
+
+fn a_segment_that_does_not_exist_is_misuse(device: &dyn Device) {
+    let source = file(b"x");
+    let destroyed = create(device, Writers::Importers);
+    device.destroy(destroyed).unwrap();
+    for id in [fresh(), destroyed] {
+        let range = Range { segment: id, offset: 0, bytes: 1 };
+        assert_misuse(&device.destroy(id));
+        assert_misuse(&device.zero(range));
+        assert_misuse(&device.write(id, 0, b"x"));
+        assert_misuse(&device.read(id, 0, &mut [0]));
+        assert_misuse(&device.fill_from_file(range, &buffered(&source), 0));
+        assert_misuse(&device.export(id, ExportAccess::Read));
+    }
+}
+
+fn a_size_off_the_granularity_is_misuse_and_takes_nothing(device: &dyn Device) {
+    let before = available(device);
+    let granularity = device.facts().granularity_bytes;
+    for bytes in [0, 1, granularity / 2, granularity + 1, u64::MAX] {
+        assert_misuse(&device.create(fresh(), bytes, Writers::DeviceOnly));
+    }
+    assert_eq!(available(device), before);
+}
+
+fn an_id_in_use_is_misuse_and_leaves_the_first(device: &dyn Device) {
+    let id = create(device, Writers::DeviceOnly);
+    device.write(id, 5, b"kept").unwrap();
+    let before = available(device);
+    assert_misuse(&device.create(id, SIZE, Writers::Importers));
+    assert_eq!(available(device), before);
+    assert_eq!(&contents(device, id, SIZE)[5..9], b"kept");
+}
+
+fn a_full_device_refuses_and_gets_everything_back(device: &dyn Device) {
+    let granularity = device.facts().granularity_bytes;
+    for _ in 0..3 {
+        let mut ids: Vec<_> = (0..TOTAL / SIZE).map(|_| create(device, Writers::DeviceOnly)).collect();
+        assert_eq!(available(device), 0);
+        assert_out_of_memory(&device.create(fresh(), granularity, Writers::DeviceOnly), granularity);
+        device.destroy(ids[3]).unwrap();
+        ids[3] = create(device, Writers::DeviceOnly);
+        assert_out_of_memory(&device.create(fresh(), granularity, Writers::DeviceOnly), granularity);
+        for id in ids {
+            device.destroy(id).unwrap();
+        }
+        assert_eq!(available(device), TOTAL);
+    }
+    // In one piece as well.
+    let whole = fresh();
+    device.create(whole, TOTAL, Writers::DeviceOnly).unwrap();
+    device.destroy(whole).unwrap();
+    assert_eq!(available(device), TOTAL);
+}
+
+fn more_than_there_is_is_out_of_memory(device: &dyn Device) {
+    let granularity = device.facts().granularity_bytes;
+    for bytes in [TOTAL + granularity, 1 << 40, 1 << 62, u64::MAX - (granularity - 1)] {
+        assert_out_of_memory(&device.create(fresh(), bytes, Writers::DeviceOnly), bytes);
+    }
+    assert_eq!(available(device), TOTAL);
+}
+
+fn samples_count_what_is_held(device: &dyn Device) {
+    let before = device.sample().unwrap();
+    assert_eq!(before.used_bytes + before.available_bytes, TOTAL);
+    let id = create(device, Writers::DeviceOnly);
+    let after = device.sample().unwrap();
+    assert_eq!(after.available_bytes, before.available_bytes - SIZE);
+    assert_eq!(after.used_bytes, before.used_bytes + SIZE);
+    device.destroy(id).unwrap();
+    assert_eq!(device.sample().unwrap(), before);
+}
+
+fn creates_at_the_same_time_never_take_more_than_there_is(device: &dyn Device) {
+    let made: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> =
+            (0..8).map(|_| scope.spawn(|| device.create(fresh(), TOTAL / 4, Writers::DeviceOnly))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 4, "{made:?}");
+    assert_eq!(available(device), 0);
+}
+
+fn many_threads_leave_nothing_behind(device: &dyn Device) {
+    thread::scope(|scope| {
+        for seed in 0..8_u8 {
+            scope.spawn(move || {
+                let bytes: Vec<u8> = pattern(100_000).iter().map(|byte| byte ^ seed).collect();
+                for _ in 0..10 {
+                    let id = create(device, Writers::Importers);
+                    device.write(id, 77, &bytes).unwrap();
+                    device.sample().unwrap();
+                    assert!(contents(device, id, SIZE)[77..][..bytes.len()] == bytes);
+                    device.destroy(id).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(available(device), TOTAL);
+}
+
+fn an_importer_sees_the_bytes(device: &dyn Device) {
+    for writers in [Writers::DeviceOnly, Writers::Importers] {
+        let id = create(device, writers);
+        let bytes = pattern(SIZE as usize);
+        device.write(id, 0, &bytes).unwrap();
+        let import = Import::read(export(device, id, ExportAccess::Read), SIZE);
+        assert!(import.bytes() == bytes);
+        device.zero(Range { segment: id, offset: 1, bytes: SIZE - 1 }).unwrap();
+        assert!(import.bytes()[1..].iter().all(|byte| *byte == 0));
+    }
+}
+
+fn importers_write_where_they_may(device: &dyn Device) {
+    let id = create(device, Writers::Importers);
+    let write = export(device, id, ExportAccess::Write);
+    let import = Import::map(&write, SIZE, ProtFlags::READ | ProtFlags::WRITE).unwrap();
+    import.write(4095, b"hello");
+    assert_eq!(&contents(device, id, SIZE)[4095..4100], b"hello");
+    let read = export(device, id, ExportAccess::Read);
+    let refused = Import::map(&read, SIZE, ProtFlags::READ | ProtFlags::WRITE);
+    assert_eq!(refused.err(), Some(Errno::ACCESS));
+    assert_eq!(Import::read(&read, SIZE).make_writable(), Err(Errno::ACCESS));
+}
+
+fn a_device_only_segment_is_never_writable_for_importers(device: &dyn Device) {
+    let id = create(device, Writers::DeviceOnly);
+    assert_misuse(&device.export(id, ExportAccess::Write));
+    let read = export(device, id, ExportAccess::Read);
+    let writable = ProtFlags::READ | ProtFlags::WRITE;
+    assert_eq!(Import::map(&read, SIZE, writable).err(), Some(Errno::ACCESS));
+    assert_eq!(Import::read(&read, SIZE).make_writable(), Err(Errno::ACCESS));
+    match reopen_writable(&read) {
+        Err(refused) => assert_eq!(refused, Errno::ACCESS),
+        Ok(reopened) => {
+            assert_eq!(Import::map(&reopened, SIZE, writable).err(), Some(Errno::PERM));
+            assert_eq!(Import::read(&reopened, SIZE).make_writable(), Err(Errno::ACCESS));
+            assert!(rustix::io::pwrite(&reopened, b"x", 0).is_err());
+            assert!(rustix::fs::fallocate(&reopened, HOLE, 0, SIZE).is_err());
+        }
+    }
+    // The device itself still writes.
+    device.write(id, 0, b"x").unwrap();
+    assert_eq!(Import::read(&read, SIZE).bytes()[0], b'x');
+}
+
+const HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+
+fn nobody_changes_the_size(device: &dyn Device) {
+    let closed = create(device, Writers::DeviceOnly);
+    let open = create(device, Writers::Importers);
+    let mut descriptors = vec![
+        export(device, closed, ExportAccess::Read),
+        export(device, open, ExportAccess::Read),
+        export(device, open, ExportAccess::Write),
+    ];
+    let reopened: Vec<_> = descriptors.iter().filter_map(|fd| reopen_writable(fd).ok()).collect();
+    descriptors.extend(reopened);
+    for descriptor in &descriptors {
+        for bytes in [0, SIZE - 4096, SIZE + (2 << 20)] {
+            assert!(rustix::fs::ftruncate(descriptor, bytes).is_err());
+        }
+        assert!(rustix::fs::fcntl_add_seals(descriptor, rustix::fs::SealFlags::WRITE).is_err());
+        assert_eq!(rustix::fs::fstat(descriptor).unwrap().st_size, SIZE.cast_signed());
+    }
+}
+
+fn exported_descriptors_are_not_inherited(device: &dyn Device) {
+    let id = create(device, Writers::Importers);
+    for access in [ExportAccess::Read, ExportAccess::Write] {
+        let flags = rustix::io::fcntl_getfd(export(device, id, access)).unwrap();
+        assert!(flags.contains(rustix::io::FdFlags::CLOEXEC), "{access:?}");
+    }
+}
+
+fn what_is_destroyed_lives_on_for_who_still_has_it(device: &dyn Device) {
+    let id = create(device, Writers::DeviceOnly);
+    let bytes = pattern(SIZE as usize);
+    device.write(id, 0, &bytes).unwrap();
+    let descriptor = export(device, id, ExportAccess::Read);
+    let import = Import::read(&descriptor, SIZE);
+    device.destroy(id).unwrap();
+    assert_eq!(available(device), TOTAL);
+    assert!(import.bytes() == bytes);
+    drop(import);
+    assert!(Import::read(&descriptor, SIZE).bytes() == bytes);
+}
+
+/// Any part of a file to any place, direct and buffered, aligned alike or not: the range is right, the rest of the
+/// segment untouched.
+fn a_file_fills_exactly_its_range(device: &dyn Device) {
+    const FILE: usize = 6_000_123;
+    let bytes = pattern(FILE);
+    let file = file(&bytes);
+    let sources = [direct(&file), buffered(&file)];
+    let id = create(device, Writers::DeviceOnly);
+    let edge = prop_oneof![Just(0_usize), Just(1), Just(4095), Just(4096), 0..2_000_000_usize];
+    let length = prop_oneof![Just(0_usize), Just(1), Just(4096), 0..10_000_usize, 0..2_000_000_usize];
+    let cases = (edge.clone(), edge, length, any::<bool>(), 0..sources.len());
+    proptest!(Config::with_cases(64), |((place, from, length, alike, source) in cases)| {
+        let from = if alike { from - from % 4096 + place % 4096 } else { from };
+        device.write(id, 0, &vec![0x55; SIZE as usize]).unwrap();
+        let range = Range { segment: id, offset: place as u64, bytes: length as u64 };
+        device.fill_from_file(range, &sources[source], from as u64).unwrap();
+        let filled = contents(device, id, SIZE);
+        prop_assert!(filled[place..][..length] == bytes[from..][..length], "the range differs");
+        let rest = filled[..place].iter().chain(&filled[place + length..]);
+        prop_assert!(rest.copied().all(|byte| byte == 0x55), "something beside the range was written");
+    });
+    // To the last byte of the file, which no direct read can end at.
+    let range = Range { segment: id, offset: 0, bytes: SIZE };
+    device.fill_from_file(range, &sources[0], FILE as u64 - SIZE).unwrap();
+    assert!(contents(device, id, SIZE) == bytes[FILE - SIZE as usize..]);
+}
+
+fn a_file_that_ends_early_is_an_error(device: &dyn Device) {
+    let id = create(device, Writers::DeviceOnly);
+    for contents in [0, 1, 4095, 4096, 4097, 100_000] {
+        let file = file(&pattern(contents));
+        for source in [direct(&file), buffered(&file)] {
+            for (from, bytes) in
+                [(0, contents as u64 + 1), (contents as u64, 1), (1 << 40, 4096), (u64::MAX, 4096)]
+            {
+                let range = Range { segment: id, offset: 0, bytes };
+                let result = device.fill_from_file(range, &source, from);
+                assert!(
+                    matches!(&result, Err(DeviceError::Source(error)) if error.kind() == io::ErrorKind::UnexpectedEof),
+                    "{bytes} bytes from {from} of {contents}: {result:?}"
+                );
+            }
+            let whole = Range { segment: id, offset: 0, bytes: contents as u64 };
+            device.fill_from_file(whole, &source, 0).unwrap();
+        }
+    }
+}
+
+fn parallel_fills_do_not_mix(device: &dyn Device) {
+    const PARTS: u64 = 8;
+    let bytes = pattern(SIZE as usize);
+    let file = file(&bytes);
+    let source = direct(&file);
+    let id = create(device, Writers::DeviceOnly);
+    thread::scope(|scope| {
+        for part in 0..PARTS {
+            let range = Range { segment: id, offset: part * (SIZE / PARTS), bytes: SIZE / PARTS };
+            let source = &source;
+            scope.spawn(move || device.fill_from_file(range, source, range.offset).unwrap());
+        }
+    });
+    assert!(contents(device, id, SIZE) == bytes);
+}

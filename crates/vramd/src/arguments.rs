@@ -1,0 +1,440 @@
+//! Arguments as typed. What they mean together with files and the environment is for [`crate::settings`].
+#![expect(clippy::doc_markdown, reason = "these texts are shown on a terminal as they stand")]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, ColorChoice, Parser, Subcommand, ValueEnum};
+use vramd_api::{
+    AllocationId, AllocationType, Bytes, ComponentName, DeviceId, KeepAlive, MemoryType, ModelName,
+    OnShortage, OperationId, OperationState, OwnerName, Priority,
+};
+
+use crate::settings::{Layer, Switch};
+
+/// The memory daemon for AI inference machines.
+#[derive(Debug, Parser)]
+#[command(name = "vramd", version, max_term_width = 100)]
+#[command(after_help = "Exit codes: 0 done, 1 refused by the daemon, 2 wrong use or a fault.")]
+pub struct Arguments {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Args)]
+pub struct Global {
+    /// The daemon to talk to: http://HOST:PORT or unix:PATH
+    #[arg(long, global = true, value_name = "URL", env = "VRAMD_SERVER", hide_env_values = true)]
+    #[arg(default_value = "http://127.0.0.1:8726", help_heading = "Global options")]
+    pub server: String,
+    /// Print the answer as JSON
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub json: bool,
+    /// When to use colors; NO_COLOR turns them off too
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto", help_heading = "Global options")]
+    pub color: ColorChoice,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the daemon
+    Serve(ServeArguments),
+    #[command(flatten)]
+    Ask(Question),
+    /// Check what works on this machine, and say why not; exits 1 on a warning and 2 on a fault
+    Doctor(ServeArguments),
+    /// Show the settings of the daemon
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Print a completion script for a shell
+    Completions { shell: clap_complete::Shell },
+    /// Print a reference page of the documentation
+    #[command(hide = true)]
+    Generate { page: Page },
+}
+
+/// The commands that ask a daemon.
+#[derive(Debug, Subcommand)]
+pub enum Question {
+    /// Show how much memory is used, free and held by whom
+    Status {
+        /// One device, in detail: its id or uuid
+        device: Option<String>,
+    },
+    /// List the devices and what they can do
+    Devices,
+    /// Allocate memory; prints the id of the allocation
+    Alloc(AllocArguments),
+    /// Release allocations
+    Free {
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<AllocationId>,
+    },
+    /// Renew the lease of an allocation
+    Renew {
+        #[arg(value_name = "ID")]
+        id: AllocationId,
+        /// The new time to live, from now [default: the length that the lease had]
+        #[arg(long, value_name = "SECONDS")]
+        lease_seconds: Option<u64>,
+    },
+    /// List the live allocations
+    Allocations(AllocationsArguments),
+    /// List the registered models, or change the list
+    Models {
+        #[command(subcommand)]
+        command: Option<ModelsCommand>,
+    },
+    /// Load a model into memory; Ctrl-C cancels
+    Load(LoadArguments),
+    /// Take a model out of memory
+    Unload {
+        model: ModelName,
+        /// Only from this device [default: all]
+        #[arg(long, value_name = "DEVICE")]
+        device: Option<DeviceId>,
+    },
+    /// Keep a model resident until it is unpinned
+    Pin { model: ModelName },
+    /// Let a model expire again when it is idle
+    Unpin { model: ModelName },
+    /// Count a model as used now
+    Touch {
+        model: ModelName,
+        /// The new time that it stays when idle: 90s, 5m, 1h30m, 0, or -1 for ever
+        #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+        keep_alive: Option<KeepAlive>,
+    },
+    /// Attach a resident model and print its tensor table
+    Attach(AttachArguments),
+    /// Show who holds what
+    Ps {
+        /// Only on this device: its id or uuid
+        #[arg(long, value_name = "DEVICE")]
+        device: Option<String>,
+    },
+    /// List operations, or show one
+    Operations {
+        #[arg(value_name = "ID")]
+        id: Option<OperationId>,
+        /// Only those in this state
+        #[arg(long, conflicts_with = "id", ignore_case = true, value_parser = words(OPERATION_STATES))]
+        state: Option<OperationState>,
+    },
+    /// Cancel an operation
+    Cancel {
+        #[arg(value_name = "ID")]
+        id: OperationId,
+    },
+    /// Show the limits, or set the most that the daemon may hold on a device
+    Limits {
+        /// The device's id or uuid
+        device: Option<String>,
+        /// The new limit, such as 24GiB, or default for the configured one
+        #[arg(value_name = "SIZE|default", value_parser = parse_limit)]
+        limit: Option<Limit>,
+    },
+    /// Follow what happens, line by line
+    Events {
+        /// Begin just after this event
+        #[arg(long, value_name = "ID")]
+        since: Option<String>,
+        /// End after so many events
+        #[arg(long, value_name = "NUMBER")]
+        count: Option<u64>,
+    },
+}
+
+/// The settings of the daemon as flags; `docs/config.md` has them all.
+#[derive(Debug, Default, Args)]
+pub struct ServeArguments {
+    /// The settings file [default: vramd/vramd.toml in $XDG_CONFIG_HOME, then /etc/vramd/vramd.toml]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Where to serve HTTP; port 0 picks one [default: 127.0.0.1:8726]
+    #[arg(long, value_name = "ADDRESS:PORT|none")]
+    listen: Option<Switch<SocketAddr>>,
+    /// The Unix socket for HTTP and attach [default: vramd/vramd.sock in /run or $XDG_RUNTIME_DIR]
+    #[arg(long, value_name = "PATH|none")]
+    socket: Option<Switch<PathBuf>>,
+    /// The directory of the store [default: vramd in /var/lib or $XDG_STATE_HOME]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// A directory that models may lie in; may repeat
+    #[arg(long, value_name = "DIR")]
+    model_root: Vec<PathBuf>,
+    /// The most host memory that the daemon may hold, such as 24GiB
+    #[arg(long, value_name = "SIZE")]
+    cpu_limit: Option<Bytes>,
+    /// Simulated devices by their sizes: 24GiB or 24GiB,8GiB
+    #[arg(long, value_name = "SPEC")]
+    sim: Option<String>,
+    /// Write the address, the socket and the pid to this file once the daemon serves
+    #[arg(long, value_name = "FILE")]
+    ready_file: Option<PathBuf>,
+    /// What to log: a level or a filter [default: info]
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+}
+
+impl ServeArguments {
+    /// The settings that were typed.
+    pub fn layer(self) -> Layer {
+        Layer {
+            listen: self.listen,
+            socket: self.socket,
+            state_dir: self.state_dir,
+            model_roots: (!self.model_root.is_empty()).then_some(self.model_root),
+            cpu_limit: self.cpu_limit,
+            sim: self.sim,
+            ready_file: self.ready_file,
+            log: self.log,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(allow_negative_numbers = true)]
+pub struct AllocArguments {
+    /// How much: 512, 8K, 1.5GiB (powers of 1024) or 8MB (powers of 1000)
+    pub size: Bytes,
+    /// Where: a device's id or uuid [default: the best]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// A power of two, in bytes, up to 2 MiB [default: 256]
+    #[arg(long, value_name = "BYTES")]
+    pub alignment: Option<u64>,
+    /// What the bytes are for
+    #[arg(long = "type", value_name = "TYPE", default_value = "Buffer", ignore_case = true)]
+    #[arg(value_parser = words(ALLOCATION_TYPES))]
+    pub allocation_type: AllocationType,
+    /// Only devices with this type of memory
+    #[arg(long, value_name = "TYPE", ignore_case = true, value_parser = words(MEMORY_TYPES))]
+    pub memory_type: Option<MemoryType>,
+    /// Free text for people and statistics
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub purpose: String,
+    /// Who goes first when several wait
+    #[arg(long, default_value = "Normal", ignore_case = true, value_parser = words(PRIORITIES))]
+    pub priority: Priority,
+    /// Keep it until it is freed, over restarts too
+    #[arg(long, conflicts_with = "lease_seconds")]
+    pub persistent: bool,
+    /// Release it when it was not renewed for so long [default: 300]
+    #[arg(long, value_name = "SECONDS")]
+    pub lease_seconds: Option<u64>,
+    /// What to do when there is no room
+    #[arg(long, default_value = "fail", ignore_case = true, value_parser = words(ON_SHORTAGE))]
+    pub on_shortage: OnShortage,
+    /// How long to wait for room [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout_seconds: Option<u64>,
+    /// For whom: a label
+    #[arg(long, value_name = "NAME")]
+    pub owner: Option<OwnerName>,
+}
+
+#[derive(Debug, Args)]
+pub struct AllocationsArguments {
+    /// Only on this device: its id or uuid
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Only those of this owner
+    #[arg(long, value_name = "NAME")]
+    pub owner: Option<String>,
+    /// Only those with this purpose
+    #[arg(long, value_name = "TEXT")]
+    pub purpose: Option<String>,
+    /// Only those of this type
+    #[arg(long = "type", value_name = "TYPE", ignore_case = true, value_parser = words(ALLOCATION_TYPES))]
+    pub allocation_type: Option<AllocationType>,
+    /// Only persistent ones
+    #[arg(long)]
+    pub persistent: bool,
+    /// In which order
+    #[arg(long, allow_hyphen_values = true)]
+    #[arg(value_parser = ["createdAt", "-createdAt", "sizeBytes", "-sizeBytes"])]
+    pub sort: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// Register a model by its files
+    Add(AddModelArguments),
+    /// Forget a model; its files stay
+    Rm { model: ModelName },
+    /// Show one model with its components
+    Show { model: ModelName },
+}
+
+#[derive(Debug, Args)]
+pub struct AddModelArguments {
+    pub model: ModelName,
+    /// A .safetensors file, a .safetensors.index.json, or a directory with one of these
+    #[arg(required_unless_present = "component", conflicts_with = "component")]
+    pub path: Option<PathBuf>,
+    /// A part of the model, as in unet=PATH; may repeat
+    #[arg(long, value_name = "NAME=PATH", value_parser = parse_component)]
+    pub component: Vec<(ComponentName, PathBuf)>,
+    /// How long it stays when idle: 90s, 5m, 1h30m, 0, or -1 for ever [default: 5m]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub keep_alive: Option<KeepAlive>,
+    /// Once resident, keep it so until it is unpinned
+    #[arg(long)]
+    pub pin: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct LoadArguments {
+    pub model: ModelName,
+    /// Where to [default: the best device]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceId>,
+    /// Only this component; may repeat [default: all]
+    #[arg(long, value_name = "NAME")]
+    pub component: Vec<ComponentName>,
+    /// How long it stays when idle: 90s, 5m, 1h30m, 0, or -1 for ever
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub keep_alive: Option<KeepAlive>,
+    /// Start it and return at once
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct AttachArguments {
+    /// The model, with /COMPONENT when it has more than one
+    #[arg(value_name = "MODEL[/COMPONENT]", value_parser = parse_target)]
+    pub target: Target,
+    /// Where it is resident: a device's id or uuid
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// The daemon's Unix socket [default: that of --server, else that of `vramd serve`]
+    #[arg(long, value_name = "PATH", env = "VRAMD_SOCKET", hide_env_values = true)]
+    pub socket: Option<PathBuf>,
+    /// Keep it attached until Ctrl-C
+    #[arg(long)]
+    pub hold: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct Target {
+    pub model: ModelName,
+    pub component: Option<ComponentName>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Show each setting, its value and where that came from
+    Show(ServeArguments),
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Page {
+    Openapi,
+    Cli,
+    Config,
+    Errors,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Limit {
+    /// The configured limit.
+    Configured,
+    Bytes(Bytes),
+}
+
+type Words<T> = &'static [(&'static str, T)];
+
+const ALLOCATION_TYPES: Words<AllocationType> = &[
+    ("Buffer", AllocationType::Buffer),
+    ("Weights", AllocationType::Weights),
+    ("KvCache", AllocationType::KvCache),
+    ("Activation", AllocationType::Activation),
+    ("Workspace", AllocationType::Workspace),
+    ("Staging", AllocationType::Staging),
+];
+const MEMORY_TYPES: Words<MemoryType> = &[
+    ("RAM", MemoryType::Ram),
+    ("VRAM", MemoryType::Vram),
+    ("Shared", MemoryType::Shared),
+    ("Unified", MemoryType::Unified),
+];
+const PRIORITIES: Words<Priority> = &[
+    ("Low", Priority::Low),
+    ("Normal", Priority::Normal),
+    ("High", Priority::High),
+    ("Critical", Priority::Critical),
+];
+const ON_SHORTAGE: Words<OnShortage> = &[("fail", OnShortage::Fail), ("wait", OnShortage::Wait)];
+const OPERATION_STATES: Words<OperationState> = &[
+    ("Queued", OperationState::Queued),
+    ("Running", OperationState::Running),
+    ("Completed", OperationState::Completed),
+    ("Failed", OperationState::Failed),
+    ("Cancelled", OperationState::Cancelled),
+];
+
+/// Takes one of the words that JSON has for a value.
+fn words<T: Copy + Send + Sync + 'static>(words: Words<T>) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(words.iter().map(|(word, _)| *word)).map(move |typed| {
+        let found = words.iter().find(|(word, _)| word.eq_ignore_ascii_case(&typed));
+        found.expect("the parser lets only these words pass").1
+    })
+}
+
+fn parse_limit(text: &str) -> Result<Limit, String> {
+    if text == "default" {
+        return Ok(Limit::Configured);
+    }
+    text.parse().map(Limit::Bytes).map_err(|error: vramd_api::BadSize| error.to_string())
+}
+
+fn parse_component(text: &str) -> Result<(ComponentName, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("write NAME=PATH")?;
+    let name = name.parse().map_err(|error: vramd_api::BadName| error.to_string())?;
+    if path.is_empty() { Err("the path is missing".to_owned()) } else { Ok((name, path.into())) }
+}
+
+fn parse_target(text: &str) -> Result<Target, vramd_api::BadName> {
+    let (model, component) = match text.split_once('/') {
+        Some((model, component)) => (model, Some(component.parse()?)),
+        None => (text, None),
+    };
+    Ok(Target { model: model.parse()?, component })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn words_are_taken_in_any_case() {
+        let arguments =
+            Arguments::try_parse_from(["vramd", "alloc", "1K", "--type", "kvcache"]).expect("parsed");
+        let Command::Ask(Question::Alloc(alloc)) = arguments.command else { panic!("another command") };
+        assert_eq!(alloc.allocation_type, AllocationType::KvCache);
+    }
+
+    #[test]
+    fn every_setting_has_its_flag() {
+        let command = Arguments::command();
+        let serve = command.find_subcommand("serve").expect("serve");
+        for setting in crate::settings::SETTINGS {
+            let flag = setting.flag.trim_start_matches('-');
+            assert!(serve.get_arguments().any(|argument| argument.get_long() == Some(flag)), "{flag}");
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! The places that the settings name: address, socket, store, model roots.
+
+use std::io;
+use std::net::TcpListener;
+use std::path::Path;
+
+use rustix::fs::{Access, access, statvfs};
+use vramd_api::Bytes;
+
+use super::Check;
+use crate::settings::{Settings, Switch};
+
+/// The store is small; below this it will soon refuse.
+const STORE_ROOM: u64 = 64 << 20;
+
+/// `serving` says that a daemon answers already, which then holds the address.
+pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
+    let mut checks = Vec::new();
+    let listen = settings.listen.value.clone();
+    let config = settings.daemon()?;
+    if let (Switch::On(address), false) = (listen, serving) {
+        checks.push(match TcpListener::bind(address) {
+            Ok(_) => Check::ok("address", format!("{address} is free")),
+            Err(error) => Check::fault(
+                "address",
+                format!("nothing can be served on {address}: {error}"),
+                "--listen takes another address, or none",
+            ),
+        });
+    }
+    if let Some(path) = config.socket {
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        checks.push(writable("socket", directory, "--socket"));
+    }
+    checks.push(writable("store", &config.state_dir, "--state-dir"));
+    checks.extend(room(&config.state_dir));
+    if config.model_roots.is_empty() {
+        checks.push(Check::warning(
+            "model root",
+            "none: no model can be registered",
+            "--model-root or model_roots names directories that models may lie in",
+        ));
+    }
+    for root in &config.model_roots {
+        let shown = root.display();
+        checks.push(if !root.is_dir() {
+            Check::fault("model root", format!("{shown} is no directory"), "create it, or name another")
+        } else if let Err(error) = access(root, Access::READ_OK | Access::EXEC_OK) {
+            Check::fault(
+                "model root",
+                format!("{shown} cannot be read: {error}"),
+                "give this user the right to",
+            )
+        } else {
+            Check::ok("model root", shown.to_string())
+        });
+    }
+    Ok(checks)
+}
+
+/// Whether files can be made in `directory`, or it can itself be made.
+fn writable(name: &'static str, directory: &Path, flag: &str) -> Check {
+    let existing = existing(directory);
+    match access(existing, Access::WRITE_OK | Access::EXEC_OK) {
+        Err(error) => Check::fault(
+            name,
+            format!("{} cannot be written: {error}", existing.display()),
+            format!("{flag} names another place"),
+        ),
+        Ok(()) if existing == directory => Check::ok(name, format!("{} can be written", directory.display())),
+        Ok(()) => Check::ok(name, format!("{} can be made", directory.display())),
+    }
+}
+
+fn room(directory: &Path) -> Option<Check> {
+    let disk = statvfs(existing(directory)).ok()?;
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let message = format!("{} free in {}", Bytes::show(free), directory.display());
+    Some(if free >= STORE_ROOM {
+        Check::ok("store room", message)
+    } else {
+        Check::warning("store room", message, "a full disk makes the daemon refuse every change: make room")
+    })
+}
+
+/// The deepest part of a path that is there already.
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+
+    #[test]
+    fn a_directory_that_can_be_made_is_good() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("a/b");
+        assert_eq!(writable("store", &path, "--state-dir").verdict, Verdict::Ok);
+        assert_eq!(existing(&path), dir.path());
+    }
+
+    #[test]
+    fn a_file_in_the_way_is_a_fault() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").expect("a file");
+        assert_eq!(writable("store", &file.join("state"), "--state-dir").verdict, Verdict::Fault);
+    }
+}

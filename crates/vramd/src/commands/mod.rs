@@ -1,0 +1,65 @@
+//! One function for each command.
+
+mod allocations;
+mod attach;
+mod config;
+mod doctor;
+mod events;
+mod generate;
+mod memory;
+mod models;
+mod operations;
+mod serve;
+
+use std::future::Future;
+use std::process::ExitCode;
+
+use vramd_api::client::Client;
+
+use crate::arguments::{Arguments, Command, ConfigCommand, Question};
+use crate::error::CommandError;
+use crate::output::Output;
+
+pub fn run(arguments: Arguments, output: Output) -> Result<ExitCode, CommandError> {
+    let server = arguments.global.server;
+    match arguments.command {
+        Command::Serve(arguments) => serve::serve(arguments, output)?,
+        Command::Doctor(arguments) => return block_on(doctor::doctor(&server, arguments, output)),
+        Command::Config { command: ConfigCommand::Show(arguments) } => config::show(arguments, output)?,
+        Command::Completions { shell } => generate::completions(shell)?,
+        Command::Generate { page } => generate::page(page)?,
+        Command::Ask(question) => return block_on(ask(&Client::new(&server)?, question, output)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn ask(client: &Client, question: Question, output: Output) -> Result<ExitCode, CommandError> {
+    match question {
+        Question::Status { device } => memory::status(client, device, output).await?,
+        Question::Devices => memory::devices(client, output).await?,
+        Question::Limits { device, limit } => memory::limits(client, device, limit, output).await?,
+        Question::Alloc(arguments) => allocations::alloc(client, arguments, output).await?,
+        Question::Free { ids } => return allocations::free(client, &ids, output).await,
+        Question::Renew { id, lease_seconds } => {
+            allocations::renew(client, id, lease_seconds, output).await?;
+        }
+        Question::Allocations(arguments) => allocations::list(client, arguments, output).await?,
+        Question::Ps { device } => allocations::holders(client, device, output).await?,
+        Question::Models { command } => models::models(client, command, output).await?,
+        Question::Pin { model } => models::pin(client, &model, output).await?,
+        Question::Unpin { model } => models::unpin(client, &model, output).await?,
+        Question::Touch { model, keep_alive } => models::touch(client, &model, keep_alive, output).await?,
+        Question::Load(arguments) => operations::load(client, arguments, output).await?,
+        Question::Unload { model, device } => operations::unload(client, &model, device, output).await?,
+        Question::Operations { id, state } => operations::operations(client, id, state, output).await?,
+        Question::Cancel { id } => operations::cancel(client, id, output).await?,
+        Question::Attach(arguments) => attach::attach(client.server(), arguments, output).await?,
+        Question::Events { since, count } => events::events(client, since, count, output).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A client needs no threads beside its own.
+fn block_on<T>(future: impl Future<Output = Result<T, CommandError>>) -> Result<T, CommandError> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future)
+}

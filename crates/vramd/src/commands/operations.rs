@@ -1,0 +1,155 @@
+//! `vramd load`, `unload`, `operations`, `cancel`: work that takes time, with a progress bar.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use vramd_api::client::{Client, ClientError};
+use vramd_api::{
+    Bytes, DeviceId, LoadRequest, ModelName, Operation, OperationId, OperationPage, OperationState,
+    UnloadRequest,
+};
+
+use crate::arguments::LoadArguments;
+use crate::error::CommandError;
+use crate::output::{Output, percent, span, table, time_since, word};
+
+/// One long poll; the daemon allows up to 600.
+const WAIT_SECONDS: u32 = 60;
+/// How often the bar moves.
+const REFRESH: Duration = Duration::from_millis(100);
+
+pub async fn load(client: &Client, arguments: LoadArguments, output: Output) -> Result<(), CommandError> {
+    let request = LoadRequest {
+        device_id: arguments.device,
+        components: (!arguments.component.is_empty()).then_some(arguments.component),
+        keep_alive: arguments.keep_alive,
+    };
+    let operation = client.load(&arguments.model, &request, 0).await?;
+    if arguments.no_wait {
+        return output.data(&operation, |operation| operation.operation_id.to_string());
+    }
+    finish(client, operation, output).await
+}
+
+pub async fn unload(
+    client: &Client,
+    model: &ModelName,
+    device_id: Option<DeviceId>,
+    output: Output,
+) -> Result<(), CommandError> {
+    let operation = client.unload(model, &UnloadRequest { device_id }, 0).await?;
+    finish(client, operation, output).await
+}
+
+pub async fn operations(
+    client: &Client,
+    id: Option<OperationId>,
+    state: Option<OperationState>,
+    output: Output,
+) -> Result<(), CommandError> {
+    match id {
+        Some(id) => output.data(&client.operation(id, 0).await?, |it| rows(std::slice::from_ref(it))),
+        None => output.data(&client.operations(state).await?, |page: &OperationPage| rows(&page.operations)),
+    }
+}
+
+pub async fn cancel(client: &Client, id: OperationId, output: Output) -> Result<(), CommandError> {
+    output.data(&client.cancel(id).await?, |it| rows(std::slice::from_ref(it)))
+}
+
+/// Follows an operation to its end. Ctrl-C cancels it.
+async fn finish(client: &Client, operation: Operation, output: Output) -> Result<(), CommandError> {
+    let operation =
+        if operation.state.ended() { operation } else { follow(client, operation, output).await? };
+    match (operation.state, operation.error.clone()) {
+        (OperationState::Failed | OperationState::Cancelled, Some(error)) => {
+            Err(CommandError::Operation(Box::new(error)))
+        }
+        _ => output.data(&operation, ended),
+    }
+}
+
+async fn follow(client: &Client, operation: Operation, output: Output) -> Result<Operation, CommandError> {
+    let id = operation.operation_id;
+    let bar = bar(&operation);
+    let mut refresh = tokio::time::interval(REFRESH);
+    let mut end = Box::pin(wait_for_end(client, id));
+    let mut interrupted = Box::pin(tokio::signal::ctrl_c());
+    let mut cancelled = false;
+    let operation = loop {
+        tokio::select! {
+            operation = &mut end => break operation?,
+            signal = &mut interrupted, if !cancelled => {
+                signal?;
+                cancelled = true;
+                bar.suspend(|| output.say(&format!("cancelling {} …", operation.subject)));
+                match client.cancel(id).await {
+                    // It ended before the cancel came: the end itself says how.
+                    Err(error) if error.api().is_some() => {}
+                    other => { other?; }
+                }
+            }
+            _ = refresh.tick(), if !bar.is_hidden() => show(&bar, &client.operation(id, 0).await?),
+        }
+    };
+    bar.finish_and_clear();
+    Ok(operation)
+}
+
+async fn wait_for_end(client: &Client, id: OperationId) -> Result<Operation, ClientError> {
+    loop {
+        let operation = client.operation(id, WAIT_SECONDS).await?;
+        if operation.state.ended() {
+            return Ok(operation);
+        }
+    }
+}
+
+/// Hidden by itself where standard error is no terminal.
+fn bar(operation: &Operation) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "{msg} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}",
+    )
+    .expect("the template is a constant");
+    let bar = ProgressBar::new(operation.bytes_total).with_style(style.progress_chars("=> "));
+    bar.set_message(operation.subject.clone());
+    bar
+}
+
+fn show(bar: &ProgressBar, operation: &Operation) {
+    bar.set_length(operation.bytes_total);
+    bar.set_position(operation.bytes_done);
+}
+
+fn ended(operation: &Operation) -> String {
+    let seconds =
+        operation.finished_at.map_or(0.0, |end| end.duration_since(operation.started_at).as_secs_f64());
+    let speed =
+        operation.bytes_per_second.map_or_else(String::new, |speed| format!(", {}/s", Bytes::show(speed)));
+    let bytes = Bytes::show(operation.bytes_done);
+    format!(
+        "{} {} {}: {bytes} in {seconds:.2} s{speed}",
+        word(operation.kind),
+        operation.subject,
+        word(operation.state)
+    )
+}
+
+fn rows(operations: &[Operation]) -> String {
+    table(
+        ["OPERATION", "KIND", "SUBJECT", "STATE", ">DONE", ">TOTAL", "LEFT", "STARTED"],
+        operations.iter().map(|operation| {
+            let done = operation.bytes_done as f64 / operation.bytes_total.max(1) as f64;
+            [
+                operation.operation_id.to_string(),
+                word(operation.kind),
+                operation.subject.clone(),
+                word(operation.state),
+                percent(if operation.bytes_total == 0 && operation.state.ended() { 1.0 } else { done }),
+                Bytes::show(operation.bytes_total),
+                operation.seconds_left.map_or_else(|| "-".to_owned(), |left| span(left.ceil() as i64)),
+                time_since(operation.started_at),
+            ]
+        }),
+    )
+}

@@ -1,0 +1,49 @@
+//! `vramd serve`.
+
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use super::config;
+use crate::arguments::ServeArguments;
+use crate::error::CommandError;
+use crate::output::Output;
+
+pub fn serve(arguments: ServeArguments, output: Output) -> Result<(), CommandError> {
+    let settings = config::resolved(arguments)?;
+    let filter = EnvFilter::try_new(&settings.log.value).map_err(|error| CommandError::Usage {
+        message: format!("{:?} is not a log filter ({}): {error}", settings.log.value, settings.log.origin),
+        hint: "write a level such as info, or a filter such as info,vramd_daemon=debug".to_owned(),
+    })?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(output.color_stderr())
+        .init();
+    if output.json {
+        config::print(&settings, output)?;
+    }
+    raise_open_files();
+    let config = settings.daemon()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let shutdown = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        Ok(vramd_daemon::serve(config, shutdown).await?)
+    })
+}
+
+/// Each segment and each connection is a descriptor; the usual soft limit of 1,024 is for programs that use
+/// `select`, which none of ours does.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, "the limit on open files could not be raised");
+    }
+}

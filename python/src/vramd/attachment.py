@@ -1,0 +1,372 @@
+"""Attaching: a connection to the daemon that is the lease, and the mapping that it gives.
+
+    Unconnected ── attach ──▶ Open ── close, end of the process ──▶ Closed
+                     └─ an error: nothing is left
+
+Owns the connection and the mapping. What becomes of the bytes is ``arrays`` (NumPy) and ``tensors`` (torch).
+A mapping is never unmapped by hand: it goes when the last array over it goes, so no access can fault.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket as sockets
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+
+from . import frames
+from .errors import ClosedError, ConnectionFailed, ProtocolError, Timeout, from_body
+from .frames import Reply, Row, Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+    from .arrays import Array
+    from .bodies import Access
+
+Framework = Literal["numpy", "torch"]
+T = TypeVar("T")
+
+# Python's mmap has the name since 3.13 only; the value is Linux's on every architecture that it knows.
+_MAP_NORESERVE = 0x4000
+
+
+def default_socket() -> str:
+    """Where the daemon listens unless it was told otherwise: ``VRAMD_SOCKET``, or the place of this user."""
+    if configured := os.environ.get("VRAMD_SOCKET"):
+        return configured
+    if os.geteuid() == 0:
+        return "/run/vramd/vramd.sock"
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return f"{runtime}/vramd/vramd.sock"
+    return f"/tmp/vramd-{os.geteuid()}/vramd.sock"
+
+
+class Attached:
+    """What attachments of models and of allocations share: the lease, the mapping, and their end."""
+
+    def __init__(
+        self, connection: sockets.socket, reply: Reply, buffer: mmap.mmap | bytes, base: int
+    ) -> None:
+        self._connection: sockets.socket | None = connection
+        self._reply = reply
+        self._buffer: mmap.mmap | bytes | None = buffer
+        self._base = base
+
+    @property
+    def lease_id(self) -> str:
+        return self._reply.lease_id
+
+    @property
+    def allocation_id(self) -> str:
+        return self._reply.allocation_id
+
+    @property
+    def device(self) -> str:
+        return self._reply.device
+
+    @property
+    def generation(self) -> int:
+        """Counts up whenever the bytes get a new place or new contents."""
+        return self._reply.generation
+
+    @property
+    def nbytes(self) -> int:
+        return self._reply.bytes
+
+    @property
+    def closed(self) -> bool:
+        return self._connection is None
+
+    def close(self) -> None:
+        """Ends the lease at once. The pages go with the last array that refers to them."""
+        connection, self._connection, self._buffer = self._connection, None, None
+        if connection is not None:
+            connection.close()
+
+    def check_open(self) -> None:
+        if self._connection is None:
+            raise ClosedError(f"{self} is closed", hint="use its arrays inside the with block, or copy them")
+
+    def _open_buffer(self) -> mmap.mmap | bytes:
+        self.check_open()
+        assert self._buffer is not None
+        return self._buffer
+
+    def _slice(self, offset: int, size: int) -> memoryview:
+        start = self._base + offset
+        return memoryview(self._open_buffer())[start : start + size]
+
+    def __enter__(self) -> Self:
+        self.check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self.closed:
+            warnings.warn(f"unclosed {self}", ResourceWarning, stacklevel=1, source=self)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<vramd.{type(self).__name__} {self._subject()} on {self.device}, {self.nbytes} bytes>"
+
+    def _subject(self) -> str:
+        return self.allocation_id
+
+
+class Attachment(Attached, Mapping[str, T], Generic[T]):
+    """A model's component, attached: a mapping from tensor names to arrays over the daemon's own memory.
+
+    Each access makes a new view, in about a microsecond. After ``close`` every access raises ``ClosedError``.
+    """
+
+    def __init__(
+        self,
+        connection: sockets.socket,
+        reply: Reply,
+        buffer: mmap.mmap | bytes,
+        base: int,
+        framework: Framework,
+    ) -> None:
+        super().__init__(connection, reply, buffer, base)
+        self._tensors = reply.tensors
+        self._framework = framework
+        self._view: Callable[[Attached, Row, Any, int], T] | None = None
+
+    @property
+    def model(self) -> str:
+        return self._reply.model or ""
+
+    @property
+    def component(self) -> str:
+        return self._reply.component or ""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """``__metadata__`` of the model's file."""
+        return self._reply.metadata
+
+    def info(self, name: str) -> Tensor:
+        """Name, dtype (as the file has it: ``BF16``, ``F8_E4M3``), shape, offset and bytes of a tensor."""
+        name, dtype, shape, offset, size = self._tensors[name]
+        return Tensor(name, dtype, tuple(shape), offset, size)
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of a tensor, read-only; of any dtype, packed ones too."""
+        tensor = self.info(name)
+        return self._slice(tensor.offset, tensor.bytes).toreadonly()
+
+    def __getitem__(self, name: str) -> T:
+        if self._buffer is None:
+            self.check_open()
+        if self._view is None:
+            self._view = self._load_framework()
+        return self._view(self, self._tensors[name], self._buffer, self._base)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def _subject(self) -> str:
+        return f"{self.model}/{self.component}"
+
+    def _load_framework(self) -> Callable[[Attached, Row, Any, int], Any]:
+        if self._framework == "torch":
+            from . import tensors
+
+            return tensors.tensor
+        from . import arrays
+
+        return arrays.array
+
+
+class AllocationAttachment(Attached):
+    """An allocation's bytes, attached: shared with everyone else who has it attached."""
+
+    @property
+    def buffer(self) -> memoryview:
+        """All bytes; writable when it was attached for writing."""
+        return self._slice(0, self.nbytes)
+
+    @property
+    def array(self) -> Array:
+        """All bytes as a NumPy array of ``uint8``."""
+        from . import arrays
+
+        whole = (self.allocation_id, "U8", (self.nbytes,), 0, self.nbytes)
+        return arrays.array(self, whole, self._open_buffer(), self._base)
+
+
+@overload
+def attach(
+    model: str,
+    device: str | None = None,
+    *,
+    component: str | None = None,
+    socket: str | os.PathLike[str] | None = None,
+    framework: Literal["numpy"] = "numpy",
+    access: Access = "read",
+    timeout: float = 10.0,
+) -> Attachment[Array]: ...
+
+
+@overload
+def attach(
+    model: str,
+    device: str | None = None,
+    *,
+    component: str | None = None,
+    socket: str | os.PathLike[str] | None = None,
+    framework: Literal["torch"],
+    access: Access = "read",
+    timeout: float = 10.0,
+) -> Attachment[torch.Tensor]: ...
+
+
+def attach(
+    model: str,
+    device: str | None = None,
+    *,
+    component: str | None = None,
+    socket: str | os.PathLike[str] | None = None,
+    framework: Framework = "numpy",
+    access: Access = "read",
+    timeout: float = 10.0,
+) -> Attachment[Any]:
+    """Attaches a resident model: ``"sdxl/unet"`` names a component, ``"sdxl"`` its only one.
+
+    >>> with vramd.attach("minilm") as weights:
+    ...     table = weights["embeddings.word_embeddings.weight"]  # no copy: the daemon's own pages
+    ...     vector = table[101] / np.linalg.norm(table[101])
+
+    ``device`` is needed when the component is resident on more than one. With ``framework="torch"`` the
+    values are tensors over a private, copy-on-write mapping: a write is seen by this process alone, and takes
+    a page of memory (a huge page, where the daemon uses these; without a free one the kernel ends the
+    process, so ``clone()`` what you mean to change).
+
+    The attachment keeps the model resident until ``close``, or until the process ends in whatever way. After
+    a fork the child has it too, and the lease ends when both have closed it.
+    """
+    if framework not in ("numpy", "torch"):
+        raise ValueError(f'framework must be "numpy" or "torch", not {framework!r}')
+    name, slash, part = model.partition("/")
+    if slash and component is not None:
+        raise ValueError(f"{model!r} names a component already; leave out component={component!r}")
+    request = {
+        "model": name,
+        "component": part if slash else component,
+        "deviceId": device,
+        "access": access,
+    }
+
+    def build(
+        connection: sockets.socket, reply: Reply, buffer: mmap.mmap | bytes, base: int
+    ) -> Attachment[Any]:
+        return Attachment(connection, reply, buffer, base, framework)
+
+    return _attach(request, socket, timeout, framework == "torch", build)
+
+
+def attach_allocation(
+    allocation_id: str,
+    *,
+    socket: str | os.PathLike[str] | None = None,
+    access: Access = "read",
+    timeout: float = 10.0,
+) -> AllocationAttachment:
+    """Attaches an allocation; with ``access="write"`` its bytes can be written, and others see it at once.
+
+    >>> with vramd.attach_allocation(allocation["allocationId"], access="write") as shared:
+    ...     shared.buffer[:5] = b"hello"
+    """
+    request = {"allocationId": allocation_id, "access": access}
+    return _attach(request, socket, timeout, False, AllocationAttachment)
+
+
+A = TypeVar("A", bound=Attached)
+
+
+def _attach(
+    request: Mapping[str, str | None],
+    socket: str | os.PathLike[str] | None,
+    timeout: float,
+    private: bool,
+    build: Callable[[sockets.socket, Reply, mmap.mmap | bytes, int], A],
+) -> A:
+    frame = frames.encode(frames.ATTACH, {key: value for key, value in request.items() if value is not None})
+    connection = _connect(os.fspath(socket or default_socket()), frame, timeout)
+    try:
+        kind, body, descriptors = frames.receive(connection)
+        try:
+            if kind == frames.ERROR:
+                raise from_body(body)
+            if kind != frames.ATTACHED:
+                raise ProtocolError(f"the daemon answered with a frame of kind {kind}")
+            reply = frames.read_reply(body, len(descriptors))
+            if reply.access != request["access"]:
+                raise ProtocolError(f"asked for {request['access']} access, the daemon gave {reply.access}")
+            buffer, base = _map(reply, descriptors[reply.segment], private)
+        finally:
+            frames.close_all(descriptors)
+        connection.settimeout(None)
+        return build(connection, reply, buffer, base)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _connect(path: str, frame: bytes, timeout: float) -> sockets.socket:
+    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    connection.settimeout(timeout)
+    try:
+        connection.connect(path)
+        connection.sendall(frame)
+    except TimeoutError as error:
+        connection.close()
+        raise Timeout(f"no connection to the daemon at {path} in {timeout} s", retryable=True) from error
+    except OSError as error:
+        connection.close()
+        raise ConnectionFailed(
+            f"no connection to the daemon at {path}: {error.strerror or error}",
+            hint="is vramd serve running, and is this its socket? (VRAMD_SOCKET names another)",
+            retryable=True,
+        ) from error
+    return connection
+
+
+def _map(reply: Reply, descriptor: int, private: bool) -> tuple[mmap.mmap | bytes, int]:
+    """Maps the pages that hold the block; answers with the mapping and where in it the block begins."""
+    if reply.bytes == 0:
+        return b"", 0
+    start = reply.offset - reply.offset % reply.page_bytes
+    end = -(-(reply.offset + reply.bytes) // reply.page_bytes) * reply.page_bytes
+    if private:
+        # Nothing is reserved for copies that are never made: huge pages above all are the daemon's to use.
+        flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    elif reply.access == "write":
+        flags, protection = mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE
+    else:
+        flags, protection = mmap.MAP_SHARED, mmap.PROT_READ
+    try:
+        mapping = mmap.mmap(descriptor, end - start, flags=flags, prot=protection, offset=start)
+    except (OSError, ValueError) as error:  # ValueError: the file behind the descriptor is shorter
+        raise ProtocolError(
+            f"bytes {start} to {end} of the daemon's segment cannot be mapped: {error}"
+        ) from error
+    return mapping, reply.offset - start

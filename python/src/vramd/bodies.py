@@ -1,0 +1,241 @@
+"""The bodies of the wire, as types: camelCase keys, sizes in bytes, times in RFC 3339.
+
+They describe plain dicts. A key marked ``NotRequired`` is absent where it does not apply, never null or 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:  # annotations are never evaluated at run time, so Python 3.10 needs no backport
+    from typing_extensions import NotRequired
+
+MemoryType = Literal["RAM", "VRAM", "Shared", "Unified", "Unknown"]
+AllocationType = Literal["Buffer", "Weights", "KvCache", "Activation", "Workspace", "Staging"]
+Priority = Literal["Low", "Normal", "High", "Critical"]
+OnShortage = Literal["fail", "wait"]
+AllocationStatus = Literal["Active", "Moving", "Releasing"]
+DeviceHealth = Literal["Healthy", "Lost"]
+PressureLevel = Literal["Normal", "Moderate", "High", "Critical"]
+ResidencyState = Literal["OnDisk", "Loading", "Resident", "Evicting"]
+OperationState = Literal["Queued", "Running", "Completed", "Failed", "Cancelled"]
+Include = Literal["allocations", "fragmentation", "processes"]
+Sort = Literal["createdAt", "-createdAt", "sizeBytes", "-sizeBytes"]
+Access = Literal["read", "write"]
+
+
+class ErrorBody(TypedDict):
+    code: str
+    message: str
+    hint: NotRequired[str]
+    details: NotRequired[dict[str, Any]]
+    status: int
+    retryable: bool
+
+
+class Health(TypedDict):
+    status: str
+    version: str
+
+
+class DeviceCapabilities(TypedDict):
+    export: bool
+    hostAccess: bool
+    remap: bool
+    sparse: bool
+    peerCopy: bool
+
+
+class Device(TypedDict):
+    deviceId: str
+    uuid: str
+    name: str
+    memoryType: MemoryType
+    totalBytes: int
+    granularityBytes: int
+    capabilities: DeviceCapabilities
+    health: DeviceHealth
+    notes: list[str]
+
+
+class DevicePage(TypedDict):
+    devices: list[Device]
+
+
+class Holder(TypedDict):
+    pid: int
+    uid: int
+    command: str
+
+
+class Lease(TypedDict):
+    leaseId: str
+    kind: Literal["connection", "timeToLive", "persistent", "model"]
+    expiresAt: NotRequired[str]
+    holder: NotRequired[Holder]
+
+
+class Candidate(TypedDict):
+    deviceId: str
+    fits: bool
+    availableBytes: int
+    largestFreeBytes: int
+    reason: str
+
+
+class Placement(TypedDict):
+    reason: str
+    considered: list[Candidate]
+
+
+class AllocationHistoryEntry(TypedDict):
+    at: str
+    what: str
+
+
+class Allocation(TypedDict):
+    allocationId: str
+    deviceId: str
+    sizeBytes: int
+    blockBytes: int
+    alignment: int
+    allocationType: AllocationType
+    purpose: str
+    priority: Priority
+    persistent: bool
+    status: AllocationStatus
+    owner: str
+    generation: int
+    leases: list[Lease]
+    createdAt: str
+    placement: NotRequired[Placement]
+    history: NotRequired[list[AllocationHistoryEntry]]
+
+
+class AllocationPage(TypedDict):
+    allocations: list[Allocation]
+    nextPageToken: NotRequired[str]
+
+
+class Released(TypedDict):
+    allocationId: str
+    deviceId: str
+    releasedBytes: int
+
+
+class Pressure(TypedDict):
+    level: PressureLevel
+    ratio: float
+
+
+class FragmentationStatus(TypedDict):
+    freeBytes: int
+    largestFreeBytes: int
+    holeCount: int
+    segmentCount: int
+
+
+class TotalStatus(TypedDict):
+    totalBytes: int
+    usedBytes: int
+    availableBytes: int
+    allocatedBytes: int
+    poolFreeBytes: int
+    reservedBytes: int
+    workerBytes: int
+    foreignBytes: int
+    unknownBytes: int
+    utilization: float
+    fragmentation: float
+    largestFreeBytes: int
+    healthScore: int
+    pressure: Pressure
+    allocationCount: int
+    sampledAt: str
+
+
+class DeviceStatus(TotalStatus):
+    deviceId: str
+    uuid: str
+    name: str
+    memoryType: MemoryType
+    health: DeviceHealth
+    limitBytes: int
+    allocations: NotRequired[list[Allocation]]
+    fragmentationDetails: NotRequired[FragmentationStatus]
+    processes: NotRequired[list[Holder]]
+
+
+class MemoryStatus(TypedDict):
+    devices: list[DeviceStatus]
+    total: TotalStatus
+
+
+class DeviceLimits(TypedDict):
+    deviceId: str
+    limitBytes: int
+    overridden: bool
+
+
+class LimitsPage(TypedDict):
+    limits: list[DeviceLimits]
+
+
+class Residency(TypedDict):
+    deviceId: str
+    state: ResidencyState
+    bytes: int
+    attachedCount: int
+    allocationId: NotRequired[str]
+    operationId: NotRequired[str]
+
+
+class Component(TypedDict):
+    name: str
+    path: str
+    sizeBytes: int
+    tensorCount: int
+    shardCount: int
+    residency: list[Residency]
+    error: NotRequired[ErrorBody]
+
+
+class Model(TypedDict):
+    name: str
+    sizeBytes: int
+    components: list[Component]
+    pinned: bool
+    keepAlive: str
+    expiresAt: NotRequired[str]
+    lastUsedAt: NotRequired[str]
+    registeredAt: str
+
+
+class ModelPage(TypedDict):
+    models: list[Model]
+
+
+class Operation(TypedDict):
+    operationId: str
+    kind: str
+    subject: str
+    state: OperationState
+    bytesDone: int
+    bytesTotal: int
+    bytesPerSecond: NotRequired[int]
+    secondsLeft: NotRequired[float]
+    startedAt: str
+    finishedAt: NotRequired[str]
+    error: NotRequired[ErrorBody]
+    result: NotRequired[dict[str, Any]]
+
+
+class OperationPage(TypedDict):
+    operations: list[Operation]
+
+
+class Event(TypedDict):
+    id: str
+    event: str
+    at: str
+    data: Any

@@ -1,0 +1,370 @@
+"""The REST interface, a method for every call."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from .errors import Timeout, from_body
+from .events import EventStream
+from .transport import Transport
+
+if TYPE_CHECKING:
+    from . import bodies
+
+DEFAULT_SERVER = "http://127.0.0.1:8726"
+# As long as one request may wait; longer waits are made of several.
+_LONGEST_WAIT_SECONDS = 60
+_ENDED = ("Completed", "Failed", "Cancelled")
+
+
+class Client:
+    """Talks to a daemon, at ``http://HOST:PORT`` or ``unix:PATH``; safe to share between threads.
+
+    >>> client = vramd.Client()
+    >>> client.register_model("minilm", "/models/minilm/model.safetensors")
+    >>> client.load("minilm", keep_alive="1h")
+    >>> client.status()["total"]["allocatedBytes"]
+
+    Answers are plain dicts, as the wire has them. A call that the daemon refuses raises ``VramdError`` or one
+    of its subclasses. Arguments left at ``None`` are not sent: the daemon's default holds. ``timeout`` bounds
+    the wait for an answer, on top of what a call itself is asked to wait.
+    """
+
+    def __init__(self, server: str | None = None, *, timeout: float = 30.0) -> None:
+        self._transport = Transport(server or os.environ.get("VRAMD_SERVER") or DEFAULT_SERVER, timeout)
+
+    def __repr__(self) -> str:
+        return f"vramd.Client({self._transport.server!r})"
+
+    # Devices and memory
+
+    def devices(self) -> list[bodies.Device]:
+        page: bodies.DevicePage = self._get("/api/devices")
+        return page["devices"]
+
+    def device(self, device: str) -> bodies.Device:
+        """One device, by id (``cpu:0``) or uuid."""
+        found: bodies.Device = self._get(f"/api/devices/{_part(device)}")
+        return found
+
+    def status(self, *, include: Iterable[bodies.Include] = ()) -> bodies.MemoryStatus:
+        """All devices, and their sums."""
+        status: bodies.MemoryStatus = self._get("/api/memory/status", include=_list(include))
+        return status
+
+    def device_status(self, device: str, *, include: Iterable[bodies.Include] = ()) -> bodies.DeviceStatus:
+        path = f"/api/memory/status/{_part(device)}"
+        status: bodies.DeviceStatus = self._get(path, include=_list(include))
+        return status
+
+    def limits(self) -> list[bodies.DeviceLimits]:
+        page: bodies.LimitsPage = self._get("/api/memory/limits")
+        return page["limits"]
+
+    def device_limits(self, device: str) -> bodies.DeviceLimits:
+        limits: bodies.DeviceLimits = self._get(f"/api/memory/limits/{_part(device)}")
+        return limits
+
+    def set_limits(self, device: str, *, limit_bytes: int | None) -> bodies.DeviceLimits:
+        """The most that the daemon may hold there; ``None`` goes back to the configured limit."""
+        body = {"limitBytes": limit_bytes}
+        limits: bodies.DeviceLimits = self._transport.call(
+            "PUT", f"/api/memory/limits/{_part(device)}", body=body
+        )
+        return limits
+
+    # Allocations
+
+    def allocations(
+        self,
+        *,
+        device: str | None = None,
+        owner: str | None = None,
+        purpose: str | None = None,
+        allocation_type: bodies.AllocationType | None = None,
+        status: bodies.AllocationStatus | None = None,
+        persistent: bool | None = None,
+        sort: bodies.Sort | None = None,
+        page_size: int | None = None,
+        page_token: str | None = None,
+    ) -> bodies.AllocationPage:
+        """One page; ``nextPageToken`` is there when another follows."""
+        path = "/api/memory/allocations" + ("" if device is None else f"/device/{_part(device)}")
+        page: bodies.AllocationPage = self._get(
+            path,
+            owner=owner,
+            purpose=purpose,
+            allocationType=allocation_type,
+            status=status,
+            persistent=persistent,
+            sort=sort,
+            pageSize=page_size,
+            pageToken=page_token,
+        )
+        return page
+
+    def allocation(self, allocation_id: str) -> bodies.Allocation:
+        """One allocation, with its history."""
+        found: bodies.Allocation = self._get(f"/api/memory/allocation/{_part(allocation_id)}")
+        return found
+
+    def allocate(
+        self,
+        size_bytes: int,
+        *,
+        device: str | None = None,
+        alignment: int | None = None,
+        allocation_type: bodies.AllocationType | None = None,
+        memory_type: bodies.MemoryType | None = None,
+        purpose: str | None = None,
+        priority: bodies.Priority | None = None,
+        persistent: bool | None = None,
+        timeout_seconds: int | None = None,
+        lease_seconds: int | None = None,
+        on_shortage: bodies.OnShortage | None = None,
+        owner: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Allocation:
+        """Allocates on ``device``, or on the best one; ``placement`` in the answer says why it was chosen."""
+        path = "/api/memory/allocations/allocate" + ("" if device is None else f"/{_part(device)}")
+        body = _given(
+            sizeBytes=size_bytes,
+            alignment=alignment,
+            allocationType=allocation_type,
+            memoryType=memory_type,
+            purpose=purpose,
+            priority=priority,
+            persistent=persistent,
+            timeoutSeconds=timeout_seconds,
+            leaseSeconds=lease_seconds,
+            onShortage=on_shortage,
+            owner=owner,
+        )
+        wait = (30 if timeout_seconds is None else timeout_seconds) if on_shortage == "wait" else 0
+        made: bodies.Allocation = self._transport.call(
+            "POST", path, body=body, idempotency_key=idempotency_key, wait=wait
+        )
+        return made
+
+    def renew(self, allocation_id: str, *, lease_seconds: int | None = None) -> bodies.Allocation:
+        """Starts the time to live of its lease anew."""
+        path = f"/api/memory/allocation/{_part(allocation_id)}/renew"
+        renewed: bodies.Allocation = self._post(path, leaseSeconds=lease_seconds)
+        return renewed
+
+    def release(self, allocation_id: str) -> bodies.Released:
+        """Releases it; answers when the device has its bytes back."""
+        path = f"/api/memory/allocations/{_part(allocation_id)}"
+        released: bodies.Released = self._transport.call("DELETE", path)
+        return released
+
+    # Models
+
+    def models(self) -> list[bodies.Model]:
+        page: bodies.ModelPage = self._get("/api/models")
+        return page["models"]
+
+    def model(self, name: str) -> bodies.Model:
+        found: bodies.Model = self._get(_model(name))
+        return found
+
+    def register_model(
+        self,
+        name: str,
+        path: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+        *,
+        keep_alive: str | int | None = None,
+        pinned: bool | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Model:
+        """Makes a model known. ``path``: a file, a shard index or a directory; or one for each component.
+
+        >>> client.register_model("sdxl", {"unet": "/models/sdxl/unet", "vae": "/models/sdxl/vae"})
+        """
+        sources = path if isinstance(path, Mapping) else {"weights": path}
+        components = {part: {"path": os.fspath(source)} for part, source in sources.items()}
+        body = _given(name=name, components=components, keepAlive=keep_alive, pinned=pinned)
+        made: bodies.Model = self._transport.call(
+            "POST", "/api/models", body=body, idempotency_key=idempotency_key
+        )
+        return made
+
+    def remove_model(self, name: str) -> bodies.Model:
+        """Forgets a model that is not resident; answers with what it was."""
+        removed: bodies.Model = self._transport.call("DELETE", _model(name))
+        return removed
+
+    def load(
+        self,
+        name: str,
+        device: str | None = None,
+        *,
+        components: Iterable[str] | None = None,
+        keep_alive: str | int | None = None,
+        wait: bool = True,
+        timeout: float | None = None,
+        progress: Callable[[bodies.Operation], object] | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Operation:
+        """Makes a model resident, on ``device`` or on the best one.
+
+        Returns when it is, and raises what went wrong; with ``wait=False`` returns at once. ``timeout``
+        bounds the wait, not the load. ``progress`` is called with the operation as it goes on.
+        """
+        body = _given(
+            deviceId=device, components=None if components is None else list(components), keepAlive=keep_alive
+        )
+        return self._start(f"{_model(name)}/load", body, idempotency_key, wait, timeout, progress)
+
+    def unload(
+        self,
+        name: str,
+        device: str | None = None,
+        *,
+        wait: bool = True,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Operation:
+        """Gives the model's memory back, on ``device`` or on all; ``Conflict`` while it is attached."""
+        return self._start(
+            f"{_model(name)}/unload", _given(deviceId=device), idempotency_key, wait, timeout, None
+        )
+
+    def pin(self, name: str) -> bodies.Model:
+        """Keeps it resident whatever its keep-alive says."""
+        pinned: bodies.Model = self._post(f"{_model(name)}/pin")
+        return pinned
+
+    def unpin(self, name: str) -> bodies.Model:
+        unpinned: bodies.Model = self._post(f"{_model(name)}/unpin")
+        return unpinned
+
+    def touch(self, name: str, *, keep_alive: str | int | None = None) -> bodies.Model:
+        """Counts as use: its keep-alive starts anew."""
+        touched: bodies.Model = self._post(f"{_model(name)}/touch", keepAlive=keep_alive)
+        return touched
+
+    # Operations and events
+
+    def operations(self, *, state: bodies.OperationState | None = None) -> list[bodies.Operation]:
+        page: bodies.OperationPage = self._get("/api/operations", state=state)
+        return page["operations"]
+
+    def operation(self, operation_id: str, *, wait_seconds: int | None = None) -> bodies.Operation:
+        """One operation; with ``wait_seconds`` (at most 600), once it has ended or that time is over."""
+        path = f"/api/operations/{_part(operation_id)}"
+        found: bodies.Operation = self._transport.call(
+            "GET", path, query={"wait": wait_seconds}, wait=wait_seconds or 0
+        )
+        return found
+
+    def cancel_operation(self, operation_id: str) -> bodies.Operation:
+        cancelled: bodies.Operation = self._transport.call("DELETE", f"/api/operations/{_part(operation_id)}")
+        return cancelled
+
+    def wait_operation(
+        self,
+        operation_id: str,
+        *,
+        timeout: float | None = None,
+        progress: Callable[[bodies.Operation], object] | None = None,
+    ) -> bodies.Operation:
+        """Waits until it has ended; raises its error, or ``Timeout`` while it goes on."""
+        return self._wait(self.operation(operation_id), timeout, progress)
+
+    def events(self, last_event_id: str | None = None, *, retry_seconds: float = 30.0) -> EventStream:
+        """What happens from now on, or since ``last_event_id``; resumes by itself after a dropped connection.
+
+        >>> with client.events() as events:
+        ...     for event in events:
+        ...         print(event["event"], event["data"])
+        """
+        return EventStream(self._transport, last_event_id, retry_seconds)
+
+    # The daemon itself
+
+    def health(self) -> bodies.Health:
+        """Whether the daemon answers at all."""
+        health: bodies.Health = self._get("/healthz")
+        return health
+
+    def ready(self) -> bodies.Health:
+        """Whether it serves; raises ``VramdError`` with code ``UNAVAILABLE`` until it does."""
+        health: bodies.Health = self._get("/readyz")
+        return health
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document of this interface."""
+        document: dict[str, Any] = self._get("/api/openapi.json")
+        return document
+
+    def _get(self, path: str, **query: Any) -> Any:
+        return self._transport.call("GET", path, query=query)
+
+    def _post(self, path: str, **body: Any) -> Any:
+        return self._transport.call("POST", path, body=_given(**body) or None)
+
+    def _start(
+        self,
+        path: str,
+        body: dict[str, Any],
+        idempotency_key: str | None,
+        wait: bool,
+        timeout: float | None,
+        progress: Callable[[bodies.Operation], object] | None,
+    ) -> bodies.Operation:
+        operation: bodies.Operation = self._transport.call(
+            "POST", path, body=body or None, idempotency_key=idempotency_key
+        )
+        return self._wait(operation, timeout, progress) if wait else operation
+
+    def _wait(
+        self,
+        operation: bodies.Operation,
+        timeout: float | None,
+        progress: Callable[[bodies.Operation], object] | None,
+    ) -> bodies.Operation:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = 0.01
+        while True:
+            if progress is not None:
+                progress(operation)
+            if operation["state"] in _ENDED:
+                break
+            left = _LONGEST_WAIT_SECONDS if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise Timeout(
+                    f"{operation['subject']}: not ended after {timeout:g} s; it goes on",
+                    details={"operationId": operation["operationId"]},
+                    retryable=True,
+                )
+            if progress is None and left >= 1:
+                seconds = int(min(left, _LONGEST_WAIT_SECONDS))
+                operation = self.operation(operation["operationId"], wait_seconds=seconds)
+            else:
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, 0.2)
+                operation = self.operation(operation["operationId"])
+        if "error" in operation:
+            raise from_body(operation["error"])
+        return operation
+
+
+def _part(text: str) -> str:
+    return quote(text, safe=":")
+
+
+def _model(name: str) -> str:
+    return f"/api/models/{_part(name)}"
+
+
+def _list(words: Iterable[str]) -> str | None:
+    return ",".join(words) or None
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}

@@ -1,0 +1,246 @@
+"""The frames of the attach protocol; ``protocol/attach.md`` is its document.
+
+Owns the layout, the reading of one frame with its descriptors, and the checks of the daemon's answer. Leaves
+out connections and mappings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import socket
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import add
+from typing import Any, NamedTuple
+
+from .errors import ProtocolError, Timeout
+
+MAGIC = b"VRMD"
+VERSION = 1
+HEADER = struct.Struct("<4sHHII")
+ATTACH, ATTACHED, ERROR = 1, 2, 3
+MAX_REQUEST_BYTES = 64 << 10
+MAX_REPLY_BYTES = 256 << 20
+MAX_DESCRIPTORS = 253
+
+#: For each kind: the longest body, the most descriptors.
+_BOUNDS = {
+    ATTACH: (MAX_REQUEST_BYTES, 0),
+    ATTACHED: (MAX_REPLY_BYTES, MAX_DESCRIPTORS),
+    ERROR: (MAX_REQUEST_BYTES, 0),
+}
+
+#: Bits of one element, by dtype. A dtype that is not here was added later: its bytes can still be had.
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+
+class Header(NamedTuple):
+    kind: int
+    body_bytes: int
+    descriptors: int
+
+
+class Tensor(NamedTuple):
+    """What is known of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    #: From the beginning of the block.
+    offset: int
+    bytes: int
+
+
+#: One row of the tensor table: what ``Tensor`` has, in its order.
+Row = Sequence[Any]
+
+
+class Reply(NamedTuple):
+    """The daemon's answer, checked: its figures fit each other."""
+
+    lease_id: str
+    device: str
+    allocation_id: str
+    generation: int
+    model: str | None
+    component: str | None
+    access: str
+    segment: int
+    segment_bytes: int
+    page_bytes: int
+    offset: int
+    bytes: int
+    #: By name, as they were sent.
+    tensors: dict[str, Row]
+    metadata: dict[str, str]
+
+
+def encode(kind: int, body: Mapping[str, Any], descriptors: int = 0) -> bytes:
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return HEADER.pack(MAGIC, VERSION, kind, len(text), descriptors) + text
+
+
+def decode_header(data: bytes) -> Header:
+    magic, version, kind, body_bytes, descriptors = HEADER.unpack(data)
+    if magic != MAGIC:
+        raise ProtocolError("the frame does not begin with VRMD", hint="is this the socket of vramd?")
+    if version != VERSION:
+        raise ProtocolError(f"the frame has version {version}; this side speaks version {VERSION}")
+    if kind not in _BOUNDS:
+        raise ProtocolError(f"there is no frame of kind {kind}")
+    body_limit, descriptor_limit = _BOUNDS[kind]
+    if body_bytes > body_limit:
+        raise ProtocolError(f"the frame's body has {body_bytes} bytes; at most {body_limit} are allowed")
+    if descriptors > descriptor_limit:
+        raise ProtocolError(
+            f"the frame announces {descriptors} descriptors; at most {descriptor_limit} are allowed"
+        )
+    return Header(kind, body_bytes, descriptors)
+
+
+def receive(connection: socket.socket) -> tuple[int, Any, list[int]]:
+    """Reads one frame: kind, body as JSON, and descriptors, which are then the caller's to close."""
+    descriptors: list[int] = []
+    try:
+        header = decode_header(_receive_header(connection, descriptors))
+        body = _receive_exactly(connection, header.body_bytes)
+        if len(descriptors) != header.descriptors:
+            raise ProtocolError(
+                f"the frame announces {header.descriptors} descriptors and {len(descriptors)} came"
+            )
+        try:
+            return header.kind, json.loads(body), descriptors
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"the frame's body is not JSON: {error}") from error
+    except BaseException as error:
+        close_all(descriptors)
+        if isinstance(error, TimeoutError):
+            raise Timeout("the daemon did not answer the attach request in time", retryable=True) from error
+        if isinstance(error, OSError):
+            raise ProtocolError(f"the connection broke within a frame: {error}") from error
+        raise
+
+
+def close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+
+
+def _receive_header(connection: socket.socket, descriptors: list[int]) -> bytes:
+    # Descriptors come with the first byte. Reading no further than the header keeps the kernel from ever
+    # handing over the ancillary data of two messages at once.
+    fds = array("i")
+    space = socket.CMSG_SPACE(MAX_DESCRIPTORS * fds.itemsize)
+    data, ancillary, flags, _ = connection.recvmsg(HEADER.size, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    descriptors.extend(fds)
+    if flags & socket.MSG_CTRUNC:
+        raise ProtocolError(
+            "the kernel dropped descriptors of the frame",
+            hint="this process has too many open files: raise RLIMIT_NOFILE (ulimit -n)",
+        )
+    if not data:
+        raise ProtocolError("the daemon closed the connection before it answered")
+    return data + _receive_exactly(connection, HEADER.size - len(data))
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    rest = memoryview(data)
+    while rest:
+        count = connection.recv_into(rest)
+        if count == 0:
+            raise ProtocolError(f"the connection ended {len(rest)} bytes before the end of the frame")
+        rest = rest[count:]
+    return bytes(data)
+
+
+def read_reply(body: Any, descriptors: int) -> Reply:
+    """Holds the body of an ``Attached`` frame to its own figures."""
+    try:
+        reply = _reply(body)
+        if len(body["segments"]) != descriptors:
+            raise ProtocolError(f"{descriptors} descriptors came for {len(body['segments'])} segments")
+        _check_tensors(reply)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ProtocolError(f"the daemon's answer is malformed: {error!r}") from error
+    return reply
+
+
+def _reply(body: Any) -> Reply:
+    block = body["block"]
+    segment = body["segments"][_natural(block["segment"], "block.segment")]
+    segment_bytes = _natural(segment["bytes"], "segment.bytes")
+    page_bytes = _natural(segment["pageBytes"], "segment.pageBytes")
+    offset = _natural(block["offset"], "block.offset")
+    size = _natural(block["bytes"], "block.bytes")
+    if page_bytes == 0 or page_bytes % mmap.ALLOCATIONGRANULARITY or segment_bytes % page_bytes:
+        raise ProtocolError(f"a segment of {segment_bytes} bytes in pages of {page_bytes} cannot be mapped")
+    if offset + size > segment_bytes:
+        raise ProtocolError(
+            f"the block ends at byte {offset + size}, behind its segment of {segment_bytes} bytes"
+        )
+    rows = body["tensors"]
+    tensors = {row[0]: row for row in rows}
+    if len(tensors) != len(rows):
+        raise ProtocolError("the tensor table names a tensor twice")
+    return Reply(
+        lease_id=_text(body["leaseId"]),
+        device=_text(body["deviceId"]),
+        allocation_id=_text(body["allocationId"]),
+        generation=_natural(body["generation"], "generation"),
+        model=body.get("model"),
+        component=body.get("component"),
+        access=_text(body["access"]),
+        segment=block["segment"],
+        segment_bytes=segment_bytes,
+        page_bytes=page_bytes,
+        offset=offset,
+        bytes=size,
+        tensors=tensors,
+        metadata=dict(body.get("metadata", {})),
+    )
+
+
+def _check_tensors(reply: Reply) -> None:
+    # By columns, not row by row: a model has hundreds of tensors, and attaching it takes two milliseconds.
+    rows = reply.tensors.values()
+    if not rows:
+        return
+    if {*map(len, rows)} != {5}:
+        raise ProtocolError("the tensor table has a row that is not [name, dtype, shape, offset, bytes]")
+    names, dtypes, shapes, offsets, sizes = zip(*rows, strict=True)
+    counts = [*map(math.prod, shapes)]
+    least = min(*offsets, *sizes, min(chain.from_iterable(shapes), default=0))
+    if {*map(type, offsets), *map(type, sizes), *map(type, counts)} != {int} or least < 0:
+        raise ProtocolError("the tensor table has a size that is not a natural number")
+    end = max(map(add, offsets, sizes))
+    if end > reply.bytes:
+        raise ProtocolError(f"a tensor ends at byte {end}, behind its block of {reply.bytes} bytes")
+    for name, dtype, count, size in zip(names, dtypes, counts, sizes, strict=True):
+        bits = BITS.get(dtype)
+        if bits is not None and count * bits != size * 8:
+            raise ProtocolError(f"tensor {name!r}, {count} times {dtype}, does not have {size} bytes")
+
+
+def _natural(value: Any, name: str) -> int:
+    if type(value) is not int or value < 0:
+        raise ProtocolError(f"{name} is {value!r}, not a natural number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ProtocolError(f"the daemon's answer has {value!r} where a text belongs")
+    return value

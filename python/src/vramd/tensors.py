@@ -1,0 +1,42 @@
+"""torch tensors over attached memory, without a copy.
+
+torch has no read-only tensors, so their mapping is private and copy-on-write: what a process writes it alone
+sees, and the daemon's bytes stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import UnsupportedDtype
+from .frames import Row
+
+if TYPE_CHECKING:
+    from .attachment import Attached
+
+_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
+    "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32",
+    "F64": "float64", "C64": "complex64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+
+
+def tensor(_attached: Attached, row: Row, buffer: Any, base: int) -> Any:
+    """The tensor as a view of ``buffer``, in which its block begins at ``base``."""
+    name, dtype_name, shape, offset, size = row
+    dtype = getattr(torch, _NAMES.get(dtype_name, ""), None)
+    if dtype is None:
+        raise UnsupportedDtype(
+            f"torch {torch.__version__} has no {dtype_name}, which tensor {name!r} has",
+            hint=f"raw({name!r}) gives its bytes",
+        )
+    if size == 0:  # frombuffer takes no empty buffer
+        return torch.empty(shape, dtype=dtype)
+    raw = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=base + offset)
+    if (base + offset) % dtype.itemsize:
+        # torch's kernels take alignment for granted, and files may break it: the one case that costs a copy.
+        raw = raw.clone()
+    return raw.view(dtype).view(shape)

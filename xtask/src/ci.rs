@@ -1,0 +1,84 @@
+//! The steps of CI, in order; the first that fails ends the run.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{cargo, files, python_tool, root, run, succeeds, target_directory};
+use crate::{deps, fuzz, generate, tidy};
+
+type Step = (&'static str, fn() -> Result<()>);
+
+/// Everything but the tests.
+pub fn check() -> Result<()> {
+    steps(&[
+        ("formats", || {
+            run(cargo().args(["fmt", "--all", "--check"]))?;
+            run(cargo().args(["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))
+        }),
+        ("house rules", tidy::run),
+        ("arrows between crates", deps::run),
+        ("clippy", || {
+            run(cargo().args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))
+        }),
+        ("fuzz targets", fuzz::check),
+        ("references", generate::check),
+        ("licences, bans and sources", deny),
+        ("Python: lints", || ruff(&["check"])),
+        ("Python: formats", || ruff(&["format", "--check"])),
+        ("Python: types", || run(python_tool("mypy")?.current_dir(root().join("python")))),
+    ])
+}
+
+/// All tests.
+pub fn test() -> Result<()> {
+    steps(&[
+        ("Rust tests", || run(cargo().args(["test", "--workspace", "--locked"]))),
+        ("Python tests", || {
+            run(cargo().args(["build", "--package", "vramd", "--locked"]))?;
+            run(python_tool("pytest")?
+                .arg("python")
+                .env("VRAMD_BINARY", target_directory()?.join("debug/vramd")))
+        }),
+    ])
+}
+
+pub fn fmt() -> Result<()> {
+    run(cargo().args(["fmt", "--all"]))?;
+    run(cargo().args(["fmt", "--manifest-path", "fuzz/Cargo.toml"]))?;
+    ruff(&["check", "--fix"])?;
+    ruff(&["format"])
+}
+
+fn steps(steps: &[Step]) -> Result<()> {
+    for (name, step) in steps {
+        eprintln!("\n==> {name}");
+        let started = Instant::now();
+        step().with_context(|| format!("the step {name:?} failed"))?;
+        eprintln!("    {name}: {:.1} s", started.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+/// Ruff with the package's settings over every Python file of the repository.
+fn ruff(arguments: &[&str]) -> Result<()> {
+    let python =
+        files()?.into_iter().filter(|file| file.extension().is_some_and(|extension| extension == "py"));
+    let places: BTreeSet<_> = python.filter_map(|file| file.iter().next().map(PathBuf::from)).collect();
+    run(python_tool("ruff")?.args(arguments).args(["--config", "python/pyproject.toml"]).args(places))
+}
+
+/// cargo-deny is a program of its own: CI installs it, and a developer may do without.
+fn deny() -> Result<()> {
+    const INSTALL: &str = "cargo install cargo-deny --locked";
+    if !succeeds(cargo().args(["deny", "--version"])) {
+        if std::env::var_os("CI").is_some() {
+            bail!("cargo-deny is missing; install it with: {INSTALL}");
+        }
+        eprintln!("SKIPPED: cargo-deny is missing; install it with: {INSTALL}");
+        return Ok(());
+    }
+    run(cargo().args(["deny", "--locked", "check", "bans", "licenses", "sources"]))
+}
