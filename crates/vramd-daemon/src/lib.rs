@@ -126,7 +126,6 @@ pub async fn serve_on(
         return Err(StartError::NoListener);
     }
     let _lock = lock(&config.state_dir)?;
-    raise_descriptor_limit();
     let (store, stored) = Store::open(&config.state_dir, None)?;
     let roots =
         Roots::open(&config.model_roots).map_err(|(path, source)| StartError::ModelRoot { path, source })?;
@@ -259,18 +258,6 @@ fn lock(directory: &Path) -> Result<std::fs::File, StartError> {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::InUse { path: directory.to_owned() }),
         Err(error) => Err(fault(error.into())),
-    }
-}
-
-/// Every segment and every connection is a descriptor: take as many as the system lets us.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    if limit.current != limit.maximum {
-        limit.current = limit.maximum;
-        if let Err(error) = setrlimit(Resource::Nofile, limit) {
-            tracing::warn!(%error, "the limit of open files could not be raised");
-        }
     }
 }
 
