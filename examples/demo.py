@@ -19,9 +19,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import minilm
 import numpy as np
 
+import minilm
 import vramd
 
 MODEL = "minilm"
@@ -178,12 +178,14 @@ def show(binary: str) -> None:
         running = stack.enter_context(daemon(binary, ["--listen", "127.0.0.1:0", "--socket", socket]))
         print(f"  daemon   pid {running.process.pid}, {running.url}, {running.socket}")
         load(running.client)
-        processes = {
-            "attached, first": stack.enter_context(worker("attach", running.socket, MODEL)),
-            "attached, second": stack.enter_context(worker("attach", running.socket, MODEL)),
-            "plain file": stack.enter_context(worker("file", str(minilm.directory() / "model.safetensors"))),
-        }
-        reports = {name: report(process) for name, process in processes.items()}  # all are at work now
+        path = str(minilm.directory() / "model.safetensors")
+        reports = {}
+        for name, arguments in {
+            "attached, first": ("attach", running.socket, MODEL),
+            "attached, second": ("attach", running.socket, MODEL),
+            "plain file": ("file", path),
+        }.items():
+            reports[name] = report(stack.enter_context(worker(*arguments)))  # and it stays, with what it has
         count = running.client.model(MODEL)["components"][0]["residency"][0]["attachedCount"]
         print(f"  attached by {count} processes at once\n")
         compare_memory(reports)

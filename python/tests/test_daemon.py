@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from support import Vramd, count_descriptors, running, until
 
 import vramd as api
+from support import Vramd, count_descriptors, running, until
 from vramd.bodies import Operation
 
 TENSORS: dict[str, np.ndarray[Any, Any]] = {

@@ -7,9 +7,9 @@ import threading
 from typing import Any
 
 import pytest
-from support import GOLDEN, PAGE, FakeDaemon, attached_body, count_descriptors, memfd, until
 
 import vramd
+from support import GOLDEN, PAGE, FakeDaemon, attached_body, count_descriptors, memfd, until
 from vramd import frames
 
 KINDS = {"attach": frames.ATTACH, "attached": frames.ATTACHED, "error": frames.ERROR}

@@ -119,9 +119,10 @@ impl ApiError {
         Self::new(ErrorCode::InvalidArgument, message).detail("field", field)
     }
 
-    /// Nothing is called `name`.
+    /// No `what` (device, allocation, model, operation) is called `name`.
     pub fn not_found(what: &str, name: impl std::fmt::Display) -> Self {
         Self::new(ErrorCode::NotFound, format!("there is no {what} {name}"))
+            .hint(format!("`vramd {what}s` lists those that are there"))
     }
 
     #[must_use]

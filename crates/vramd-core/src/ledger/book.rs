@@ -130,6 +130,33 @@ impl Book {
         self.spare.and_then(|id| self.segments.get(&id)).map_or(0, |segment| segment.ranges.bytes())
     }
 
+    /// Takes a live segment out of the books.
+    pub fn remove(&mut self, id: SegmentId) {
+        if let Some(segment) = self.segments.remove(&id) {
+            self.held -= segment.ranges.bytes();
+            self.live -= segment.ranges.bytes();
+        }
+    }
+
+    /// The largest new segment that could be made, at the spare's expense if need be.
+    fn largest_new(&self) -> u64 {
+        (self.room() + self.spare_bytes()) & !(self.facts.granularity_bytes - 1)
+    }
+
+    /// What is open to one owner, in all and in one piece: new segments, and for small blocks the holes in the
+    /// owner's own segments.
+    pub fn open_to(&self, owner: &OwnerName, small: bool) -> (u64, u64) {
+        let own = self.segments.values().filter(|segment| {
+            small
+                && segment.state != SegmentState::Destroying
+                && matches!(&segment.sharing, Sharing::Shared(of) if of == owner)
+        });
+        let new = (self.room() + self.spare_bytes(), self.largest_new());
+        own.fold(new, |(free, largest), segment| {
+            (free + segment.ranges.free(), largest.max(segment.ranges.largest_free()))
+        })
+    }
+
     pub fn usage(&self) -> Usage {
         let pool_free = self.held - self.allocated - self.reserved;
         let foreign =
@@ -139,7 +166,6 @@ impl Book {
             (segment.ranges.largest_free().max(largest), count + segment.ranges.hole_count() as u64)
         });
         let room = self.room();
-        let new_segment = (room + self.spare_bytes()) & !(self.facts.granularity_bytes - 1);
         Usage {
             allocated_bytes: self.allocated,
             reserved_bytes: self.reserved,
@@ -147,7 +173,7 @@ impl Book {
             foreign_bytes: foreign,
             used_bytes: self.held + foreign,
             available_bytes: if self.lost { 0 } else { room + pool_free },
-            largest_free_bytes: if self.lost { 0 } else { largest_hole.max(new_segment) },
+            largest_free_bytes: if self.lost { 0 } else { largest_hole.max(self.largest_new()) },
             limit_bytes: self.limit(),
             allocation_count: self.allocation_count,
             hole_count,

@@ -39,7 +39,8 @@ pub struct SegmentId(pub u64);
 /// What a device has to do for a decision to come true.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Work {
-    /// Destroy `first`, if given, then create a segment.
+    /// Destroy `first`, if given, then create a segment. The books have forgotten `first` already: its bytes are the
+    /// new segment's.
     Create { device: DeviceId, segment: SegmentId, bytes: u64, sealed: bool, first: Option<SegmentId> },
     /// Zero a block of a shared segment, before it is free again.
     Zero { device: DeviceId, segment: SegmentId, offset: u64, bytes: u64, allocation: AllocationId },
@@ -184,11 +185,12 @@ impl Ledger {
                     Standing::NotEnoughMemory
                 };
                 let used_after = usage.used_bytes.saturating_add(request.size_bytes);
+                let (available_bytes, largest_free_bytes) = book.open_to(&request.owner, is_small(request));
                 Offer {
                     device: book.facts.device.clone(),
                     memory_type: book.facts.memory_type,
-                    available_bytes: usage.available_bytes,
-                    largest_free_bytes: usage.largest_free_bytes,
+                    available_bytes,
+                    largest_free_bytes,
                     used_after: used_after as f64 / book.facts.total_bytes.max(1) as f64,
                     standing,
                 }
@@ -220,8 +222,7 @@ impl Ledger {
             return None;
         }
         let block = request.size_bytes.checked_next_multiple_of(BLOCK_QUANTUM)?;
-        let small = !request.sealed && block <= SMALL_BYTES;
-        if small {
+        if is_small(request) {
             let fitting = book.segments.iter().find_map(|(id, segment)| {
                 let open = segment.state != SegmentState::Destroying
                     && matches!(&segment.sharing, Sharing::Shared(owner) if *owner == request.owner);
@@ -284,9 +285,8 @@ impl Ledger {
                 book.segments.insert(id, segment);
                 book.held += bytes;
                 if let Some(first) = first {
-                    let spare = book.segments.get_mut(&first).expect("the spare is a segment");
-                    spare.state = SegmentState::Destroying;
                     book.spare = None;
+                    book.remove(first);
                 }
                 let work = Work::Create {
                     device: device.clone(),
@@ -491,10 +491,7 @@ impl Ledger {
         book.allocation_count -= 1;
         let segment = book.segments.get_mut(&allocation.segment)?;
         if segment.sharing == Sharing::Exclusive {
-            let bytes = segment.ranges.bytes();
-            book.segments.remove(&allocation.segment);
-            book.held -= bytes;
-            book.live -= bytes;
+            book.remove(allocation.segment);
             return Some((allocation, None));
         }
         segment.ranges.give(allocation.offset, allocation.block_bytes);
@@ -513,11 +510,8 @@ impl Ledger {
 
     /// An empty segment is gone.
     pub fn destroyed(&mut self, device: &DeviceId, id: SegmentId) {
-        if let Some(book) = self.books.get_mut(device)
-            && let Some(segment) = book.segments.remove(&id)
-        {
-            book.held -= segment.ranges.bytes();
-            book.live -= segment.ranges.bytes();
+        if let Some(book) = self.books.get_mut(device) {
+            book.remove(id);
         }
     }
 
@@ -582,6 +576,11 @@ impl Ledger {
 enum Place {
     In { segment: SegmentId, offset: u64, block: u64 },
     New { bytes: u64, block: u64, shared: bool, first: Option<SegmentId> },
+}
+
+/// Whether a request goes into a shared segment.
+fn is_small(request: &Request) -> bool {
+    !request.sealed && request.size_bytes <= SMALL_BYTES
 }
 
 fn segment_bytes(size: u64, book: &Book) -> u64 {

@@ -3,3 +3,4 @@
 #![allow(clippy::unwrap_used, reason = "what a test unwraps, it asserts")]
 
 mod layout;
+mod ledger;

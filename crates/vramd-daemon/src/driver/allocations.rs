@@ -144,23 +144,11 @@ impl State {
             Work::Create { device, segment, bytes, sealed, first } => {
                 let writers = if sealed { Writers::DeviceOnly } else { Writers::Importers };
                 let id = device.clone();
-                if let Some(first) = first {
-                    self.jobs += 1;
-                    let sender = self.sender.clone();
-                    self.spawn(&id, move |on| {
-                        let outcome = on.destroy(Segment(first.0));
-                        let destroyed =
-                            Event::SegmentDestroyed { device: device.clone(), segment: first, outcome };
-                        let _ = sender.blocking_send(destroyed);
-                        let outcome = on.create(Segment(segment.0), bytes, writers);
-                        Event::SegmentCreated { device, segment, outcome }
-                    });
-                } else {
-                    self.spawn(&id, move |on| {
-                        let outcome = on.create(Segment(segment.0), bytes, writers);
-                        Event::SegmentCreated { device, segment, outcome }
-                    });
-                }
+                self.spawn(&id, move |on| {
+                    let first = first.map_or(Ok(()), |first| on.destroy(Segment(first.0)));
+                    let outcome = first.and_then(|()| on.create(Segment(segment.0), bytes, writers));
+                    Event::SegmentCreated { device, segment, outcome }
+                });
             }
             Work::Zero { device, segment, offset, bytes, allocation } => self.spawn(&device, move |on| {
                 let outcome = on.zero(Range { segment: Segment(segment.0), offset, bytes });

@@ -17,6 +17,14 @@ fn with_model(count: usize) -> Daemon {
     daemon
 }
 
+/// A daemon with the model `slow`, which takes two seconds to load on `sim:0`: long enough to be cancelled.
+fn with_slow_load() -> Daemon {
+    let daemon = Daemon::start_with("256MiB@64MiB");
+    write_model(&daemon.home.path("models/slow.safetensors"), 32 << 20);
+    daemon.run(&["models", "add", "slow", "models/slow.safetensors"]).expect(0);
+    daemon
+}
+
 fn spawn(daemon: &Daemon, arguments: &[&str]) -> Child {
     daemon.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs")
 }
@@ -146,6 +154,7 @@ fn a_model_is_loaded_attached_and_unloaded() {
 #[test]
 fn what_the_daemon_refuses_ends_with_one_and_a_hint() {
     let daemon = with_model(10);
+    let mut without_hint = Vec::new();
     for (arguments, text) in [
         (&["free", UNKNOWN][..], UNKNOWN),
         (&["renew", UNKNOWN], UNKNOWN),
@@ -171,9 +180,12 @@ fn what_the_daemon_refuses_ends_with_one_and_a_hint() {
     ] {
         let ended = daemon.run(arguments).expect(1);
         assert!(ended.stderr.contains("error: ") && ended.stderr.contains(text), "{arguments:?}: {ended:?}");
-        assert!(ended.stderr.contains("hint: "), "{arguments:?} has no hint: {ended:?}");
         assert_eq!(ended.stdout, "");
+        if !ended.stderr.contains("\nhint: ") {
+            without_hint.push(ended.stderr);
+        }
     }
+    assert!(without_hint.is_empty(), "without a hint: {without_hint:#?}");
     let ended = daemon.run(&["alloc", "1TiB", "--json"]).expect(1);
     let error: Value = serde_json::from_str(&ended.stderr).expect("JSON");
     assert_eq!(error["error"]["code"], "INSUFFICIENT_MEMORY");
@@ -273,13 +285,7 @@ fn an_attachment_that_outlives_the_daemon_says_so() {
 
 #[test]
 fn ctrl_c_cancels_a_load() {
-    let mut daemon = Daemon::start();
-    daemon.end(Signal::TERM);
-    // 4 MiB over a link of 64 KiB a second would take a minute.
-    daemon.simulate("64MiB@64KiB");
-    daemon.restart();
-    write_model(&daemon.home.path("models/slow.safetensors"), 1 << 20);
-    daemon.run(&["models", "add", "slow", "models/slow.safetensors"]).expect(0);
+    let daemon = with_slow_load();
     let child = spawn(&daemon, &["load", "slow", "--device", "sim:0"]);
     wait_for("the load to run", || {
         let shown = daemon.json(&["operations", "--state", "Running"]);
@@ -295,12 +301,7 @@ fn ctrl_c_cancels_a_load() {
 
 #[test]
 fn a_load_that_is_not_waited_for_can_be_cancelled_by_its_id() {
-    let mut daemon = Daemon::start();
-    daemon.end(Signal::TERM);
-    daemon.simulate("64MiB@64KiB");
-    daemon.restart();
-    write_model(&daemon.home.path("models/slow.safetensors"), 1 << 20);
-    daemon.run(&["models", "add", "slow", "models/slow.safetensors"]).expect(0);
+    let daemon = with_slow_load();
     let id = daemon.run(&["load", "slow", "--device", "sim:0", "--no-wait"]).expect(0).stdout;
     assert!(daemon.run(&["operations", id.trim()]).expect(0).stdout.contains("slow on sim:0"));
     daemon.run(&["cancel", id.trim()]).expect(0);

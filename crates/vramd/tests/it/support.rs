@@ -96,9 +96,13 @@ pub struct Daemon {
 
 impl Daemon {
     pub fn start() -> Self {
+        Self::start_with("64MiB,32MiB")
+    }
+
+    pub fn start_with(simulated: &'static str) -> Self {
         let home = Home::new();
         std::fs::create_dir(home.path("models")).expect("a directory");
-        let mut daemon = Self { home, child: None, server: String::new(), simulated: "64MiB,32MiB" };
+        let mut daemon = Self { home, child: None, server: String::new(), simulated };
         daemon.restart();
         daemon
     }
@@ -148,11 +152,6 @@ impl Daemon {
         std::fs::read_to_string(self.home.path("log")).unwrap_or_default()
     }
 
-    /// The simulated devices from the next start on.
-    pub fn simulate(&mut self, devices: &'static str) {
-        self.simulated = devices;
-    }
-
     /// Kills it without warning, while others may still be asking it.
     pub fn kill(&self) {
         kill(self.child.as_ref().expect("it runs"), Signal::KILL);
@@ -197,5 +196,6 @@ pub fn write_model(path: &Path, count: usize) {
     let mut file = File::create(path).expect("a file");
     file.write_all(&(header.len() as u64).to_le_bytes()).expect("written");
     file.write_all(header.as_bytes()).expect("written");
-    file.write_all(&vec![7; bytes + 2]).expect("written");
+    // A hole reads as zeros and takes no room.
+    file.set_len((8 + header.len() + bytes + 2) as u64).expect("its length");
 }

@@ -1,0 +1,12 @@
+//! The daemon in this process, over real sockets, on simulated devices that fail when told to.
+
+mod allocations;
+mod attach;
+mod events;
+mod faults;
+mod files;
+mod idempotency;
+mod models;
+mod restart;
+mod support;
+mod wire;

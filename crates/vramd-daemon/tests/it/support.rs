@@ -1,0 +1,480 @@
+//! A daemon on a thread of this process, plain HTTP to speak to it, and model files to give it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+use vramd_api::attach::Attach;
+use vramd_api::client::{AttachError, Attachment, attach};
+use vramd_daemon::{Config, Devices, StartError, serve_on};
+use vramd_device::{Call, cpu, sim};
+
+/// Far above what anything here takes, also on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const MIB: u64 = 1 << 20;
+
+/// Looks again until `look` has found something.
+#[track_caller]
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let begin = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(begin.elapsed() < PATIENCE, "waited too long for {what}");
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+/// One HTTP answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    head: String,
+    pub text: String,
+}
+
+impl Answer {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().skip(1).find_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            key.eq_ignore_ascii_case(name).then_some(value.trim())
+        })
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error} in {self:#?}"))
+    }
+
+    /// The `data` of an answer with that status, and our envelope around it.
+    #[track_caller]
+    pub fn data(self, status: u16) -> Value {
+        let mut body = self.json();
+        assert_eq!((self.status, &body["success"]), (status, &json!(true)), "{self:#?}");
+        body["data"].take()
+    }
+
+    /// The error of an answer with that code, with everything that every error has.
+    #[track_caller]
+    pub fn error(self, code: &str) -> Value {
+        let mut body = self.json();
+        let error = body["error"].take();
+        assert_eq!((body["success"].clone(), error["code"].clone()), (json!(false), json!(code)), "{self:#?}");
+        assert_eq!(error["status"], self.status, "{self:#?}");
+        assert_eq!(self.header("content-type"), Some("application/json"), "{self:#?}");
+        assert_eq!(body["requestId"].as_str(), self.header("x-request-id"), "{self:#?}");
+        assert!(error["retryable"].is_boolean() && error["message"].is_string(), "{self:#?}");
+        error
+    }
+
+    /// The error of an argument that is not allowed, and the field that it names.
+    #[track_caller]
+    pub fn refuses(self, field: &str) -> Value {
+        let error = self.error("INVALID_ARGUMENT");
+        assert_eq!(error["details"]["field"], field, "{error:#}");
+        error
+    }
+}
+
+/// Sends bytes over a new connection and reads all that comes back.
+fn exchange(mut stream: impl Read + Write, request: &[u8]) -> Answer {
+    // A daemon that refuses a large body may close before it has read all of it.
+    let _ = stream.write_all(request);
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    let text = String::from_utf8(bytes).expect("UTF-8");
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no HTTP answer: {text:?}"));
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
+    Answer { status, head: head.to_owned(), text: body.to_owned() }
+}
+
+fn message(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+    let mut head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
+    if !headers.iter().any(|(name, _)| *name == "Host") {
+        head.push_str("Host: localhost\r\n");
+    }
+    for (name, value) in headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    [head.as_bytes(), b"\r\n", body].concat()
+}
+
+/// A place on disk for one daemon after another.
+pub struct Home(Arc<TempDir>);
+
+impl Home {
+    pub fn new() -> Self {
+        let home = Self(Arc::new(tempfile::tempdir().expect("a directory")));
+        std::fs::create_dir(home.path("models")).expect("a directory");
+        std::fs::create_dir(home.path("state")).expect("a directory");
+        home
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A daemon with simulated devices of these sizes.
+    pub fn start(&self, sizes: &[u64]) -> Daemon {
+        let mut devices = Devices::default();
+        let mut simulated = Vec::new();
+        for (size, ordinal) in sizes.iter().zip(0..) {
+            let device = sim::Device::open(sim::Spec::new(ordinal, *size)).expect("a device");
+            simulated.push(device.faults());
+            devices.add(Arc::new(device), *size);
+        }
+        self.start_on(devices, simulated)
+    }
+
+    /// A daemon with host memory alone.
+    pub fn start_cpu(&self, limit: u64) -> Daemon {
+        let mut devices = Devices::default();
+        let device = cpu::Device::open(cpu::Options::default()).expect("host memory");
+        devices.add(Arc::new(device), limit);
+        self.start_on(devices, Vec::new())
+    }
+
+    fn start_on(&self, devices: Devices, simulated: Vec<sim::Faults>) -> Daemon {
+        let ready = self.path("ready.json");
+        let config = Config {
+            listen: Some(([127, 0, 0, 1], 0).into()),
+            socket: Some(self.path("socket")),
+            state_dir: self.path("state"),
+            model_roots: vec![self.path("models")],
+            cpu_limit_bytes: None,
+            sim: None,
+            ready_file: Some(ready.clone()),
+        };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .expect("a runtime");
+            runtime.block_on(serve_on(config, devices, async {
+                let _ = stopped.await;
+            }))
+        });
+        let ready: Value = wait_for("the ready file", || {
+            assert!(!thread.is_finished(), "the daemon ended before it was ready");
+            serde_json::from_slice(&std::fs::read(&ready).ok()?).ok()
+        });
+        Daemon {
+            home: Self(self.0.clone()),
+            address: ready["address"].as_str().expect("an address").to_owned(),
+            faults: simulated,
+            thread: Some(thread),
+            stop: Some(stop),
+        }
+    }
+}
+
+/// A daemon that serves; it is stopped when this is dropped.
+pub struct Daemon {
+    pub home: Home,
+    pub address: String,
+    /// The switchboards of `sim:0`, `sim:1`, …
+    pub faults: Vec<sim::Faults>,
+    thread: Option<JoinHandle<Result<(), StartError>>>,
+    stop: Option<oneshot::Sender<()>>,
+}
+
+impl Daemon {
+    /// One with simulated devices of these sizes, in a home of its own.
+    pub fn start(sizes: &[u64]) -> Self {
+        Home::new().start(sizes)
+    }
+
+    pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        self.raw(&message(method, path, headers, body))
+    }
+
+    /// Sends these bytes as they are.
+    pub fn raw(&self, request: &[u8]) -> Answer {
+        exchange(self.connect(), request)
+    }
+
+    /// The same over the Unix socket.
+    pub fn send_unix(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        let stream = UnixStream::connect(self.socket()).expect("a connection");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        exchange(stream, &message(method, path, headers, body))
+    }
+
+    pub fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(&self.address).expect("a connection");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        stream
+    }
+
+    pub fn get(&self, path: &str) -> Answer {
+        self.send("GET", path, &[], b"")
+    }
+
+    pub fn delete(&self, path: &str) -> Answer {
+        self.send("DELETE", path, &[], b"")
+    }
+
+    pub fn post(&self, path: &str, body: &Value) -> Answer {
+        self.post_with(path, &[], body)
+    }
+
+    pub fn post_with(&self, path: &str, headers: &[(&str, &str)], body: &Value) -> Answer {
+        let headers = [&[("Content-Type", "application/json")], headers].concat();
+        self.send("POST", path, &headers, body.to_string().as_bytes())
+    }
+
+    pub fn put(&self, path: &str, body: &Value) -> Answer {
+        self.send("PUT", path, &[("Content-Type", "application/json")], body.to_string().as_bytes())
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.home.path("socket")
+    }
+
+    /// Sends a request now and reads its answer on a thread; the connection can be closed before.
+    pub fn begin(&self, path: &str, headers: &[(&str, &str)], body: &Value) -> Pending {
+        let headers = [&[("Content-Type", "application/json")], headers].concat();
+        let request = message("POST", path, &headers, body.to_string().as_bytes());
+        let stream = self.connect();
+        let reader = stream.try_clone().expect("a clone");
+        Pending { stream, thread: Some(std::thread::spawn(move || exchange(reader, &request))) }
+    }
+
+    pub fn allocate(&self, body: &Value) -> Answer {
+        self.post("/api/memory/allocations/allocate", body)
+    }
+
+    /// Allocates and answers the id.
+    #[track_caller]
+    pub fn allocated(&self, body: &Value) -> String {
+        self.allocate(body).data(201)["allocationId"].as_str().expect("an id").to_owned()
+    }
+
+    pub fn release(&self, id: &str) -> Answer {
+        self.delete(&format!("/api/memory/allocations/{id}"))
+    }
+
+    pub fn allocations(&self) -> Vec<Value> {
+        let page = self.get("/api/memory/allocations?pageSize=1000").data(200);
+        page["allocations"].as_array().expect("a list").clone()
+    }
+
+    pub fn status(&self, device: &str) -> Value {
+        self.get(&format!("/api/memory/status/{device}")).data(200)
+    }
+
+    /// The status of a device once `is` holds of it.
+    #[track_caller]
+    pub fn status_when(&self, device: &str, what: &str, is: impl Fn(&Value) -> bool) -> Value {
+        wait_for(what, || Some(self.status(device)).filter(&is))
+    }
+
+    /// Waits until nothing of a simulated device is held any more: the books are at zero, all of it can be had.
+    #[track_caller]
+    pub fn all_is_back(&self, device: &str) {
+        self.status_when(device, "all bytes to be back", |status| {
+            let total = &status["totalBytes"];
+            ["allocatedBytes", "reservedBytes", "poolFreeBytes", "usedBytes", "allocationCount"]
+                .iter()
+                .all(|figure| status[figure] == 0)
+                && status["availableBytes"] == *total
+                && status["largestFreeBytes"] == *total
+        });
+    }
+
+    /// Registers the model file of that name under its stem.
+    #[track_caller]
+    pub fn register(&self, name: &str, file: &str) -> Value {
+        let path = self.home.path("models").join(file);
+        self.post("/api/models", &json!({"name": name, "components": {"weights": {"path": path}}})).data(201)
+    }
+
+    pub fn model(&self, name: &str) -> Value {
+        self.get(&format!("/api/models/{name}")).data(200)
+    }
+
+    /// Where the model's first component is more than on disk.
+    pub fn residency(&self, name: &str) -> Vec<Value> {
+        self.model(name)["components"][0]["residency"].as_array().expect("a list").clone()
+    }
+
+    /// Starts a load and answers the operation's id.
+    #[track_caller]
+    pub fn load(&self, name: &str, body: &Value) -> String {
+        let answer = self.post(&format!("/api/models/{name}/load"), body);
+        assert!(matches!(answer.status, 200 | 202), "{answer:#?}");
+        let status = answer.status;
+        answer.data(status)["operationId"].as_str().expect("an id").to_owned()
+    }
+
+    /// An operation once it has ended.
+    #[track_caller]
+    pub fn ended(&self, operation: &str) -> Value {
+        let ended = self.get(&format!("/api/operations/{operation}?wait=30")).data(200);
+        assert!(ended["finishedAt"].is_string(), "{ended:#}");
+        ended
+    }
+
+    /// Loads on `device`, which has to succeed.
+    #[track_caller]
+    pub fn loaded(&self, name: &str, device: &str) {
+        let operation = self.ended(&self.load(name, &json!({"deviceId": device})));
+        assert_eq!(operation["state"], "Completed", "{operation:#}");
+    }
+
+    #[track_caller]
+    pub fn unloaded(&self, name: &str) {
+        let answer = self.post(&format!("/api/models/{name}/unload?wait=30"), &json!({}));
+        assert_eq!(answer.data(200)["state"], "Completed");
+    }
+
+    pub fn attach(&self, request: &Value) -> Result<Attachment, AttachError> {
+        let request: Attach = serde_json::from_value(request.clone()).expect("a request");
+        attach(&self.socket(), &request)
+    }
+
+    pub fn events(&self, last: Option<&str>) -> Events {
+        let mut stream = self.connect();
+        // HTTP/1.0: the body comes as it is, without chunks.
+        let last = last.map(|id| format!("Last-Event-ID: {id}\r\n")).unwrap_or_default();
+        write!(stream, "GET /api/events HTTP/1.0\r\nHost: localhost\r\n{last}\r\n").expect("sent");
+        let mut lines = BufReader::new(stream);
+        let mut line = String::new();
+        lines.read_line(&mut line).expect("a status");
+        assert!(line.contains(" 200 "), "{line}");
+        while line.trim_end() != "" {
+            line.clear();
+            lines.read_line(&mut line).expect("a header");
+        }
+        Events { lines }
+    }
+
+    /// Stops it as SIGTERM does, and waits until it has ended.
+    #[track_caller]
+    pub fn stop(mut self) -> Home {
+        self.end().expect("a clean stop");
+        Home(self.home.0.clone())
+    }
+
+    fn end(&mut self) -> Result<(), StartError> {
+        drop(self.stop.take());
+        self.thread.take().map_or(Ok(()), |thread| thread.join().expect("the daemon does not panic"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let ended = thread.join();
+            if !std::thread::panicking() {
+                ended.expect("the daemon does not panic").expect("a clean stop");
+            }
+        }
+    }
+}
+
+/// A request under way.
+pub struct Pending {
+    stream: TcpStream,
+    thread: Option<JoinHandle<Answer>>,
+}
+
+impl Pending {
+    pub fn is_answered(&self) -> bool {
+        self.thread.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
+    pub fn answer(mut self) -> Answer {
+        self.thread.take().expect("taken once").join().expect("an answer")
+    }
+
+    /// Goes away without reading the answer.
+    pub fn hang_up(mut self) {
+        self.stream.shutdown(std::net::Shutdown::Both).expect("closed");
+        // Without an answer it panics, which is what was asked for.
+        let _ = self.thread.take().expect("taken once").join();
+    }
+}
+
+/// The event stream, line by line.
+pub struct Events {
+    lines: BufReader<TcpStream>,
+}
+
+impl Events {
+    /// The next event's id, kind and data; None at the end of the stream.
+    pub fn next(&mut self) -> Option<(String, String, Value)> {
+        let (mut id, mut kind, mut data) = (String::new(), String::new(), None);
+        loop {
+            let mut line = String::new();
+            if self.lines.read_line(&mut line).expect("a line in time") == 0 {
+                return None;
+            }
+            let line = line.trim_end();
+            match line.split_once(": ") {
+                Some(("id", value)) => value.clone_into(&mut id),
+                Some(("event", value)) => value.clone_into(&mut kind),
+                Some(("data", value)) => data = Some(serde_json::from_str(value).expect("JSON")),
+                _ if line.is_empty() && data.is_some() => return data.map(|data| (id, kind, data)),
+                _ => {}
+            }
+        }
+    }
+
+    /// The data of the next event of that kind.
+    #[track_caller]
+    pub fn until(&mut self, kind: &str) -> Value {
+        loop {
+            let (_, found, data) = self.next().unwrap_or_else(|| panic!("the stream ended before {kind}"));
+            if found == kind {
+                return data["data"].clone();
+            }
+        }
+    }
+}
+
+/// A safetensors file: a header, and what follows it.
+pub fn file_of(header: &str, payload: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), payload].concat()
+}
+
+/// Bytes that are different everywhere.
+pub fn payload(bytes: usize, seed: u8) -> Vec<u8> {
+    (0..bytes).map(|at| (at / 251) as u8 ^ at as u8 ^ seed).collect()
+}
+
+/// A file with one tensor `name` of `bytes` bytes, and a scalar.
+pub fn write_model(path: &Path, name: &str, bytes: usize) -> Vec<u8> {
+    let end = bytes + 2;
+    let header = json!({
+        "__metadata__": {"format": "pt"},
+        name: {"dtype": "U8", "shape": [bytes], "data_offsets": [0, bytes]},
+        format!("{name}.scale"): {"dtype": "BF16", "shape": [], "data_offsets": [bytes, end]},
+    });
+    let payload = payload(end, 7);
+    std::fs::write(path, file_of(&header.to_string(), &payload)).expect("a file");
+    payload
+}
+
+/// A daemon with the model `tiny` of that size registered.
+pub fn with_model(sizes: &[u64], bytes: usize) -> (Daemon, Vec<u8>) {
+    let daemon = Daemon::start(sizes);
+    let payload = write_model(&daemon.home.path("models/tiny.safetensors"), "a", bytes);
+    daemon.register("tiny", "tiny.safetensors");
+    (daemon, payload)
+}
+
+/// Holds calls back until the guard is dropped, once `count` of them are caught.
+pub fn caught(held: &sim::Held, call: Call) {
+    assert!(held.wait_until_caught(1, PATIENCE), "no {call:?} came");
+}
