@@ -431,6 +431,8 @@ pub struct LimitsPage {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SetLimits {
     /// The most that the daemon may hold here; null goes back to the configured limit. What is held stays.
+    // Not `default`: leaving it out is a mistake, not a wish.
+    #[serde(deserialize_with = "Option::deserialize")]
     #[schema(required = true)]
     pub limit_bytes: Option<Bytes>,
 }

@@ -179,9 +179,10 @@ pub async fn serve_on(
     }
     restore.abort();
     drop(snapshots);
+    // First the driver, so that whoever follows the events hears of it and what waits is answered.
+    driver.stop().await;
     stopping.cancel();
     let _ = server.await;
-    driver.stop().await;
     drop(driver);
     if tokio::time::timeout(STOP_TIMEOUT, task).await.is_err() {
         tracing::warn!("the driver did not end in time; what it did is recovered at the next start");

@@ -165,11 +165,14 @@ impl Place<'_> {
             .hint("add the directory that it points into with `--model-root`, and register that path"),
             Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => {
                 ApiError::new(ErrorCode::NotFound, format!("there is no file {shown}"))
+                    .hint("write the path as the daemon sees it, from the root")
             }
             Err(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
                 ApiError::new(ErrorCode::PermissionDenied, format!("the daemon may not read {shown}"))
                     .hint("give the daemon's user the right to read it")
             }
+            // A socket cannot be opened at all.
+            Err(rustix::io::Errno::NXIO) => not_regular(shown),
             Err(rustix::io::Errno::LOOP | rustix::io::Errno::NAMETOOLONG) => {
                 ApiError::invalid("path", format!("{shown} cannot be followed"))
             }
@@ -222,8 +225,7 @@ fn model_file_in(directory: &File, shown: &str) -> Result<String, ApiError> {
 fn read_header(file: &File, shown: &str, name: String, kept_bytes: u64) -> Result<FileHeader, ApiError> {
     let metadata = file.metadata().map_err(|error| read_failed(shown, &error))?;
     if !metadata.is_file() {
-        return Err(ApiError::new(ErrorCode::InvalidModelFile, format!("{shown} is not a regular file"))
-            .detail("path", shown));
+        return Err(not_regular(shown).detail("path", shown));
     }
     let bad = |error: layout::HeaderError| bad_file(shown, &error, error.hint());
     let mut prefix = [0; 8];
@@ -258,6 +260,11 @@ fn read_up_to(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<usi
         }
     }
     Ok(done)
+}
+
+fn not_regular(shown: &str) -> ApiError {
+    ApiError::new(ErrorCode::InvalidModelFile, format!("{shown} is not a regular file"))
+        .hint("name a .safetensors file, a .safetensors.index.json, or a directory with exactly one of them")
 }
 
 fn bad_file(shown: &str, error: &dyn std::error::Error, hint: &str) -> ApiError {

@@ -54,8 +54,7 @@ impl Client {
             if !server.starts_with("http://") {
                 return Err(bad("it does not begin with http:// or unix:".to_owned()));
             }
-            let url = Url::parse(server).map_err(|error| bad(error.to_string()))?;
-            url
+            Url::parse(server).map_err(|error| bad(error.to_string()))?
         };
         let http = builder.build().map_err(|error| bad(error.to_string()))?;
         Ok(Self { server: server.to_owned(), base, http })

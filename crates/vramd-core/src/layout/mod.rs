@@ -39,7 +39,8 @@ pub struct FileHeader {
 
 /// One read: `bytes` from `source_offset` of a file go to `block_offset` of the block.
 ///
-/// Both offsets are multiples of [`SPAN_ALIGNMENT`]. The read therefore begins up to 4095 bytes before the
+/// `block_offset` is a multiple of [`SPAN_ALIGNMENT`]; so is `source_offset`, unless the file's header is not
+/// padded to a multiple of 8 as the format's own writers do. The read therefore begins up to 4095 bytes before the
 /// payload, and the end of the header comes along; no tensor covers it, and it is no secret to anyone who may
 /// read the payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +109,7 @@ impl Layout {
             metadata: BTreeMap::new(),
         };
         for (file, FileHeader { payload_offset, header, .. }) in files.into_iter().enumerate() {
-            let source_offset = payload_offset - payload_offset % SPAN_ALIGNMENT;
+            let source_offset = source_offset(payload_offset);
             let block_offset = layout.block_bytes;
             let mut base = block_offset;
             if header.payload_bytes > 0 {
@@ -132,6 +133,18 @@ impl Layout {
         }
         layout.block_bytes = layout.block_bytes.max(SPAN_ALIGNMENT);
         Ok(layout)
+    }
+}
+
+/// Where the reading of a payload begins: on a boundary that direct reads take. A payload that does not even
+/// begin at a multiple of the largest element is read from its first byte on, which costs its direct reads and
+/// leaves its tensors aligned.
+fn source_offset(payload_offset: u64) -> u64 {
+    const LARGEST_ELEMENT: u64 = 8;
+    if payload_offset.is_multiple_of(LARGEST_ELEMENT) {
+        payload_offset - payload_offset % SPAN_ALIGNMENT
+    } else {
+        payload_offset
     }
 }
 

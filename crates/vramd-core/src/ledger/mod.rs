@@ -339,7 +339,7 @@ impl Ledger {
             largest_after_eviction_bytes: largest.saturating_add(idle),
             holders,
             placement,
-            lost: !offers.is_empty() && offers.iter().filter(wanted).all(|o| o.standing == Standing::Lost),
+            lost: closest.is_some() && offers.iter().filter(wanted).all(|o| o.standing == Standing::Lost),
         }
     }
 

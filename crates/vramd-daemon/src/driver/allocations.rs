@@ -58,6 +58,12 @@ impl State {
         let id = allocate.request.id;
         let on: Vec<DeviceId> = allocate.on.iter().cloned().collect();
         let wait = allocate.wait_seconds;
+        let lost = allocate.on.as_ref().is_some_and(|device| self.ledger.is_lost(device));
+        if let Some(seconds) = wait.filter(|_| !lost && !self.queue.is_empty()) {
+            // Who can wait does not overtake those who do.
+            self.line_up(allocate, on, seconds, reply);
+            return self.admit();
+        }
         match self.ledger.reserve(allocate.request.clone(), &on, self.now) {
             Ok(grant) => {
                 self.waiting
@@ -65,23 +71,32 @@ impl State {
                 self.granted(id, grant);
             }
             Err(shortage) => match wait {
-                Some(seconds) if !shortage.lost => {
-                    let deadline = self.now.tick.after_seconds(seconds);
-                    if !self.queue.push(Queued { request: allocate.request.clone(), on, deadline }) {
-                        let error = ApiError::new(
-                            ErrorCode::TooManyRequests,
-                            format!("{MAX_WAITING} requests wait for memory already"),
-                        )
-                        .hint("try again later, or ask with onShortage=fail")
-                        .detail("limit", MAX_WAITING);
-                        return self.answer(reply, Err(error));
-                    }
-                    self.waiting
-                        .insert(id, OnReady::Client(Box::new(Waiting { allocate, placement: None, reply })));
-                }
+                Some(seconds) if !shortage.lost => self.line_up(allocate, on, seconds, reply),
                 _ => self.answer(reply, Err(refusal(&shortage))),
             },
         }
+    }
+
+    fn line_up(
+        &mut self,
+        allocate: Allocate,
+        on: Vec<DeviceId>,
+        seconds: u64,
+        reply: Reply<vramd_api::Allocation>,
+    ) {
+        let (request, deadline) = (allocate.request.clone(), self.now.tick.after_seconds(seconds));
+        let id = request.id;
+        if self.queue.push(Queued { request, on, deadline }) {
+            self.waiting.insert(id, OnReady::Client(Box::new(Waiting { allocate, placement: None, reply })));
+            return;
+        }
+        let error = ApiError::new(
+            ErrorCode::TooManyRequests,
+            format!("{MAX_WAITING} requests wait for memory already"),
+        )
+        .hint("try again later, or ask with onShortage=fail")
+        .detail("limit", MAX_WAITING);
+        self.answer(reply, Err(error));
     }
 
     /// Gives waiting requests what there is now.

@@ -77,7 +77,8 @@ impl Entry {
     pub fn operation(&self) -> Operation {
         let mut operation = self.operation.clone();
         if operation.state == OperationState::Running {
-            operation.bytes_done = self.progress.done.load(Ordering::Relaxed);
+            // The end of a file's header is read along with its payload.
+            operation.bytes_done = self.progress.done.load(Ordering::Relaxed).min(operation.bytes_total);
         }
         let until = operation.finished_at.unwrap_or_else(clock::wall);
         let seconds = until.duration_since(operation.started_at).as_secs_f64();
@@ -150,7 +151,7 @@ impl Operations {
                 operation.result = Some(result);
             }
             Err(error) => {
-                operation.bytes_done = entry.progress.done.load(Ordering::Relaxed);
+                operation.bytes_done = entry.progress.done.load(Ordering::Relaxed).min(operation.bytes_total);
                 operation.state = if error.code == ErrorCode::Cancelled {
                     OperationState::Cancelled
                 } else {

@@ -7,7 +7,7 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::sse::{Event as Sse, KeepAlive, Sse as Stream};
 use axum::response::{IntoResponse, Response};
-use vramd_api::{ApiError, ErrorCode, Event};
+use vramd_api::{ApiError, ErrorCode, Event, EventKind};
 
 use super::App;
 use super::reply::{Errors, Refusal};
@@ -22,6 +22,7 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 /// Each event has an `id`, its kind as `event`, and an `Event` as `data`. With `Last-Event-ID` the stream goes on
 /// after that event; when that is no longer possible it begins with `reset`. A reader that is too slow gets a
 /// `lag` event with the number of events that it missed. A comment comes every ten seconds.
+/// `daemon.stopping` is the last event.
 #[utoipa::path(get, path = "/api/events", tag = "events",
     params(("Last-Event-ID" = Option<String>, Header, description = "The id of the last event that was seen")),
     responses((status = 200, body = Event, content_type = "text/event-stream"), Errors))]
@@ -35,18 +36,18 @@ pub async fn stream(State(app): State<App>, headers: HeaderMap) -> Response {
     };
     let resume = headers.get("last-event-id").map(|id| id.to_str().unwrap_or_default());
     let follower = app.driver.log.follow(resume, clock::wall());
-    let stopping = app.stopping.clone();
     let events =
-        futures_util::stream::unfold((follower, place, stopping), |(mut follower, place, stopping)| async {
-            let event = tokio::select! {
-                event = follower.next() => event?,
-                () = stopping.cancelled() => return None,
-            };
+        futures_util::stream::unfold((follower, place, false), |(mut follower, place, last)| async move {
+            if last {
+                return None;
+            }
+            let event = follower.next().await?;
             let sse = Sse::default()
                 .id(event.id.as_str())
                 .event(event.event.to_string())
                 .data(serde_json::to_string(event.as_ref()).expect("events are plain data"));
-            Some((Ok::<_, Infallible>(sse), (follower, place, stopping)))
+            let last = event.event == EventKind::DaemonStopping;
+            Some((Ok::<_, Infallible>(sse), (follower, place, last)))
         });
     Stream::new(events).keep_alive(KeepAlive::new().interval(HEARTBEAT).text("heartbeat")).into_response()
 }

@@ -22,6 +22,10 @@ pub struct OptionalBody<T>(pub T);
 #[derive(Debug)]
 pub struct Params<T>(pub T);
 
+/// The one name in the path.
+#[derive(Debug)]
+pub struct Path(pub String);
+
 /// The peer of a connection; the server puts one into each request.
 #[derive(Debug, Clone, Copy)]
 pub struct Peer(pub Caller);
@@ -66,6 +70,17 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Params<T> {
     }
 }
 
+impl FromRequestParts<App> for Path {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
+        axum::extract::Path::from_request_parts(parts, app)
+            .await
+            .map(|axum::extract::Path(name)| Self(name))
+            .map_err(|error| Refusal(ApiError::invalid("path", error.body_text())))
+    }
+}
+
 impl FromRequestParts<App> for Caller {
     type Rejection = std::convert::Infallible;
 
@@ -107,21 +122,27 @@ fn require_json(request: &Request) -> Result<(), ApiError> {
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    const OBJECT: &str = "the body has to be one JSON object";
+    // Serde would read an array as the values of the fields in their order.
+    if bytes.trim_ascii_start().first() != Some(&b'{') {
+        return Err(ApiError::invalid("body", "body: it is no JSON object").hint(OBJECT));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
         let inner = error.into_inner();
         let text = inner.to_string();
         let text = text.rsplit_once(" at line ").map_or(text.as_str(), |(text, _)| text);
-        let field = if path == "." || path == "?" { "body".to_owned() } else { path };
+        let field = match text.strip_prefix("missing field `").and_then(|rest| rest.split('`').next()) {
+            Some(missing) if path == "." => missing.to_owned(),
+            Some(missing) => format!("{path}.{missing}"),
+            None if path == "." || path == "?" => "body".to_owned(),
+            None => path,
+        };
         let named =
             if text.contains(&format!("`{field}`")) { text.to_owned() } else { format!("{field}: {text}") };
         let error = ApiError::new(ErrorCode::InvalidArgument, named).detail("field", field);
-        if inner.is_syntax() || inner.is_eof() {
-            error.hint("the body has to be one JSON object")
-        } else {
-            error
-        }
+        if inner.is_syntax() || inner.is_eof() { error.hint(OBJECT) } else { error }
     })?;
     deserializer.end().map_err(|_| ApiError::invalid("body", "body: there is more after the JSON value"))?;
     Ok(value)

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use vramd_api::{
     ApiError, ComponentName, ErrorCode, LoadRequest, Model, ModelName, ModelPage, Operation, RegisterModel,
@@ -10,7 +10,7 @@ use vramd_api::{
 };
 use vramd_core::models;
 
-use super::extract::{Body, OptionalBody, Params};
+use super::extract::{Body, OptionalBody, Params, Path};
 use super::operations::{WaitParams, wait_for};
 use super::reply::{Answer, Errors, Reply, created, ok};
 use super::{App, bad_path};
@@ -82,7 +82,7 @@ pub async fn register(State(app): State<App>, Body(body): Body<RegisterModel>) -
 /// One model
 #[utoipa::path(get, path = "/api/models/{name}", tag = "models", params(("name" = ModelName, Path)),
     responses((status = 200, body = Success<Model>), Errors))]
-pub async fn get(State(app): State<App>, Path(text): Path<String>) -> Answer<Model> {
+pub async fn get(State(app): State<App>, Path(text): Path) -> Answer<Model> {
     let name = name(&text)?;
     let snapshot = app.driver.snapshot();
     let model = snapshot.models.get(&name).ok_or_else(|| {
@@ -94,7 +94,7 @@ pub async fn get(State(app): State<App>, Path(text): Path<String>) -> Answer<Mod
 /// Forget a model that is not resident
 #[utoipa::path(delete, path = "/api/models/{name}", tag = "models", params(("name" = ModelName, Path)),
     responses((status = 200, body = Success<Model>), Errors))]
-pub async fn remove(State(app): State<App>, Path(text): Path<String>) -> Answer<Model> {
+pub async fn remove(State(app): State<App>, Path(text): Path) -> Answer<Model> {
     let name = name(&text)?;
     ok(app.driver.ask(|reply| Event::Remove(name, reply)).await?)
 }
@@ -111,7 +111,7 @@ pub async fn remove(State(app): State<App>, Path(text): Path<String>) -> Answer<
         (status = 202, description = "The operation is under way", body = Success<Operation>), Errors))]
 pub async fn load(
     State(app): State<App>,
-    Path(text): Path<String>,
+    Path(text): Path,
     Params(wait): Params<WaitParams>,
     OptionalBody(body): OptionalBody<LoadRequest>,
 ) -> Answer<Operation> {
@@ -147,7 +147,7 @@ pub async fn load(
         (status = 202, description = "The operation is under way", body = Success<Operation>), Errors))]
 pub async fn unload(
     State(app): State<App>,
-    Path(text): Path<String>,
+    Path(text): Path,
     Params(wait): Params<WaitParams>,
     OptionalBody(body): OptionalBody<UnloadRequest>,
 ) -> Answer<Operation> {
@@ -170,7 +170,7 @@ async fn answer(app: &App, operation: Operation, wait: std::time::Duration) -> A
 /// Keep a model resident until it is unpinned
 #[utoipa::path(post, path = "/api/models/{name}/pin", tag = "models", params(("name" = ModelName, Path)),
     responses((status = 200, body = Success<Model>), Errors))]
-pub async fn pin(State(app): State<App>, Path(text): Path<String>) -> Answer<Model> {
+pub async fn pin(State(app): State<App>, Path(text): Path) -> Answer<Model> {
     let name = name(&text)?;
     ok(app.driver.ask(|reply| Event::Pin(name, true, reply)).await?)
 }
@@ -178,7 +178,7 @@ pub async fn pin(State(app): State<App>, Path(text): Path<String>) -> Answer<Mod
 /// Let a model go again when it is idle
 #[utoipa::path(post, path = "/api/models/{name}/unpin", tag = "models", params(("name" = ModelName, Path)),
     responses((status = 200, body = Success<Model>), Errors))]
-pub async fn unpin(State(app): State<App>, Path(text): Path<String>) -> Answer<Model> {
+pub async fn unpin(State(app): State<App>, Path(text): Path) -> Answer<Model> {
     let name = name(&text)?;
     ok(app.driver.ask(|reply| Event::Pin(name, false, reply)).await?)
 }
@@ -189,7 +189,7 @@ pub async fn unpin(State(app): State<App>, Path(text): Path<String>) -> Answer<M
     responses((status = 200, body = Success<Model>), Errors))]
 pub async fn touch(
     State(app): State<App>,
-    Path(text): Path<String>,
+    Path(text): Path,
     OptionalBody(body): OptionalBody<TouchRequest>,
 ) -> Answer<Model> {
     let name = name(&text)?;

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Deserialize;
 use utoipa::IntoParams;
 use vramd_api::{ApiError, Operation, OperationId, OperationPage, OperationState, Success};
 
-use super::extract::Params;
+use super::extract::{Params, Path};
 use super::reply::{Answer, Errors, Reply, ok};
 use super::{App, bad_path};
 use crate::driver::Event;
@@ -76,7 +76,7 @@ pub async fn list(State(app): State<App>, Params(params): Params<ListParams>) ->
     responses((status = 200, body = Success<Operation>), Errors))]
 pub async fn get(
     State(app): State<App>,
-    Path(text): Path<String>,
+    Path(text): Path,
     Params(params): Params<WaitParams>,
 ) -> Answer<Operation> {
     ok(wait_for(&app, id(&text)?, params.seconds()?).await?)
@@ -91,7 +91,7 @@ pub async fn get(
         (status = 202, description = "The operation is ending", body = Success<Operation>), Errors))]
 pub async fn cancel(
     State(app): State<App>,
-    Path(text): Path<String>,
+    Path(text): Path,
     Params(params): Params<WaitParams>,
 ) -> Answer<Operation> {
     let (id, wait) = (id(&text)?, params.seconds()?);

@@ -66,7 +66,11 @@ impl Answer {
     pub fn error(self, code: &str) -> Value {
         let mut body = self.json();
         let error = body["error"].take();
-        assert_eq!((body["success"].clone(), error["code"].clone()), (json!(false), json!(code)), "{self:#?}");
+        assert_eq!(
+            (body["success"].clone(), error["code"].clone()),
+            (json!(false), json!(code)),
+            "{self:#?}"
+        );
         assert_eq!(error["status"], self.status, "{self:#?}");
         assert_eq!(self.header("content-type"), Some("application/json"), "{self:#?}");
         assert_eq!(body["requestId"].as_str(), self.header("x-request-id"), "{self:#?}");
@@ -95,8 +99,9 @@ fn exchange(mut stream: impl Read + Write, request: &[u8]) -> Answer {
     Answer { status, head: head.to_owned(), text: body.to_owned() }
 }
 
-fn message(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
-    let mut head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
+pub fn message(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+    let mut head =
+        format!("{method} {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
     if !headers.iter().any(|(name, _)| *name == "Host") {
         head.push_str("Host: localhost\r\n");
     }
@@ -278,17 +283,26 @@ impl Daemon {
         wait_for(what, || Some(self.status(device)).filter(&is))
     }
 
-    /// Waits until nothing of a simulated device is held any more: the books are at zero, all of it can be had.
+    /// Waits until a simulated device is as at the start: the books at zero, all of it to be had in one piece. An
+    /// empty segment for small blocks may be kept.
     #[track_caller]
     pub fn all_is_back(&self, device: &str) {
         self.status_when(device, "all bytes to be back", |status| {
-            let total = &status["totalBytes"];
-            ["allocatedBytes", "reservedBytes", "poolFreeBytes", "usedBytes", "allocationCount"]
-                .iter()
-                .all(|figure| status[figure] == 0)
-                && status["availableBytes"] == *total
-                && status["largestFreeBytes"] == *total
+            let is = |figure: &str, value: &Value| status[figure] == *value;
+            ["allocatedBytes", "reservedBytes", "allocationCount"].iter().all(|figure| is(figure, &json!(0)))
+                && ["availableBytes", "largestFreeBytes"]
+                    .iter()
+                    .all(|figure| is(figure, &status["totalBytes"]))
+                && is("usedBytes", &status["poolFreeBytes"])
+                && status["poolFreeBytes"].as_u64() <= Some(4 * MIB)
         });
+    }
+
+    /// Waits until the driver has measured its devices once more: what was sent before has long reached it.
+    pub fn settle(&self) {
+        let sampled = || self.get("/api/memory/status").data(200)["total"]["sampledAt"].clone();
+        let before = sampled();
+        wait_for("the next measurement", || (sampled() != before).then_some(()));
     }
 
     /// Registers the model file of that name under its stem.

@@ -7,6 +7,7 @@ use vramd_api::Bytes;
 use vramd_api::attach::{Attach, Attached, Tensor};
 use vramd_api::client::{self, Attachment};
 
+use super::interrupts;
 use crate::arguments::AttachArguments;
 use crate::error::CommandError;
 use crate::output::{Output, table, word};
@@ -32,9 +33,10 @@ pub async fn attach(server: &str, arguments: AttachArguments, output: Output) ->
     if arguments.hold {
         stream.set_nonblocking(true)?;
         let stream = UnixStream::from_std(stream)?;
+        let mut interrupts = interrupts()?;
         output.say("held; Ctrl-C lets go");
         tokio::select! {
-            signal = tokio::signal::ctrl_c() => signal?,
+            _ = interrupts.recv() => {}
             // The daemon says nothing more, so that this is the end of the connection.
             _ = stream.readable() => {
                 return Err(CommandError::Fault("the daemon ended the lease".to_owned()));

@@ -14,6 +14,7 @@ mod serve;
 use std::future::Future;
 use std::process::ExitCode;
 
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use vramd_api::client::Client;
 
 use crate::arguments::{Arguments, Command, ConfigCommand, Question};
@@ -62,4 +63,9 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
 /// A client needs no threads beside its own.
 fn block_on<T>(future: impl Future<Output = Result<T, CommandError>>) -> Result<T, CommandError> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future)
+}
+
+/// From now on Ctrl-C is heard here and no longer ends the process by itself.
+fn interrupts() -> std::io::Result<Signal> {
+    signal(SignalKind::interrupt())
 }

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use tokio::signal::unix::Signal;
 use vramd_api::client::{Client, ClientError};
 use vramd_api::{
     Bytes, DeviceId, LoadRequest, ModelName, Operation, OperationId, OperationPage, OperationState,
     UnloadRequest,
 };
 
+use super::interrupts;
 use crate::arguments::LoadArguments;
 use crate::error::CommandError;
 use crate::output::{Output, percent, span, table, time_since, word};
@@ -24,11 +26,14 @@ pub async fn load(client: &Client, arguments: LoadArguments, output: Output) -> 
         components: (!arguments.component.is_empty()).then_some(arguments.component),
         keep_alive: arguments.keep_alive,
     };
-    let operation = client.load(&arguments.model, &request, 0).await?;
     if arguments.no_wait {
+        let operation = client.load(&arguments.model, &request, 0).await?;
         return output.data(&operation, |operation| operation.operation_id.to_string());
     }
-    finish(client, operation, output).await
+    // Heard before the load exists, so that there is no moment in which Ctrl-C would leave it running.
+    let interrupts = interrupts()?;
+    let operation = client.load(&arguments.model, &request, 0).await?;
+    finish(client, operation, interrupts, output).await
 }
 
 pub async fn unload(
@@ -37,8 +42,9 @@ pub async fn unload(
     device_id: Option<DeviceId>,
     output: Output,
 ) -> Result<(), CommandError> {
+    let interrupts = interrupts()?;
     let operation = client.unload(model, &UnloadRequest { device_id }, 0).await?;
-    finish(client, operation, output).await
+    finish(client, operation, interrupts, output).await
 }
 
 pub async fn operations(
@@ -58,9 +64,17 @@ pub async fn cancel(client: &Client, id: OperationId, output: Output) -> Result<
 }
 
 /// Follows an operation to its end. Ctrl-C cancels it.
-async fn finish(client: &Client, operation: Operation, output: Output) -> Result<(), CommandError> {
-    let operation =
-        if operation.state.ended() { operation } else { follow(client, operation, output).await? };
+async fn finish(
+    client: &Client,
+    operation: Operation,
+    interrupts: Signal,
+    output: Output,
+) -> Result<(), CommandError> {
+    let operation = if operation.state.ended() {
+        operation
+    } else {
+        follow(client, operation, interrupts, output).await?
+    };
     match (operation.state, operation.error.clone()) {
         (OperationState::Failed | OperationState::Cancelled, Some(error)) => {
             Err(CommandError::Operation(Box::new(error)))
@@ -69,18 +83,21 @@ async fn finish(client: &Client, operation: Operation, output: Output) -> Result
     }
 }
 
-async fn follow(client: &Client, operation: Operation, output: Output) -> Result<Operation, CommandError> {
+async fn follow(
+    client: &Client,
+    operation: Operation,
+    mut interrupts: Signal,
+    output: Output,
+) -> Result<Operation, CommandError> {
     let id = operation.operation_id;
     let bar = bar(&operation);
     let mut refresh = tokio::time::interval(REFRESH);
     let mut end = Box::pin(wait_for_end(client, id));
-    let mut interrupted = Box::pin(tokio::signal::ctrl_c());
     let mut cancelled = false;
     let operation = loop {
         tokio::select! {
             operation = &mut end => break operation?,
-            signal = &mut interrupted, if !cancelled => {
-                signal?;
+            _ = interrupts.recv(), if !cancelled => {
                 cancelled = true;
                 bar.suspend(|| output.say(&format!("cancelling {} …", operation.subject)));
                 match client.cancel(id).await {

@@ -1,5 +1,6 @@
 //! Every command against a running daemon.
 
+use std::io::Read;
 use std::process::{Child, Stdio};
 
 use rustix::process::Signal;
@@ -27,6 +28,19 @@ fn with_slow_load() -> Daemon {
 
 fn spawn(daemon: &Daemon, arguments: &[&str]) -> Child {
     daemon.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs")
+}
+
+/// Attaches `tiny` and holds it; answers once the client has everything.
+fn hold(daemon: &Daemon) -> Child {
+    let mut child = spawn(daemon, &["attach", "tiny", "--hold"]);
+    let stderr = child.stderr.as_mut().expect("piped");
+    let mut said = Vec::new();
+    while !said.ends_with(b"held; Ctrl-C lets go\n") {
+        let mut byte = [0];
+        assert_eq!(stderr.read(&mut byte).expect("read"), 1, "{}", String::from_utf8_lossy(&said));
+        said.push(byte[0]);
+    }
+    child
 }
 
 fn ended(child: Child) -> Ended {
@@ -252,16 +266,11 @@ fn a_clean_stop_ends_those_who_follow() {
 fn a_held_attachment_ends_with_its_process_and_the_model_stays() {
     let daemon = with_model(1000);
     daemon.run(&["load", "tiny", "--device", "cpu:0"]).expect(0);
-    let killed = spawn(&daemon, &["attach", "tiny", "--hold"]);
-    let mut asked = spawn(&daemon, &["attach", "tiny", "--hold"]);
-    wait_for("both to hold", || (holders(&daemon).len() == 2).then_some(()));
-    assert!(holders(&daemon).contains(&u64::from(killed.id())));
+    let (killed, mut asked) = (hold(&daemon), hold(&daemon));
+    assert_eq!(holders(&daemon), [u64::from(killed.id()), u64::from(asked.id())]);
 
     let refused = daemon.run(&["unload", "tiny"]).expect(1);
-    assert!(
-        refused.stderr.contains(&killed.id().to_string()) || refused.stderr.contains("attached"),
-        "{refused:?}"
-    );
+    assert!(refused.stderr.contains(&format!("({})", killed.id())), "{refused:?}");
 
     kill(&killed, Signal::KILL);
     ended(killed);
@@ -276,8 +285,7 @@ fn a_held_attachment_ends_with_its_process_and_the_model_stays() {
 fn an_attachment_that_outlives_the_daemon_says_so() {
     let mut daemon = with_model(1000);
     daemon.run(&["load", "tiny", "--device", "cpu:0"]).expect(0);
-    let child = spawn(&daemon, &["attach", "tiny", "--hold"]);
-    wait_for("it to hold", || (holders(&daemon).len() == 1).then_some(()));
+    let child = hold(&daemon);
     daemon.end(Signal::KILL);
     let ended = ended(child).expect(2);
     assert!(ended.stderr.contains("error: the daemon ended the lease"), "{ended:?}");

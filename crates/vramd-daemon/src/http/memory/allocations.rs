@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use vramd_api::{
@@ -11,7 +11,7 @@ use vramd_api::{
 };
 
 use crate::driver::{Caller, Event};
-use crate::http::extract::{Body, OptionalBody, Params};
+use crate::http::extract::{Body, OptionalBody, Params, Path};
 use crate::http::reply::{Answer, Errors, created, ok};
 use crate::http::{App, bad_path};
 use crate::requests;
@@ -137,7 +137,7 @@ pub async fn list(State(app): State<App>, Params(params): Params<ListParams>) ->
     responses((status = 200, body = Success<AllocationPage>), Errors))]
 pub async fn list_on(
     State(app): State<App>,
-    Path(name): Path<String>,
+    Path(name): Path,
     Params(params): Params<ListParams>,
 ) -> Answer<AllocationPage> {
     let device = app.driver.devices.named(&name)?.facts().device.clone();
@@ -148,7 +148,7 @@ pub async fn list_on(
 #[utoipa::path(get, path = "/api/memory/allocation/{allocationId}", tag = "memory",
     params(("allocationId" = AllocationId, Path)),
     responses((status = 200, body = Success<Allocation>), Errors))]
-pub async fn get(State(app): State<App>, Path(text): Path<String>) -> Answer<Allocation> {
+pub async fn get(State(app): State<App>, Path(text): Path) -> Answer<Allocation> {
     let id = id(&text)?;
     let snapshot = app.driver.snapshot();
     let mut shown = snapshot.allocation(id).ok_or_else(|| ApiError::not_found("allocation", id))?;
@@ -180,7 +180,7 @@ pub async fn allocate(
 pub async fn allocate_on(
     State(app): State<App>,
     caller: Caller,
-    Path(name): Path<String>,
+    Path(name): Path,
     Body(body): Body<AllocateRequest>,
 ) -> Answer<Allocation> {
     let device = app.driver.devices.named(&name)?.facts().device.clone();
@@ -195,7 +195,7 @@ pub async fn allocate_on(
 pub async fn renew(
     State(app): State<App>,
     caller: Caller,
-    Path(text): Path<String>,
+    Path(text): Path,
     OptionalBody(body): OptionalBody<RenewRequest>,
 ) -> Answer<Allocation> {
     let id = id(&text)?;
@@ -210,7 +210,7 @@ pub async fn renew(
 #[utoipa::path(delete, path = "/api/memory/allocations/{allocationId}", tag = "memory",
     params(("allocationId" = AllocationId, Path)),
     responses((status = 200, body = Success<Released>), Errors))]
-pub async fn release(State(app): State<App>, caller: Caller, Path(text): Path<String>) -> Answer<Released> {
+pub async fn release(State(app): State<App>, caller: Caller, Path(text): Path) -> Answer<Released> {
     let id = id(&text)?;
     ok(app.driver.ask(|reply| Event::Release(id, caller, reply)).await?)
 }

@@ -1,11 +1,11 @@
 //! `/api/memory/limits`.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use vramd_api::{ApiError, Bytes, DeviceId, DeviceLimits, LimitsPage, SetLimits, Success};
 
 use crate::driver::{DeviceView, Event};
 use crate::http::App;
-use crate::http::extract::Body;
+use crate::http::extract::{Body, Path};
 use crate::http::reply::{Answer, Errors, ok};
 
 fn limits(view: &DeviceView) -> DeviceLimits {
@@ -27,7 +27,7 @@ pub async fn list(State(app): State<App>) -> Answer<LimitsPage> {
 #[utoipa::path(get, path = "/api/memory/limits/{deviceId}", tag = "memory",
     params(("deviceId" = String, Path, description = "A device's id or uuid")),
     responses((status = 200, body = Success<DeviceLimits>), Errors))]
-pub async fn get(State(app): State<App>, Path(name): Path<String>) -> Answer<DeviceLimits> {
+pub async fn get(State(app): State<App>, Path(name): Path) -> Answer<DeviceLimits> {
     let device: DeviceId = app.driver.devices.named(&name)?.facts().device.clone();
     let snapshot = app.driver.snapshot();
     ok(snapshot.device(&device).map(limits).ok_or_else(|| ApiError::not_found("device", &name))?)
@@ -42,7 +42,7 @@ pub async fn get(State(app): State<App>, Path(name): Path<String>) -> Answer<Dev
     responses((status = 200, body = Success<DeviceLimits>), Errors))]
 pub async fn put(
     State(app): State<App>,
-    Path(name): Path<String>,
+    Path(name): Path,
     Body(body): Body<SetLimits>,
 ) -> Answer<DeviceLimits> {
     let device = app.driver.devices.named(&name)?.facts().device.clone();

@@ -1,6 +1,6 @@
 //! `/api/memory/status`.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::Deserialize;
 use utoipa::IntoParams;
 use vramd_api::{ApiError, DeviceStatus, MemoryStatus, Success};
@@ -8,7 +8,7 @@ use vramd_device::Device;
 
 use crate::driver::{Snapshot, memory_status};
 use crate::http::App;
-use crate::http::extract::Params;
+use crate::http::extract::{Params, Path};
 use crate::http::reply::{Answer, Errors, ok};
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -67,7 +67,7 @@ pub async fn all(State(app): State<App>, Params(params): Params<StatusParams>) -
     responses((status = 200, body = Success<DeviceStatus>), Errors))]
 pub async fn one(
     State(app): State<App>,
-    Path(name): Path<String>,
+    Path(name): Path,
     Params(params): Params<StatusParams>,
 ) -> Answer<DeviceStatus> {
     let include = params.parse()?;

@@ -1,0 +1,224 @@
+//! Devices that fail: each fault is told by its code, and the books close to the byte.
+
+use serde_json::{Value, json};
+use vramd_device::Call;
+use vramd_device::sim::Fault;
+
+use crate::support::{Daemon, MIB, caught, with_model};
+
+/// Loads, expects the failure, and that nothing of it is left.
+fn fails(daemon: &Daemon, code: &str) -> Value {
+    let operation = daemon.ended(&daemon.load("tiny", &json!({"deviceId": "sim:0"})));
+    assert_eq!(
+        (&operation["state"], &operation["error"]["code"]),
+        (&json!("Failed"), &json!(code)),
+        "{operation:#}"
+    );
+    assert!(operation["error"]["hint"].is_string(), "{operation:#}");
+    assert!(daemon.residency("tiny").is_empty());
+    operation
+}
+
+#[test]
+fn a_load_that_the_device_refuses_leaves_nothing() {
+    let (daemon, _) = with_model(&[128 * MIB], 40 << 20);
+    let faults = &daemon.faults[0];
+    faults.fail(Call::Create, 0, Fault::OutOfMemory);
+    fails(&daemon, "INSUFFICIENT_MEMORY");
+    daemon.all_is_back("sim:0");
+    for (call, after) in
+        [(Call::Create, 0), (Call::FillFromFile, 0), (Call::FillFromFile, 1), (Call::FillFromFile, 2)]
+    {
+        faults.fail(call, after, Fault::Native);
+        fails(&daemon, "DEVICE_LOST");
+        daemon.all_is_back("sim:0");
+    }
+    daemon.loaded("tiny", "sim:0");
+    daemon.unloaded("tiny");
+    daemon.all_is_back("sim:0");
+}
+
+#[test]
+fn one_component_that_fails_takes_the_others_with_it() {
+    let (daemon, _) = with_model(&[64 * MIB], 2 << 20);
+    let path = daemon.home.path("models/tiny.safetensors");
+    let components: serde_json::Map<_, _> =
+        ["a", "b", "c"].into_iter().map(|name| (name.to_owned(), json!({"path": path}))).collect();
+    daemon.post("/api/models", &json!({"name": "parts", "components": components})).data(201);
+    for (call, after) in [(Call::Create, 1), (Call::Create, 2), (Call::FillFromFile, 1)] {
+        daemon.faults[0].fail(call, after, Fault::OutOfMemory);
+        let operation = daemon.ended(&daemon.load("parts", &json!({})));
+        assert_eq!(operation["state"], "Failed", "{operation:#}");
+        for component in daemon.model("parts")["components"].as_array().expect("a list") {
+            assert_eq!(component["residency"], json!([]));
+        }
+        daemon.all_is_back("sim:0");
+    }
+}
+
+#[test]
+fn an_allocation_that_the_device_refuses_leaves_nothing() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    for (fault, code) in [(Fault::OutOfMemory, "INSUFFICIENT_MEMORY"), (Fault::Native, "DEVICE_LOST")] {
+        for size in [4096, 4 * MIB] {
+            daemon.faults[0].fail(Call::Create, 0, fault);
+            daemon.allocate(&json!({"sizeBytes": size})).error(code);
+            daemon.all_is_back("sim:0");
+        }
+    }
+    daemon.allocated(&json!({"sizeBytes": 4 * MIB}));
+}
+
+#[test]
+fn requests_that_share_a_segment_fail_together_when_it_cannot_be_made() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let held = daemon.faults[0].hold(Call::Create);
+    let path = "/api/memory/allocations/allocate";
+    let waiting: Vec<_> = (0..4).map(|_| daemon.begin(path, &[], &json!({"sizeBytes": 4096}))).collect();
+    caught(&held, Call::Create);
+    daemon.status_when("sim:0", "the reservations", |status| {
+        status["reservedBytes"].as_u64() >= Some(4 * 4096)
+    });
+    daemon.faults[0].fail(Call::Create, 0, Fault::OutOfMemory);
+    drop(held);
+    for pending in waiting {
+        pending.answer().error("INSUFFICIENT_MEMORY");
+    }
+    daemon.all_is_back("sim:0");
+}
+
+#[test]
+fn a_client_that_goes_away_while_its_memory_is_made_leaves_nothing() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let held = daemon.faults[0].hold(Call::Create);
+    let pending = daemon.begin("/api/memory/allocations/allocate", &[], &json!({"sizeBytes": 8 * MIB}));
+    caught(&held, Call::Create);
+    assert_eq!(daemon.status("sim:0")["reservedBytes"], 8 * MIB);
+    pending.hang_up();
+    drop(held);
+    daemon.all_is_back("sim:0");
+}
+
+#[test]
+fn a_lost_device_closes_its_books_and_the_others_go_on() {
+    let (daemon, _) = with_model(&[64 * MIB, 64 * MIB], 2 << 20);
+    let on = |device: &str, size: u64| {
+        let path = format!("/api/memory/allocations/allocate/{device}");
+        daemon.post(&path, &json!({"sizeBytes": size})).data(201)["allocationId"]
+            .as_str()
+            .expect("an id")
+            .to_owned()
+    };
+    let (large, small, other) = (on("sim:0", 4 * MIB), on("sim:0", 4096), on("sim:1", 4 * MIB));
+    daemon.loaded("tiny", "sim:0");
+    let attachment = daemon.attach(&json!({"model": "tiny"})).expect("attached");
+    let mut events = daemon.events(None);
+    daemon.faults[0].lose("it fell off the bus");
+    let event = events.until("device.lost");
+    assert_eq!(event["deviceId"], "sim:0");
+
+    let status = daemon.status("sim:0");
+    assert_eq!((&status["health"], &status["healthScore"]), (&json!("Lost"), &json!(0)));
+    assert_eq!(daemon.get("/api/devices/sim:0").data(200)["health"], "Lost");
+    let path = "/api/memory/allocations/allocate/sim:0";
+    daemon.post(path, &json!({"sizeBytes": 4096})).error("DEVICE_LOST");
+    daemon.post(path, &json!({"sizeBytes": 4096, "onShortage": "wait"})).error("DEVICE_LOST");
+    daemon.post("/api/models/tiny/load", &json!({"deviceId": "sim:0", "components": ["weights"]})).data(200);
+    let error = daemon.attach(&json!({"model": "tiny"})).expect_err("it is lost");
+    assert!(
+        matches!(error, vramd_api::client::AttachError::Api(error) if error.code == vramd_api::ErrorCode::DeviceLost)
+    );
+
+    // What is on the others is untouched, and new requests go there.
+    assert_eq!(daemon.allocate(&json!({"sizeBytes": 4 * MIB})).data(201)["deviceId"], "sim:1");
+    daemon.release(&other).data(200);
+    drop(attachment);
+    events.until("attachment.closed");
+    for id in [large, small] {
+        daemon.release(&id).data(200);
+    }
+    daemon.unloaded("tiny");
+    daemon.status_when("sim:0", "the books to close", |status| {
+        ["allocatedBytes", "reservedBytes", "poolFreeBytes", "allocationCount"]
+            .iter()
+            .all(|figure| status[figure] == 0)
+    });
+    daemon.loaded("tiny", "sim:1");
+}
+
+#[test]
+fn a_device_that_is_lost_during_a_load_ends_the_load() {
+    let (daemon, _) = with_model(&[128 * MIB, 64 * MIB], 40 << 20);
+    let held = daemon.faults[0].hold(Call::FillFromFile);
+    let operation = daemon.load("tiny", &json!({"deviceId": "sim:0"}));
+    caught(&held, Call::FillFromFile);
+    daemon.faults[0].lose("it fell off the bus");
+    drop(held);
+    let operation = daemon.ended(&operation);
+    assert_eq!((&operation["state"], &operation["error"]["code"]), (&json!("Failed"), &json!("DEVICE_LOST")));
+    assert!(daemon.residency("tiny").is_empty());
+    let status = daemon.status("sim:0");
+    assert_eq!((&status["allocatedBytes"], &status["reservedBytes"]), (&json!(0), &json!(0)));
+    daemon.loaded("tiny", "sim:1");
+}
+
+#[test]
+fn a_file_that_shrinks_while_it_is_read_fails_the_load() {
+    let (daemon, _) = with_model(&[128 * MIB], 40 << 20);
+    let held = daemon.faults[0].hold(Call::FillFromFile);
+    let operation = daemon.load("tiny", &json!({}));
+    caught(&held, Call::FillFromFile);
+    let file = std::fs::File::options()
+        .write(true)
+        .open(daemon.home.path("models/tiny.safetensors"))
+        .expect("the file");
+    file.set_len(1 << 20).expect("cut");
+    drop(held);
+    let operation = daemon.ended(&operation);
+    assert_eq!(
+        (&operation["state"], &operation["error"]["code"]),
+        (&json!("Failed"), &json!("INVALID_MODEL_FILE"))
+    );
+    daemon.all_is_back("sim:0");
+}
+
+#[test]
+fn a_request_waits_until_a_release_that_the_device_takes_its_time_for() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let full = daemon.allocated(&json!({"sizeBytes": 64 * MIB}));
+    let held = daemon.faults[0].hold(Call::Destroy);
+    let releasing = std::thread::scope(|scope| {
+        let releasing = scope.spawn(|| daemon.release(&full));
+        caught(&held, Call::Destroy);
+        // Its bytes are not free before the device has given them back.
+        assert_eq!(daemon.status("sim:0")["availableBytes"], 0);
+        let shown = daemon.get(&format!("/api/memory/allocation/{full}")).data(200);
+        assert_eq!(shown["status"], "Releasing");
+        daemon.release(&full).error("CONFLICT");
+        daemon.allocate(&json!({"sizeBytes": 4096})).error("INSUFFICIENT_MEMORY");
+        drop(held);
+        releasing.join().expect("an answer")
+    });
+    releasing.data(200);
+    daemon.all_is_back("sim:0");
+}
+
+#[test]
+fn a_daemon_stops_in_the_middle_of_a_load() {
+    let (daemon, _) = with_model(&[128 * MIB], 40 << 20);
+    let held = daemon.faults[0].hold(Call::FillFromFile);
+    daemon.load("tiny", &json!({}));
+    caught(&held, Call::FillFromFile);
+    let waiting = daemon.begin(
+        "/api/memory/allocations/allocate",
+        &[],
+        &json!({"sizeBytes": 100 * MIB, "onShortage": "wait", "timeoutSeconds": 60}),
+    );
+    daemon.settle();
+    let mut events = daemon.events(None);
+    let stopped = std::thread::spawn(move || daemon.stop());
+    events.until("daemon.stopping");
+    waiting.answer().error("UNAVAILABLE");
+    drop(held);
+    stopped.join().expect("a clean stop");
+}

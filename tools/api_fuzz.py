@@ -1,0 +1,128 @@
+"""Runs schemathesis against a real daemon: no crash, no answer that the OpenAPI document does not allow, no byte left.
+
+Run as `target/venv/bin/python tools/api_fuzz.py target/debug/vramd`; `cargo xtask fuzz-api` does so. Schemathesis loads
+this file too, for the hook in it.
+"""
+
+import argparse
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import schemathesis
+
+CONFIG = """
+# What the document describes as errors that pass: no memory now, a wait that ended, a file or a store that failed.
+[checks]
+not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", 503, 504, 507]
+positive_data_acceptance.expected-statuses = ["2xx", 400, 403, 404, 409, 422, 503, 504, 507]
+"""
+
+
+@schemathesis.hook
+def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: Any) -> None:
+    """A request that may wait for room for a day is sent as one that may not: nobody would make room."""
+    body = case.body
+    if isinstance(body, dict) and body.get("onShortage") == "wait":
+        seconds = body.get("timeoutSeconds", 0)
+        if isinstance(seconds, int) and 0 <= seconds <= 86400:
+            body["timeoutSeconds"] = 0
+
+
+class Daemon:
+    """`vramd serve` with a simulated device and a small model, in a directory of its own."""
+
+    def __init__(self, binary: Path, directory: Path) -> None:
+        (directory / "models").mkdir()
+        model = directory / "models" / "tiny.safetensors"
+        header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+        model.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+        ready = directory / "ready.json"
+        self.log = directory / "log"
+        arguments = ["serve", "--listen", "127.0.0.1:0", "--sim", "1TiB", "--cpu-limit", "64MiB"]
+        places = {"socket": "socket", "state-dir": "state", "model-root": "models", "ready-file": "ready.json"}
+        for option, name in places.items():
+            arguments += [f"--{option}", str(directory / name)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen([binary, *arguments], stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the daemon did not start:\n{self.log.read_text()}")
+            time.sleep(0.02)
+        self.url = "http://" + json.loads(ready.read_text())["address"]
+        self.call("POST", "/api/models", {"name": "tiny", "components": {"weights": {"path": str(model)}}})
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        request = urllib.request.Request(self.url + path, method=method)
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)["data"]
+
+    def faults(self) -> list[str]:
+        """Gives everything back and stops; what was not as it should be."""
+        found = []
+        while held := self.call("GET", "/api/memory/allocations?pageSize=1000")["allocations"]:
+            clients = [one for one in held if one["owner"] != "vramd"]
+            if not clients:
+                break
+            for one in clients:
+                self.call("DELETE", f"/api/memory/allocations/{one['allocationId']}")
+        for model in self.call("GET", "/api/models")["models"]:
+            self.call("POST", f"/api/models/{model['name']}/unpin")
+            if any(component["residency"] for component in model["components"]):
+                self.call("POST", f"/api/models/{model['name']}/unload?wait=30", {})
+        for device in self.call("GET", "/api/memory/status")["devices"]:
+            if device["allocatedBytes"] or device["reservedBytes"]:
+                found.append(f"{device['deviceId']} still counts bytes: {device}")
+        self.process.send_signal(signal.SIGTERM)
+        if (code := self.process.wait(timeout=30)) != 0:
+            found.append(f"the daemon ended with {code}")
+        if "panicked" in self.log.read_text():
+            found.append("the daemon panicked")
+        return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("binary", type=Path)
+    parser.add_argument("--examples", type=int, default=25, help="for each operation")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="vramd-fuzz-") as name:
+        directory = Path(name)
+        (directory / "schemathesis.toml").write_text(CONFIG)
+        daemon = Daemon(arguments.binary.resolve(), directory)
+        try:
+            command = [str(Path(sys.executable).parent / "schemathesis")]
+            command += ["--config-file", str(directory / "schemathesis.toml")]
+            command += ["run", daemon.url + "/api/openapi.json", "--checks", "all", "--no-color"]
+            # The stream of events does not end.
+            command += ["--exclude-path", "/api/events", "--request-timeout", "30"]
+            command += ["--max-examples", str(arguments.examples), "--seed", str(arguments.seed)]
+            environment = {**os.environ, "SCHEMATHESIS_HOOKS": Path(__file__).stem}
+            environment["PYTHONPATH"] = str(Path(__file__).parent)
+            code = subprocess.run(command, env=environment, cwd=directory, check=False).returncode
+            faults = daemon.faults()
+        finally:
+            daemon.process.kill()
+            daemon.process.wait()
+        for fault in faults:
+            print(f"error: {fault}", file=sys.stderr)
+        if code or faults:
+            print(f"--- the end of the daemon's log\n{daemon.log.read_text()[-4000:]}", file=sys.stderr)
+        return 1 if code or faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
