@@ -7,6 +7,7 @@ this file too, for the hook in it.
 import argparse
 import json
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -27,14 +28,39 @@ positive_data_acceptance.expected-statuses = ["2xx", 400, 403, 404, 409, 422, 50
 """
 
 
+# Ids and names that the daemon has told, by the parameter that takes them.
+known: dict[str, list[str]] = {"deviceId": ["sim:0", "cpu:0"], "name": ["tiny"], "allocationId": [], "operationId": []}
+chance = random.Random(1)
+
+
 @schemathesis.hook
 def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: Any) -> None:
-    """A request that may wait for room for a day is sent as one that may not: nobody would make room."""
+    """Lets most requests that are sound name something that is there, and none wait for room for a day."""
     body = case.body
     if isinstance(body, dict) and body.get("onShortage") == "wait":
-        seconds = body.get("timeoutSeconds", 0)
-        if isinstance(seconds, int) and 0 <= seconds <= 86400:
+        seconds = body.get("timeoutSeconds")
+        if seconds is None or (isinstance(seconds, int) and 0 <= seconds <= 86400):
             body["timeoutSeconds"] = 0
+    components = case.meta.components if case.meta else {}
+    sound = {location.value for location, info in components.items() if info.mode.value == "positive"}
+    if "path" in sound:
+        for name in case.path_parameters:
+            if known.get(name) and chance.random() < 0.7:
+                case.path_parameters[name] = chance.choice(known[name])
+    if "body" in sound and isinstance(body, dict) and chance.random() < 0.7:
+        for component in body.get("components", {}).values() if case.path == "/api/models" else ():
+            component["path"] = os.environ["VRAMD_FUZZ_MODEL"]
+        if "deviceId" in body:
+            body["deviceId"] = chance.choice(known["deviceId"])
+
+
+@schemathesis.hook
+def after_call(context: schemathesis.HookContext, case: schemathesis.Case, response: schemathesis.Response) -> None:
+    """Remembers the last things that were made."""
+    data = response.json().get("data") if response.status_code in (200, 201, 202) else None
+    for name in known if isinstance(data, dict) else ():
+        if name in data and data[name] not in known[name]:
+            known[name] = [*known[name], data[name]][-4:]
 
 
 class Daemon:
@@ -59,7 +85,8 @@ class Daemon:
                 raise SystemExit(f"the daemon did not start:\n{self.log.read_text()}")
             time.sleep(0.02)
         self.url = "http://" + json.loads(ready.read_text())["address"]
-        self.call("POST", "/api/models", {"name": "tiny", "components": {"weights": {"path": str(model)}}})
+        self.model = str(model)
+        self.call("POST", "/api/models", {"name": "tiny", "components": {"weights": {"path": self.model}}})
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         request = urllib.request.Request(self.url + path, method=method)
@@ -111,6 +138,7 @@ def main() -> int:
             command += ["--exclude-path", "/api/events", "--request-timeout", "30"]
             command += ["--max-examples", str(arguments.examples), "--seed", str(arguments.seed)]
             environment = {**os.environ, "SCHEMATHESIS_HOOKS": Path(__file__).stem}
+            environment["VRAMD_FUZZ_MODEL"] = daemon.model
             environment["PYTHONPATH"] = str(Path(__file__).parent)
             code = subprocess.run(command, env=environment, cwd=directory, check=False).returncode
             faults = daemon.faults()

@@ -45,8 +45,8 @@ def memfd_by_hand(path: str) -> Opened:
     rows = json.loads(connection.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL))
     buffer = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
     os.close(descriptor)
-    kind = np.dtype("<f2")
-    arrays = {name: np.ndarray(shape, kind, buffer, offset) for name, shape, offset in rows}
+    kinds = {"F16": np.dtype("<f2")}
+    arrays = {name: np.ndarray(shape, kinds[kind], buffer, offset) for name, kind, shape, offset in rows}
     return Opened(arrays, connection.close)
 
 

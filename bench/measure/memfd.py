@@ -45,7 +45,7 @@ def hold(model: Path, path: str) -> None:
         while piece := file.read(PIECE_BYTES):
             os.write(descriptor, piece)
     table = json.dumps(
-        [[name, row["shape"], row["data_offsets"][0]] for name, row in header.items()]
+        [[name, row["dtype"], row["shape"], row["data_offsets"][0]] for name, row in header.items()]
     ).encode()
     message = len(table).to_bytes(8, "little") + table
     listener = socket.socket(socket.AF_UNIX)

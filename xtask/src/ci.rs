@@ -42,7 +42,14 @@ pub fn test() -> Result<()> {
                 .arg("python")
                 .env("VRAMD_BINARY", target_directory()?.join("debug/vramd")))
         }),
+        ("the API against its document", fuzz_api),
     ])
+}
+
+/// Schemathesis against a daemon of its own; bounded, and the same requests each time.
+pub fn fuzz_api() -> Result<()> {
+    run(cargo().args(["build", "--package", "vramd", "--locked"]))?;
+    run(python_tool("python")?.arg("tools/api_fuzz.py").arg(target_directory()?.join("debug/vramd")))
 }
 
 pub fn fmt() -> Result<()> {

@@ -39,6 +39,8 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Holds a running daemon to its OpenAPI document with requests of every kind.
+    FuzzApi,
     /// Runs each fuzz target for a while, where the nightly compiler and cargo-fuzz are.
     Fuzz {
         /// For each target.
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
         Task::Deps => deps::run(),
         Task::Gen { check: true } => generate::check(),
         Task::Gen { check: false } => generate::write(),
+        Task::FuzzApi => ci::fuzz_api(),
         Task::Fuzz { seconds } => fuzz::run(seconds),
     };
     match result {

@@ -131,13 +131,12 @@ impl PartialSchema for KeepAlive {
         ));
         let number = openapi::ObjectBuilder::new()
             .schema_type(openapi::schema::Type::Integer)
-            .minimum(Some(-1))
             .maximum(Some(Self::MAX_SECONDS));
         openapi::OneOfBuilder::new()
             .item(text)
             .item(number)
             .description(Some(
-                "How long an idle model stays resident: \"5m\", \"1h30m\", seconds, 0, or −1 for ever.",
+                "How long an idle model stays resident: \"5m\", \"1h30m\", seconds, 0, or −1 (any negative number) for ever.",
             ))
             .into()
     }

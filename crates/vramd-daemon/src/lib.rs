@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use vramd_api::{ComponentName, DeviceId, ModelName, ReadyFile};
 
 pub use devices::Devices;
-use driver::{Driver, Event, Load, LoadAnswer};
+use driver::{Driver, Event, Load};
 pub use http::openapi_json;
 use server::{RemoveOnDrop, Server};
 use source::Roots;
@@ -153,12 +153,7 @@ pub async fn serve_on(
     let run = uuid::Uuid::now_v7().simple().to_string();
     let (driver, task) = Driver::start(devices, store, stored, run);
     let stopping = CancellationToken::new();
-    let app = http::App::new(
-        driver.clone(),
-        roots.clone(),
-        stopping.clone(),
-        address.map(|address| address.port()),
-    );
+    let app = http::App::new(driver.clone(), roots.clone(), address.map(|address| address.port()));
     let server =
         tokio::spawn(Server::new(http::router(app), driver.clone(), stopping.clone()).run(tcp, unix));
     let restore = tokio::spawn(restore(driver.clone(), roots, known, residents));
@@ -190,35 +185,15 @@ pub async fn serve_on(
     ready_file.map(drop)
 }
 
+/// The components that were resident, by model and device.
+type Residents = BTreeMap<(ModelName, DeviceId), Vec<ComponentName>>;
+
 /// Looks at the files of the models that were known before, and loads again what was resident.
-async fn restore(
-    driver: Driver,
-    roots: Arc<Roots>,
-    known: Vec<ModelName>,
-    residents: Vec<(ModelName, DeviceId)>,
-) {
-    for (model, device) in residents {
-        let load = Load { model: model.clone(), device: Some(device), components: None, keep_alive: None };
-        let mut prepared = None;
-        loop {
-            match driver.ask(|reply| Event::Load(load.clone(), prepared.take(), reply)).await {
-                Ok(LoadAnswer::Operation(_)) => break,
-                Ok(LoadAnswer::Prepare(sources)) => {
-                    let roots = roots.clone();
-                    match tokio::task::spawn_blocking(move || roots.prepare(&sources)).await {
-                        Ok(Ok(files)) => prepared = Some(files),
-                        Ok(Err(error)) => {
-                            tracing::warn!(%model, %error, "a model that was resident cannot be loaded again");
-                            break;
-                        }
-                        Err(_) => break,
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(%model, %error, "a model that was resident cannot be loaded again");
-                    break;
-                }
-            }
+async fn restore(driver: Driver, roots: Arc<Roots>, known: Vec<ModelName>, residents: Residents) {
+    for ((model, device), components) in residents {
+        let load = Load { model, device: Some(device), components: Some(components), keep_alive: None };
+        if let Err(error) = loader::begin(&driver, &roots, &load).await {
+            tracing::warn!(model = %load.model, %error, "a model that was resident cannot be loaded again");
         }
     }
     for name in known {

@@ -1,15 +1,17 @@
-//! Reads model files straight into device memory.
+//! Loads: headers read and checked, the driver asked, files read straight into device memory.
 
-use std::sync::Mutex;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
+use vramd_api::{ApiError, ComponentName, ErrorCode, Operation};
 use vramd_device::{Device, DeviceError, Range, SegmentId};
 
-use crate::driver::Progress;
-use crate::source::Prepared;
+use crate::driver::{Driver, Event, Load, LoadAnswer, Progress};
+use crate::source::{Prepared, Roots};
 
 /// Bytes in one piece: what one thread reads before it looks at the cancel flag and the next piece.
-const PIECE_BYTES: u64 = 16 << 20;
+const PIECE_BYTES: u64 = 4 << 20;
 /// Reads in flight. More do not help a disk that two can keep busy, and pages are faulted in before.
 const THREADS: usize = 4;
 
@@ -27,6 +29,28 @@ struct Piece<'a> {
     file: usize,
     source_offset: u64,
     range: Range,
+}
+
+/// Starts a load, or joins the one under way; answers its operation.
+pub async fn begin(driver: &Driver, roots: &Arc<Roots>, load: &Load) -> Result<Operation, ApiError> {
+    let mut prepared = None;
+    loop {
+        match driver.ask(|reply| Event::Load(load.clone(), prepared.take(), reply)).await? {
+            LoadAnswer::Operation(operation) => return Ok(*operation),
+            LoadAnswer::Prepare(sources) => prepared = Some(prepare(roots, sources).await?),
+        }
+    }
+}
+
+/// Opens files and reads their headers on a thread where that may block.
+pub async fn prepare(
+    roots: &Arc<Roots>,
+    sources: BTreeMap<ComponentName, String>,
+) -> Result<BTreeMap<ComponentName, Prepared>, ApiError> {
+    let roots = roots.clone();
+    tokio::task::spawn_blocking(move || roots.prepare(&sources)).await.map_err(|_| {
+        ApiError::new(ErrorCode::Internal, "reading the model's headers failed; see the daemon's log")
+    })?
 }
 
 /// Reads all targets; `Err(None)` when it was cancelled. Blocking. On an error the blocks' contents are undefined.

@@ -4,11 +4,12 @@
 //! write is answered it survives a crash, and a crash at any moment leaves either all of it or nothing. A full
 //! disk is an error of that write; what was there before stays readable.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use rusqlite::{Connection, OptionalExtension, params};
-use vramd_api::{AllocationId, DeviceId, KeepAlive, ModelName};
+use vramd_api::{AllocationId, ComponentName, DeviceId, KeepAlive, ModelName};
 
 /// The version of the tables below; a newer file is refused, an older one will be migrated.
 const SCHEMA_VERSION: i64 = 1;
@@ -23,8 +24,9 @@ CREATE TABLE model (
 ) STRICT;
 CREATE TABLE resident (
     model TEXT NOT NULL REFERENCES model (name) ON DELETE CASCADE,
+    component TEXT NOT NULL,
     device TEXT NOT NULL,
-    PRIMARY KEY (model, device)
+    PRIMARY KEY (model, component, device)
 ) STRICT;
 CREATE TABLE allocation (
     id TEXT PRIMARY KEY,
@@ -45,7 +47,8 @@ pub enum Change {
     RemoveModel(ModelName),
     SetPinned(ModelName, bool),
     SetKeepAlive(ModelName, KeepAlive),
-    PutResident(ModelName, DeviceId),
+    PutResident(ModelName, ComponentName, DeviceId),
+    /// All components of it.
     RemoveResident(ModelName, DeviceId),
     PutAllocation(StoredAllocation),
     RemoveAllocation(AllocationId),
@@ -76,7 +79,7 @@ pub struct StoredAllocation {
 #[derive(Debug, Default)]
 pub struct Stored {
     pub models: Vec<StoredModel>,
-    pub residents: Vec<(ModelName, DeviceId)>,
+    pub residents: BTreeMap<(ModelName, DeviceId), Vec<ComponentName>>,
     pub allocations: Vec<StoredAllocation>,
     pub limits: Vec<(DeviceId, u64)>,
 }
@@ -196,9 +199,9 @@ fn apply(connection: &mut Connection, changes: &[Change]) -> rusqlite::Result<()
                 "UPDATE model SET keep_alive = ? WHERE name = ?",
                 params![keep_alive.to_string(), name.as_str()],
             ),
-            Change::PutResident(name, device) => transaction.execute(
-                "INSERT OR IGNORE INTO resident (model, device) SELECT name, ? FROM model WHERE name = ?",
-                params![device.as_str(), name.as_str()],
+            Change::PutResident(name, component, device) => transaction.execute(
+                "INSERT OR IGNORE INTO resident (model, component, device) SELECT name, ?, ? FROM model WHERE name = ?",
+                params![component.as_str(), device.as_str(), name.as_str()],
             ),
             Change::RemoveResident(name, device) => transaction.execute(
                 "DELETE FROM resident WHERE model = ? AND device = ?",
@@ -245,10 +248,10 @@ fn read(connection: &Connection) -> Result<Stored, StoreError> {
             registered_at: parsed(row, 4)?,
         });
     }
-    let mut rows = connection.prepare("SELECT model, device FROM resident").map_err(bad)?;
+    let mut rows = connection.prepare("SELECT model, device, component FROM resident").map_err(bad)?;
     let mut rows = rows.query([]).map_err(bad)?;
     while let Some(row) = rows.next().map_err(bad)? {
-        stored.residents.push((parsed(row, 0)?, parsed(row, 1)?));
+        stored.residents.entry((parsed(row, 0)?, parsed(row, 1)?)).or_default().push(parsed(row, 2)?);
     }
     let mut rows =
         connection.prepare("SELECT id, device, generation, request FROM allocation").map_err(bad)?;

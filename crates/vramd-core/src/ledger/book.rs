@@ -2,7 +2,7 @@
 //!
 //! `held = allocated + reserved + pool free`, where `held` is the sum of all segments.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use vramd_api::{AllocationId, DeviceId, MemoryType, OwnerName};
 
@@ -81,6 +81,8 @@ pub(super) struct Book {
     pub lost: bool,
     pub measured: Option<Measured>,
     pub segments: BTreeMap<SegmentId, Segment>,
+    /// Those that hold several blocks, and the spare: the only ones with holes.
+    pub shared: BTreeSet<SegmentId>,
     /// The sum of all segments.
     pub held: u64,
     /// The sum of the segments that the device shows.
@@ -101,6 +103,7 @@ impl Book {
             lost: false,
             measured: None,
             segments: BTreeMap::new(),
+            shared: BTreeSet::new(),
             held: 0,
             live: 0,
             allocated: 0,
@@ -132,10 +135,19 @@ impl Book {
 
     /// Takes a live segment out of the books.
     pub fn remove(&mut self, id: SegmentId) {
+        self.shared.remove(&id);
         if let Some(segment) = self.segments.remove(&id) {
             self.held -= segment.ranges.bytes();
             self.live -= segment.ranges.bytes();
         }
+    }
+
+    /// The segments with holes that blocks can go into.
+    pub fn open_shared(&self) -> impl Iterator<Item = (SegmentId, &Segment)> {
+        self.shared
+            .iter()
+            .filter_map(|id| self.segments.get(id).map(|segment| (*id, segment)))
+            .filter(|(_, segment)| segment.state != SegmentState::Destroying)
     }
 
     /// The largest new segment that could be made, at the spare's expense if need be.
@@ -146,11 +158,10 @@ impl Book {
     /// What is open to one owner, in all and in one piece: new segments, and for small blocks the holes in the
     /// owner's own segments.
     pub fn open_to(&self, owner: &OwnerName, small: bool) -> (u64, u64) {
-        let own = self.segments.values().filter(|segment| {
-            small
-                && segment.state != SegmentState::Destroying
-                && matches!(&segment.sharing, Sharing::Shared(of) if of == owner)
-        });
+        let own = self
+            .open_shared()
+            .map(|(_, segment)| segment)
+            .filter(|segment| small && matches!(&segment.sharing, Sharing::Shared(of) if of == owner));
         let new = (self.room() + self.spare_bytes(), self.largest_new());
         own.fold(new, |(free, largest), segment| {
             (free + segment.ranges.free(), largest.max(segment.ranges.largest_free()))
@@ -161,8 +172,7 @@ impl Book {
         let pool_free = self.held - self.allocated - self.reserved;
         let foreign =
             self.measured.map_or(0, |measured| measured.used_bytes.saturating_sub(measured.live_bytes));
-        let holes = self.segments.values().filter(|segment| segment.state != SegmentState::Destroying);
-        let (largest_hole, hole_count) = holes.fold((0, 0), |(largest, count), segment| {
+        let (largest_hole, hole_count) = self.open_shared().fold((0, 0), |(largest, count), (_, segment)| {
             (segment.ranges.largest_free().max(largest), count + segment.ranges.hole_count() as u64)
         });
         let room = self.room();

@@ -223,11 +223,10 @@ impl Ledger {
         }
         let block = request.size_bytes.checked_next_multiple_of(BLOCK_QUANTUM)?;
         if is_small(request) {
-            let fitting = book.segments.iter().find_map(|(id, segment)| {
-                let open = segment.state != SegmentState::Destroying
-                    && matches!(&segment.sharing, Sharing::Shared(owner) if *owner == request.owner);
-                let offset = open.then(|| segment.ranges.find(block, request.alignment))??;
-                Some(Place::In { segment: *id, offset, block })
+            let fitting = book.open_shared().find_map(|(id, segment)| {
+                let own = matches!(&segment.sharing, Sharing::Shared(owner) if *owner == request.owner);
+                let offset = own.then(|| segment.ranges.find(block, request.alignment))??;
+                Some(Place::In { segment: id, offset, block })
             });
             if fitting.is_some() {
                 return fitting;
@@ -283,6 +282,9 @@ impl Ledger {
                     waiting: vec![request.id],
                 };
                 book.segments.insert(id, segment);
+                if shared {
+                    book.shared.insert(id);
+                }
                 book.held += bytes;
                 if let Some(first) = first {
                     book.spare = None;
@@ -355,6 +357,7 @@ impl Ledger {
     /// The device could not make a segment. Its reservations are gone; answers them.
     pub fn segment_failed(&mut self, device: &DeviceId, id: SegmentId) -> Vec<AllocationId> {
         let Some(book) = self.books.get_mut(device) else { return Vec::new() };
+        book.shared.remove(&id);
         let Some(segment) = book.segments.remove(&id) else { return Vec::new() };
         book.held -= segment.ranges.bytes();
         for allocation in segment.waiting.iter().filter_map(|id| self.allocations.remove(id)) {
@@ -555,6 +558,13 @@ impl Ledger {
                     "{device}: kept {kept:?}, counted {:?} and {free} free",
                     (held, live, allocated, reserved, count)
                 ));
+            }
+            if book
+                .segments
+                .iter()
+                .any(|(id, segment)| book.shared.contains(id) == (segment.sharing == Sharing::Exclusive))
+            {
+                return Err(format!("{device}: the index of shared segments is wrong"));
             }
             for id in book.segments.keys() {
                 let mut ranges = blocks.remove(&(device, *id)).unwrap_or_default();

@@ -72,7 +72,7 @@ struct World {
     tick: u64,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 enum Step {
     Reserve {
         size: u64,

@@ -327,8 +327,15 @@ impl State {
                     ApiError::new(ErrorCode::Conflict, format!("allocation {id} is being released already"));
                 self.answer(reply, Err(error));
             }
-            // Somebody attached while the journal was written: it lives on until they go, as a lease would.
-            Err(in_use) => self.answer(reply, Err(attached(&format!("allocation {id}"), &in_use.holders))),
+            // Somebody attached while the journal was written: it goes when they do.
+            Err(in_use) => {
+                if let Some(lease) =
+                    self.ledger.allocation(id).and_then(vramd_core::ledger::Allocation::own_lease)
+                {
+                    self.lease_ended(lease);
+                }
+                self.answer(reply, Err(attached(&format!("allocation {id}"), &in_use.holders)));
+            }
         }
     }
 

@@ -450,9 +450,14 @@ impl State {
 
     /// Writes to the journal, then goes on with `next`.
     fn store(&mut self, change: Change, next: OnStored) {
+        self.store_all(vec![change], next);
+    }
+
+    /// As [`Self::store`], for changes that are written together or not at all.
+    fn store_all(&mut self, changes: Vec<Change>, next: OnStored) {
         let sender = self.sender.clone();
         self.jobs += 1;
-        self.store.write(vec![change], move |outcome| {
+        self.store.write(changes, move |outcome| {
             let _ = sender.blocking_send(Event::Stored(Box::new(next), outcome));
         });
     }

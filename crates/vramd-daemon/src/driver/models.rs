@@ -434,7 +434,11 @@ impl State {
             "components": loading.parts.iter().map(|part| part.component.as_str()).collect::<Vec<_>>(),
         });
         self.emit(EventKind::ModelLoaded, data.clone());
-        self.store(Change::PutResident(loading.model, loading.device), OnStored::Nothing);
+        let residents = loading
+            .parts
+            .into_iter()
+            .map(|part| Change::PutResident(loading.model.clone(), part.component, loading.device.clone()));
+        self.store_all(residents.collect(), OnStored::Nothing);
         self.end_operation(id, Ok(data));
     }
 
@@ -479,10 +483,9 @@ impl State {
             }
             Some(Running::Unload(Unloading { releasing: 0, model, devices, bytes })) => {
                 let data = serde_json::json!({ "model": model, "devices": devices, "releasedBytes": bytes });
-                let gone: Vec<_> = devices.drain(..).map(|device| (model.clone(), device)).collect();
-                for (model, device) in gone {
-                    self.store(Change::RemoveResident(model, device), OnStored::Nothing);
-                }
+                let gone =
+                    devices.drain(..).map(|device| Change::RemoveResident(model.clone(), device)).collect();
+                self.store_all(gone, OnStored::Nothing);
                 self.emit(EventKind::ModelUnloaded, data.clone());
                 self.end_operation(id, Ok(data));
             }

@@ -16,7 +16,6 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware;
-use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -35,8 +34,6 @@ const MAX_BODY_BYTES: usize = 1 << 20;
 pub struct App {
     pub driver: Driver,
     pub roots: Arc<Roots>,
-    /// Cancelled when the daemon stops: streams end.
-    pub stopping: CancellationToken,
     pub(crate) idempotency: Arc<idempotency::Keys>,
     pub(crate) event_streams: Arc<tokio::sync::Semaphore>,
     /// The port that an `Origin` has to name.
@@ -44,11 +41,10 @@ pub struct App {
 }
 
 impl App {
-    pub fn new(driver: Driver, roots: Arc<Roots>, stopping: CancellationToken, port: Option<u16>) -> Self {
+    pub fn new(driver: Driver, roots: Arc<Roots>, port: Option<u16>) -> Self {
         Self {
             driver,
             roots,
-            stopping,
             idempotency: Arc::default(),
             event_streams: Arc::new(tokio::sync::Semaphore::new(events::MAX_STREAMS)),
             port,
@@ -63,6 +59,8 @@ impl App {
         description = "The memory daemon for AI inference machines. Sizes are bytes, times RFC 3339 in UTC. Every \
                        answer is an envelope: `success`, `requestId`, and `data` or `error`."
     ),
+    // Those that no body or answer names by its type.
+    components(schemas(memory::allocations::Sort, vramd_api::ComponentSource, vramd_api::Failure)),
     tags(
         (name = "devices", description = "Places that memory can be"),
         (name = "memory", description = "Status, allocations, leases and limits"),

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use axum::extract::State;
 use axum::http::StatusCode;
 use vramd_api::{
-    ApiError, ComponentName, ErrorCode, LoadRequest, Model, ModelName, ModelPage, Operation, RegisterModel,
-    Success, TouchRequest, UnloadRequest,
+    ApiError, LoadRequest, Model, ModelName, ModelPage, Operation, RegisterModel, Success, TouchRequest,
+    UnloadRequest,
 };
 use vramd_core::models;
 
@@ -15,24 +15,14 @@ use super::operations::{WaitParams, wait_for};
 use super::reply::{Answer, Errors, Reply, created, ok};
 use super::{App, bad_path};
 use crate::clock;
-use crate::driver::{Event, Load, LoadAnswer};
-use crate::source::Prepared;
+use crate::driver::{Event, Load};
+use crate::loader;
 
 /// The most components of one model.
 const MAX_COMPONENTS: usize = 64;
 
 fn name(text: &str) -> Result<ModelName, ApiError> {
     text.parse().map_err(|error| bad_path("name", &error))
-}
-
-async fn prepare(
-    app: &App,
-    sources: BTreeMap<ComponentName, String>,
-) -> Result<BTreeMap<ComponentName, Prepared>, ApiError> {
-    let roots = app.roots.clone();
-    tokio::task::spawn_blocking(move || roots.prepare(&sources)).await.map_err(|_| {
-        ApiError::new(ErrorCode::Internal, "reading the model's headers failed; see the daemon's log")
-    })?
 }
 
 /// All registered models
@@ -59,7 +49,7 @@ pub async fn register(State(app): State<App>, Body(body): Body<RegisterModel>) -
     }
     let sources: BTreeMap<_, _> =
         body.components.iter().map(|(name, source)| (name.clone(), source.path.clone())).collect();
-    let mut prepared = prepare(&app, sources).await?;
+    let mut prepared = loader::prepare(&app.roots, sources).await?;
     let components = body
         .components
         .into_iter()
@@ -126,14 +116,7 @@ pub async fn load(
         None => None,
     };
     let load = Load { model: name(&text)?, device, components: body.components, keep_alive: body.keep_alive };
-    let mut prepared = None;
-    let operation = loop {
-        let answer = app.driver.ask(|reply| Event::Load(load.clone(), prepared.take(), reply)).await?;
-        match answer {
-            LoadAnswer::Operation(operation) => break *operation,
-            LoadAnswer::Prepare(sources) => prepared = Some(prepare(&app, sources).await?),
-        }
-    };
+    let operation = loader::begin(&app.driver, &app.roots, &load).await?;
     answer(&app, operation, wait).await
 }
 

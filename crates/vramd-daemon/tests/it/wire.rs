@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Daemon, MIB, wait_for};
 
@@ -184,10 +184,31 @@ fn the_daemon_describes_itself() {
         assert_eq!((&health["status"], health["version"].is_string()), (&json!("ok"), true));
     }
     let served = daemon.get("/api/openapi.json").json();
-    let generated: serde_json::Value =
-        serde_json::from_str(&vramd_daemon::openapi_json()).expect("a JSON document");
+    let generated: Value = serde_json::from_str(&vramd_daemon::openapi_json()).expect("a JSON document");
     assert_eq!(served, generated);
     assert!(daemon.get("/docs/").text.contains("<html"));
+}
+
+#[test]
+fn every_reference_in_the_document_leads_somewhere() {
+    fn references(value: &Value, found: &mut Vec<String>) {
+        match value {
+            Value::Object(fields) => {
+                found.extend(fields.get("$ref").and_then(Value::as_str).map(str::to_owned));
+                fields.values().for_each(|value| references(value, found));
+            }
+            Value::Array(values) => values.iter().for_each(|value| references(value, found)),
+            _ => {}
+        }
+    }
+    let document: Value = serde_json::from_str(&vramd_daemon::openapi_json()).expect("a JSON document");
+    let mut found = Vec::new();
+    references(&document, &mut found);
+    assert!(!found.is_empty());
+    for reference in found {
+        let place = reference.strip_prefix('#').expect("a reference inside the document");
+        assert!(document.pointer(place).is_some(), "{reference}");
+    }
 }
 
 #[test]

@@ -56,11 +56,7 @@ impl Device {
                 sparse: false,
                 peer_copy: false,
             },
-            notes: vec![
-                "simulated: what is written to it lies in host memory, what is not takes none; a machine that \
-                 has no memory left refuses writes, and a reader's first touch of an unwritten page may fail"
-                    .to_owned(),
-            ],
+            notes: Vec::new(),
         };
         Ok(Self {
             facts,
