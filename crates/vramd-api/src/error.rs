@@ -116,7 +116,9 @@ impl ApiError {
 
     /// A value that is not allowed in `field`.
     pub fn invalid(field: &str, message: impl Into<String>) -> Self {
-        Self::new(ErrorCode::InvalidArgument, message).detail("field", field)
+        Self::new(ErrorCode::InvalidArgument, message)
+            .hint("/docs and GET /api/openapi.json say what is allowed")
+            .detail("field", field)
     }
 
     /// No `what` (device, allocation, model, operation) is called `name`.

@@ -127,7 +127,7 @@ impl<'de> Deserialize<'de> for KeepAlive {
 impl PartialSchema for KeepAlive {
     fn schema() -> openapi::RefOr<openapi::Schema> {
         let text = openapi::ObjectBuilder::new().schema_type(openapi::schema::Type::String).pattern(Some(
-            "^([0-9]{1,6}|([0-9]{1,4}h)?([0-9]{1,4}m)?[0-9]{1,4}s|([0-9]{1,4}h)?[0-9]{1,4}m|[0-9]{1,4}h|-1)$",
+            "^([0-9]{1,6}|([0-9]{1,6}h)?([0-9]{1,4}m)?[0-9]{1,4}s|([0-9]{1,6}h)?[0-9]{1,4}m|[0-9]{1,6}h|-1)$",
         ));
         let number = openapi::ObjectBuilder::new()
             .schema_type(openapi::schema::Type::Integer)

@@ -62,10 +62,7 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Params<T> {
             .map_err(|error| {
                 let text =
                     std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-                Refusal(
-                    ApiError::new(ErrorCode::InvalidArgument, format!("the query cannot be read: {text}"))
-                        .detail("field", "query"),
-                )
+                Refusal(ApiError::invalid("query", format!("the query cannot be read: {text}")))
             })
     }
 }
@@ -103,8 +100,7 @@ pub async fn read(body: HttpBody) -> Result<axum::body::Bytes, ApiError> {
             }
             source = cause.source();
         }
-        ApiError::new(ErrorCode::InvalidArgument, "the body could not be read to its end")
-            .detail("field", "body")
+        ApiError::invalid("body", "the body could not be read to its end")
     })
 }
 
@@ -141,7 +137,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         };
         let named =
             if text.contains(&format!("`{field}`")) { text.to_owned() } else { format!("{field}: {text}") };
-        let error = ApiError::new(ErrorCode::InvalidArgument, named).detail("field", field);
+        let error = ApiError::invalid(&field, named);
         if inner.is_syntax() || inner.is_eof() { error.hint(OBJECT) } else { error }
     })?;
     deserializer.end().map_err(|_| ApiError::invalid("body", "body: there is more after the JSON value"))?;

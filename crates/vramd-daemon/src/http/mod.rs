@@ -19,7 +19,7 @@ use axum::middleware;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use vramd_api::{ApiError, ErrorCode};
+use vramd_api::ApiError;
 
 pub use extract::Peer;
 
@@ -125,5 +125,5 @@ pub fn router(app: App) -> Router {
 
 /// A name in a path that is none.
 fn bad_path(field: &str, error: &vramd_api::BadName) -> ApiError {
-    ApiError::new(ErrorCode::InvalidArgument, error.to_string()).detail("field", field)
+    ApiError::invalid(field, error.to_string())
 }
