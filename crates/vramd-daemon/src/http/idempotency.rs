@@ -1,8 +1,8 @@
 //! `Idempotency-Key`: a POST that is sent again gets the first answer, and does nothing.
 //!
 //! Answers are kept for a day, ten thousand at most, and not over a restart. While the first runs, the second is
-//! refused with 409; the same key on another request is refused with 422. Server errors are not kept: they may be
-//! tried again.
+//! refused with 409; the same key on another request is refused with 422. Refusals whose cause may pass are not kept:
+//! conflicts, too many requests, server errors.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,6 +13,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use utoipa::IntoParams;
 use vramd_api::{ApiError, ErrorCode};
 
 use super::App;
@@ -24,6 +25,16 @@ const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 const MAX_KEY: usize = 256;
 const KEPT: usize = 10_000;
 const KEPT_FOR: Duration = Duration::from_hours(24);
+
+/// The header as the document shows it.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+pub struct IdempotencyKey {
+    /// Sent again with the same body, it gets the first answer
+    #[param(rename = "Idempotency-Key", required = false, pattern = "^[!-~]{1,256}$")]
+    #[allow(dead_code)] // only its description is used
+    key: Option<String>,
+}
 
 /// The keys seen, and their answers.
 #[derive(Debug, Default)]
@@ -97,16 +108,23 @@ impl Keys {
     }
 }
 
+/// Whether the same request would be answered so again: not when the cause may pass.
+fn is_kept(status: StatusCode) -> bool {
+    !status.is_server_error() && !matches!(status, StatusCode::CONFLICT | StatusCode::TOO_MANY_REQUESTS)
+}
+
 pub async fn layer(State(app): State<App>, request: Request, next: Next) -> Response {
     let Some(key) = request.headers().get(&KEY).filter(|_| request.method() == Method::POST) else {
         return next.run(request).await;
     };
     let key = match key.to_str() {
-        Ok(key) if (1..=MAX_KEY).contains(&key.len()) => key.to_owned(),
+        Ok(key) if (1..=MAX_KEY).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_graphic()) => {
+            key.to_owned()
+        }
         _ => {
             let error = ApiError::invalid(
                 "Idempotency-Key",
-                format!("an Idempotency-Key has 1 to {MAX_KEY} characters"),
+                format!("an Idempotency-Key has 1 to {MAX_KEY} printable ASCII characters without spaces"),
             );
             return Refusal(error).into_response();
         }
@@ -136,7 +154,7 @@ pub async fn layer(State(app): State<App>, request: Request, next: Next) -> Resp
                 let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else {
                     return Response::from_parts(parts, Body::empty());
                 };
-                if !parts.status.is_server_error() {
+                if is_kept(parts.status) {
                     claim.id = None;
                     if let Some(entry) = inner.idempotency.seen().entries.get_mut(&id) {
                         entry.answer = Some((parts.status, body.clone()));

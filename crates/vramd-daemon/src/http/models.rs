@@ -11,6 +11,7 @@ use vramd_api::{
 use vramd_core::models;
 
 use super::extract::{Body, OptionalBody, Params, Path};
+use super::idempotency::IdempotencyKey;
 use super::operations::{WaitParams, wait_for};
 use super::reply::{Answer, Errors, Reply, created, ok};
 use super::{App, bad_path};
@@ -39,7 +40,7 @@ pub async fn list(State(app): State<App>) -> Answer<ModelPage> {
 ///
 /// Its files are opened and their headers checked; nothing is loaded. Kept over restarts.
 #[utoipa::path(post, path = "/api/models", tag = "models", request_body = RegisterModel,
-    params(("Idempotency-Key" = Option<String>, Header, description = "Sent again with the same body, it gets the first answer")),
+    params(IdempotencyKey),
     responses((status = 201, body = Success<Model>), Errors))]
 pub async fn register(State(app): State<App>, Body(body): Body<RegisterModel>) -> Answer<Model> {
     if !(1..=MAX_COMPONENTS).contains(&body.components.len()) {
@@ -96,7 +97,7 @@ pub async fn remove(State(app): State<App>, Path(text): Path) -> Answer<Model> {
 /// one.
 #[utoipa::path(post, path = "/api/models/{name}/load", tag = "models", request_body = Option<LoadRequest>,
     params(("name" = ModelName, Path), WaitParams,
-        ("Idempotency-Key" = Option<String>, Header, description = "Sent again with the same body, it gets the first answer")),
+        IdempotencyKey),
     responses((status = 200, description = "The operation has ended", body = Success<Operation>),
         (status = 202, description = "The operation is under way", body = Success<Operation>), Errors))]
 pub async fn load(
@@ -125,7 +126,7 @@ pub async fn load(
 /// Refused while processes have it attached, and while it is pinned.
 #[utoipa::path(post, path = "/api/models/{name}/unload", tag = "models", request_body = Option<UnloadRequest>,
     params(("name" = ModelName, Path), WaitParams,
-        ("Idempotency-Key" = Option<String>, Header, description = "Sent again with the same body, it gets the first answer")),
+        IdempotencyKey),
     responses((status = 200, description = "The operation has ended", body = Success<Operation>),
         (status = 202, description = "The operation is under way", body = Success<Operation>), Errors))]
 pub async fn unload(

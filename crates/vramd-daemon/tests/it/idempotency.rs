@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use vramd_device::Call;
 
-use crate::support::{Daemon, MIB, caught, wait_for};
+use crate::support::{Daemon, MIB, caught, wait_for, with_model};
 
 const ALLOCATE: &str = "/api/memory/allocations/allocate";
 
@@ -44,7 +44,7 @@ fn a_key_stands_for_one_request_only() {
     daemon
         .post_with(&elsewhere, &[("Idempotency-Key", "one")], &json!({"sizeBytes": 4096}))
         .error("IDEMPOTENCY_MISMATCH");
-    for unsound in ["", &"x".repeat(257)] {
+    for unsound in ["", "two words", &"x".repeat(257)] {
         sent(&daemon, unsound, &json!({"sizeBytes": 4096})).refuses("Idempotency-Key");
     }
     assert_eq!(daemon.allocations().len(), 1);
@@ -79,4 +79,15 @@ fn a_request_with_a_key_is_done_although_its_client_went_away() {
     assert_eq!(replayed.header("idempotency-replayed"), Some("true"));
     assert_eq!(replayed.data(201)["allocationId"], daemon.allocations()[0]["allocationId"]);
     assert_eq!(daemon.allocations().len(), 1);
+}
+
+#[test]
+fn a_refusal_that_may_pass_is_not_kept() {
+    let (daemon, _) = with_model(&[64 * MIB], 4096);
+    let unload =
+        || daemon.post_with("/api/models/tiny/unload?wait=30", &[("Idempotency-Key", "one")], &json!({}));
+    unload().error("NOT_RESIDENT");
+    daemon.loaded("tiny", "sim:0");
+    let done = unload().data(200);
+    assert_eq!(unload().data(200), done);
 }

@@ -106,7 +106,7 @@ pub fn message(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) 
         head.push_str("Host: localhost\r\n");
     }
     for (name, value) in headers {
-        head.push_str(&format!("{name}: {value}\r\n"));
+        head.extend([*name, ": ", *value, "\r\n"]);
     }
     [head.as_bytes(), b"\r\n", body].concat()
 }

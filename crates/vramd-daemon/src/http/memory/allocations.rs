@@ -12,6 +12,7 @@ use vramd_api::{
 
 use crate::driver::{Caller, Event};
 use crate::http::extract::{Body, OptionalBody, Params, Path};
+use crate::http::idempotency::IdempotencyKey;
 use crate::http::reply::{Answer, Errors, created, ok};
 use crate::http::{App, bad_path};
 use crate::requests;
@@ -161,7 +162,7 @@ pub async fn get(State(app): State<App>, Path(text): Path) -> Answer<Allocation>
 /// The reply says which device was chosen, why, and how the others stood. The memory is kept while its lease is
 /// renewed, while a process has it attached, or until it is deleted if it is persistent.
 #[utoipa::path(post, path = "/api/memory/allocations/allocate", tag = "memory", request_body = AllocateRequest,
-    params(("Idempotency-Key" = Option<String>, Header, description = "Sent again with the same body, it gets the first answer")),
+    params(IdempotencyKey),
     responses((status = 201, body = Success<Allocation>), Errors))]
 pub async fn allocate(
     State(app): State<App>,
@@ -175,7 +176,7 @@ pub async fn allocate(
 /// Allocate on one device
 #[utoipa::path(post, path = "/api/memory/allocations/allocate/{deviceId}", tag = "memory", request_body = AllocateRequest,
     params(("deviceId" = String, Path, description = "A device's id or uuid"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Sent again with the same body, it gets the first answer")),
+        IdempotencyKey),
     responses((status = 201, body = Success<Allocation>), Errors))]
 pub async fn allocate_on(
     State(app): State<App>,
