@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import vramd
-from support import GOLDEN, PAGE, FakeDaemon, attached_body, count_descriptors, memfd, until
+from support import GOLDEN, PAGE, FakeDaemon, Row, attached_body, count_descriptors, memfd, until
 from vramd import frames
 
 KINDS = {"attach": frames.ATTACH, "attached": frames.ATTACHED, "error": frames.ERROR}
@@ -106,11 +106,6 @@ def test_a_broken_answer_is_named_and_leaks_nothing(
         ({"block": {"segment": 1, "offset": 0, "bytes": 8}}, "malformed"),
         ({"block": {"segment": 0, "offset": -1, "bytes": 8}}, "not a natural number"),
         ({"block": {"segment": 0, "offset": PAGE}}, "malformed"),
-        ({"tensors": [("x", "F32", [2], 4, 8)]}, "behind its block"),
-        ({"tensors": [("x", "F32", [2], -4, 8)]}, "not a natural number"),
-        ({"tensors": [("x", "F32", [3], 0, 8)]}, "3 times F32, does not have 8 bytes"),
-        ({"tensors": [("x", "F32", [-1, -2], 0, 8)]}, "not a natural number"),
-        ({"tensors": [("x", "F32", [2.0], 0, 8)]}, "not a natural number"),
         ({"tensors": [("x", "F32", [2], 0)]}, "a row that is not"),
         ({"tensors": [("x", "F32", [1], 0, 4), ("x", "F32", [1], 4, 4)]}, "names a tensor twice"),
         ({"leaseId": 7}, "where a text belongs"),
@@ -125,6 +120,27 @@ def test_an_answer_that_does_not_add_up_is_refused_and_leaks_nothing(
     with pytest.raises(vramd.ProtocolError, match=message):
         vramd.attach("toy", socket=fake.path)
     until(lambda: count_descriptors() <= before, "the end of all descriptors")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("x", "F32", [2], 4, 8), "behind its block"),
+        (("x", "F32", [2], -4, 8), "not a natural number"),
+        (("x", "F32", [2], 0.0, 8), "not a natural number"),
+        (("x", "F32", [3], 0, 8), "3 times F32, does not have 8 bytes"),
+        (("x", "F32", [-1, -2], 0, 8), "not a natural number"),
+        (("x", "F32", [2.0], 0, 8), "not a natural number"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_its_block_is_refused_when_it_is_used(
+    fake: FakeDaemon, row: Row, message: str
+) -> None:
+    fake.then_attached(attached_body([row], 8), bytes(8))
+    with vramd.attach("toy", socket=fake.path) as weights:
+        for use in (weights.__getitem__, weights.info, weights.raw):
+            with pytest.raises(vramd.ProtocolError, match=message):
+                use("x")
 
 
 def test_descriptors_that_the_kernel_drops_are_noticed(fake: FakeDaemon) -> None:

@@ -184,9 +184,9 @@ pub struct ComponentSource {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LoadRequest {
-    /// Default: the best device for the whole model.
+    /// A device's id or uuid. Default: where its other components are, else the best device for all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device_id: Option<DeviceId>,
+    pub device_id: Option<String>,
     /// Default: all components.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(min_items = 1)]
@@ -199,9 +199,9 @@ pub struct LoadRequest {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct UnloadRequest {
-    /// Default: every device.
+    /// A device's id or uuid. Default: every device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub device_id: Option<DeviceId>,
+    pub device_id: Option<String>,
 }
 
 /// `POST /api/models/{name}/touch`.

@@ -198,7 +198,9 @@ impl Model {
             self.components.iter().map(|(name, component)| component.to_api(name, allocations)).collect();
         vramd_api::Model {
             name: self.name.clone(),
-            size_bytes: components.iter().map(|component| component.size_bytes).sum(),
+            size_bytes: components
+                .iter()
+                .fold(0, |sum, component| u64::saturating_add(sum, component.size_bytes)),
             components,
             pinned: self.pinned,
             keep_alive: self.keep_alive,

@@ -1,7 +1,7 @@
 //! Requests that wait for room: by priority, then by age.
 //!
-//! Nobody overtakes for the same memory: while a request cannot be granted, the devices that it could go to are
-//! closed to those behind it.
+//! Among those who wait nobody overtakes for the same memory: while a request cannot be granted, the devices that it
+//! could go to are closed to those behind it. Requests that do not wait are not held up by those that do.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -47,10 +47,9 @@ impl Queue {
     pub fn admit(&mut self, ledger: &mut Ledger, now: Now) -> Vec<(AllocationId, Grant)> {
         let mut granted = Vec::new();
         let mut closed: BTreeSet<DeviceId> = BTreeSet::new();
-        let devices: Vec<DeviceId> = ledger.devices().map(|facts| facts.device.clone()).collect();
         self.entries.retain(|_, waiting| {
-            let candidates = if waiting.on.is_empty() { &devices } else { &waiting.on };
-            let open: Vec<_> = candidates.iter().filter(|device| !closed.contains(device)).cloned().collect();
+            let mut open = ledger.devices_for(&waiting.request, &waiting.on);
+            open.retain(|device| !closed.contains(device) && !ledger.is_lost(device));
             if open.is_empty() {
                 return true;
             }

@@ -21,6 +21,9 @@ use crate::driver::{AttachRequest, AttachTarget, Attachment, Driver, Event};
 /// A connection that has not sent its whole request after this long is closed.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A client that has not taken its whole answer after this long is closed.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Serves one connection until it ends.
 pub async fn serve(mut stream: UnixStream, driver: Driver, holder: Holder, stopping: CancellationToken) {
     let attachment = match tokio::time::timeout(REQUEST_TIMEOUT, read_request(&mut stream)).await {
@@ -42,7 +45,9 @@ pub async fn serve(mut stream: UnixStream, driver: Driver, holder: Holder, stopp
         }
     };
     let lease = attachment.0.lease;
-    if answer(&mut stream, &driver, attachment).await.is_ok() {
+    // A client that does not read its answer holds no lease for ever.
+    let answered = tokio::time::timeout(ANSWER_TIMEOUT, answer(&mut stream, &driver, attachment)).await;
+    if matches!(answered, Ok(Ok(()))) {
         let mut byte = [0];
         tokio::select! {
             // Whatever it is, the end or a byte that the protocol has no place for: the lease is over.
@@ -106,8 +111,7 @@ async fn answer(
         Access::Write => ExportAccess::Write,
     };
     let segment = attachment.segment;
-    let exported = tokio::task::spawn_blocking(move || device.export(segment, export)).await?;
-    let descriptor = match exported {
+    let descriptor = match device.export(segment, export) {
         Ok(descriptor) => descriptor,
         Err(error) => {
             let shown = crate::devices::error(&attachment.device, &error);

@@ -54,7 +54,7 @@ pub struct Config {
     pub ready_file: Option<PathBuf>,
 }
 
-/// Why the daemon could not start.
+/// Why the daemon could not start, or had to end.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error("{0} is not a loopback address")]
@@ -75,6 +75,8 @@ pub enum StartError {
     Store(#[from] StoreError),
     #[error("the ready file {path} cannot be written", path = .path.display())]
     ReadyFile { path: PathBuf, source: io::Error },
+    #[error("the driver ended: a bug in vramd")]
+    Driver,
 }
 
 impl StartError {
@@ -98,6 +100,7 @@ impl StartError {
                 "free space on the disk, or move the damaged file away to begin with an empty journal"
             }
             Self::ReadyFile { .. } => "choose another path with --ready-file",
+            Self::Driver => "start it again: it recovers from its journal; please report this with the log",
         };
         Some(hint.to_owned())
     }
@@ -151,38 +154,46 @@ pub async fn serve_on(
     let known: Vec<ModelName> = stored.models.iter().map(|model| model.name.clone()).collect();
     let residents = stored.residents.clone();
     let run = uuid::Uuid::now_v7().simple().to_string();
-    let (driver, task) = Driver::start(devices, store, stored, run);
+    let (driver, mut task) = Driver::start(devices, store, stored, run);
     let stopping = CancellationToken::new();
     let app = http::App::new(driver.clone(), roots.clone(), address.map(|address| address.port()));
     let server =
-        tokio::spawn(Server::new(http::router(app), driver.clone(), stopping.clone()).run(tcp, unix));
+        tokio::spawn(Server::new(http::Service::new(app), driver.clone(), stopping.clone()).run(tcp, unix));
     let restore = tokio::spawn(restore(driver.clone(), roots, known, residents));
 
-    let mut snapshots = driver.snapshots();
-    let _ = snapshots.wait_for(|snapshot| snapshot.ready()).await;
     let ready = ReadyFile {
         address: address.map(|address| address.to_string()),
         socket: config.socket.clone(),
         pid: std::process::id(),
         version: vramd_api::VERSION.to_owned(),
     };
-    let ready_file = write_ready_file(config.ready_file.as_deref(), &ready);
-    if ready_file.is_ok() {
-        tracing::info!(address = ready.address, socket = ?ready.socket, "vramd serves");
-        shutdown.await;
-        tracing::info!("vramd stops");
-    }
+    let outcome = tokio::select! {
+        () = shutdown => Ok(()),
+        Err(error) = announce(&driver, config.ready_file.as_deref(), ready) => Err(error),
+        _ = &mut task => Err(StartError::Driver),
+    };
+    tracing::info!("vramd stops");
     restore.abort();
-    drop(snapshots);
     // First the driver, so that whoever follows the events hears of it and what waits is answered.
     driver.stop().await;
     stopping.cancel();
     let _ = server.await;
     drop(driver);
-    if tokio::time::timeout(STOP_TIMEOUT, task).await.is_err() {
+    if outcome.is_ok() && tokio::time::timeout(STOP_TIMEOUT, task).await.is_err() {
         tracing::warn!("the driver did not end in time; what it did is recovered at the next start");
     }
-    ready_file.map(drop)
+    outcome
+}
+
+/// Says that the daemon serves, once it does, and goes on saying so until it is dropped. Returns only an error.
+async fn announce(driver: &Driver, path: Option<&Path>, ready: ReadyFile) -> Result<(), StartError> {
+    let mut snapshots = driver.snapshots();
+    if snapshots.wait_for(|snapshot| snapshot.ready()).await.is_ok() {
+        let _file = write_ready_file(path, &ready)?;
+        tracing::info!(address = ready.address, socket = ?ready.socket, "vramd serves");
+        std::future::pending::<()>().await;
+    }
+    std::future::pending().await
 }
 
 /// The components that were resident, by model and device.

@@ -47,8 +47,10 @@ pub async fn prepare(
     roots: &Arc<Roots>,
     sources: BTreeMap<ComponentName, String>,
 ) -> Result<BTreeMap<ComponentName, Prepared>, ApiError> {
-    let roots = roots.clone();
-    tokio::task::spawn_blocking(move || roots.prepare(&sources)).await.map_err(|_| {
+    // A hostile header takes hundreds of megabytes to read: not many at one time.
+    let _turn = roots.turns.acquire().await;
+    let at = roots.clone();
+    tokio::task::spawn_blocking(move || at.prepare(&sources)).await.map_err(|_| {
         ApiError::new(ErrorCode::Internal, "reading the model's headers failed; see the daemon's log")
     })?
 }
@@ -80,11 +82,12 @@ pub fn read(device: &dyn Device, targets: &[Target], progress: &Progress) -> Res
         }
         work();
     });
-    // A cancel that came after the last piece still counts: its caller was told so.
     match failure.into_inner().expect("no thread panics while it holds this") {
         Some(error) => Err(error),
-        None if progress.cancelled.load(Ordering::Relaxed) => Err(None),
-        None => Ok(()),
+        None => targets
+            .iter()
+            .try_for_each(|target| target.prepared.unchanged())
+            .map_err(|e| Some(DeviceError::Source(e))),
     }
 }
 

@@ -6,16 +6,20 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Component as PathPart, Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
+use tokio::sync::Semaphore;
 use vramd_api::{ApiError, ComponentName, ErrorCode};
 use vramd_core::layout::{self, FileHeader, Index, Layout};
 use vramd_core::models::Plan;
 use vramd_device::Source;
+
+/// How many requests read headers at one time.
+const PREPARING: usize = 2;
 
 /// A directory that model paths may lie in.
 #[derive(Debug)]
@@ -27,15 +31,49 @@ struct Root {
 }
 
 /// The configured model roots.
-#[derive(Debug, Default)]
-pub struct Roots(Vec<Root>);
+#[derive(Debug)]
+pub struct Roots {
+    roots: Vec<Root>,
+    /// How many requests may read headers at one time.
+    pub turns: Semaphore,
+}
 
 /// A component whose files are open and whose layout is known.
 #[derive(Debug)]
 pub struct Prepared {
+    /// As it was registered.
+    pub path: String,
     pub plan: Arc<Plan>,
     /// In the order that the layout's spans count them.
     pub files: Vec<Source>,
+    /// What tells whether a file was written to since its header was read.
+    stamps: Vec<Stamp>,
+}
+
+/// A file's size, and when it was last written to.
+type Stamp = (u64, std::time::SystemTime);
+
+impl Prepared {
+    fn new(path: &str, layout: Layout, files: Vec<Source>) -> Result<Self, ApiError> {
+        let stamps =
+            files.iter().map(stamp).collect::<Result<_, _>>().map_err(|error| read_failed(path, &error))?;
+        Ok(Self { path: path.to_owned(), plan: Arc::new(Plan::new(layout)), files, stamps })
+    }
+
+    /// An error if a file was written to since its header was read: header and payload would not belong together.
+    pub fn unchanged(&self) -> std::io::Result<()> {
+        for (file, before) in self.files.iter().zip(&self.stamps) {
+            if stamp(file)? != *before {
+                return Err(std::io::Error::other("the file was written to while it was read"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn stamp(file: &Source) -> std::io::Result<Stamp> {
+    let metadata = file.buffered.metadata()?;
+    Ok((metadata.len(), metadata.modified()?))
 }
 
 /// A place beneath a root.
@@ -58,7 +96,7 @@ impl Roots {
             };
             roots.push(root().map_err(|error| (path.clone(), error))?);
         }
-        Ok(Self(roots))
+        Ok(Self { roots, turns: Semaphore::new(PREPARING) })
     }
 
     /// Finds, opens and reads the headers of every component. Blocking.
@@ -87,8 +125,8 @@ impl Roots {
         if Path::new(&shown).extension().is_none_or(|extension| extension != "json") {
             let header = read_header(&file, &shown, place.file_name(), 0)?;
             let layout = Layout::build(vec![header], None).map_err(|e| bad_file(&shown, &e, e.hint()))?;
-            let files = vec![place.source(file)];
-            return Ok(Prepared { plan: Arc::new(Plan::new(layout)), files });
+            let files = vec![source(file)];
+            return Prepared::new(path, layout, files);
         }
         let index = read_index(&mut file, &shown)?;
         let mut headers = Vec::new();
@@ -101,11 +139,11 @@ impl Roots {
             let header = read_header(&file, &shown, name.clone(), kept_bytes)?;
             kept_bytes += header.payload_offset;
             headers.push(header);
-            files.push(shard.source(file));
+            files.push(source(file));
         }
         let layout =
             Layout::build(headers, Some(&index)).map_err(|error| bad_file(&shown, &error, error.hint()))?;
-        Ok(Prepared { plan: Arc::new(Plan::new(layout)), files })
+        Prepared::new(path, layout, files)
     }
 
     fn place(&self, path: &str) -> Result<Place<'_>, ApiError> {
@@ -114,7 +152,7 @@ impl Roots {
                 .hint(hint)
                 .detail("path", path)
         };
-        if self.0.is_empty() {
+        if self.roots.is_empty() {
             return Err(denied(
                 "cannot be registered: the daemon has no model root",
                 "start it with `vramd serve --model-root DIR`".to_owned(),
@@ -132,9 +170,9 @@ impl Roots {
                 .detail("path", path));
         }
         let roots =
-            || self.0.iter().map(|root| root.path.display().to_string()).collect::<Vec<_>>().join(", ");
+            || self.roots.iter().map(|root| root.path.display().to_string()).collect::<Vec<_>>().join(", ");
         let plain = asked.components().all(|part| matches!(part, PathPart::RootDir | PathPart::Normal(_)));
-        let below = self.0.iter().find_map(|root| {
+        let below = self.roots.iter().find_map(|root| {
             let below = asked.strip_prefix(&root.path).or_else(|_| asked.strip_prefix(&root.real)).ok()?;
             let below = if below.as_os_str().is_empty() { Path::new(".") } else { below };
             Some(Place { root, below: below.to_owned() })
@@ -181,12 +219,6 @@ impl Place<'_> {
         Err(error.detail("path", shown))
     }
 
-    /// The file as a device reads it: direct, where the file system takes that.
-    fn source(&self, buffered: File) -> Source {
-        let direct = self.open("", OFlags::RDONLY | OFlags::DIRECT).ok();
-        Source { direct, buffered }
-    }
-
     fn shown(&self) -> String {
         self.root.path.join(&self.below).display().to_string()
     }
@@ -194,6 +226,15 @@ impl Place<'_> {
     fn file_name(&self) -> String {
         self.below.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
     }
+}
+
+/// The file as a device reads it: direct too, where the file system takes that. It is the same file, not the same
+/// path, that is opened again.
+fn source(buffered: File) -> Source {
+    let same = format!("/proc/self/fd/{}", buffered.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+    let direct = rustix::fs::open(same, flags, Mode::empty()).ok().map(File::from);
+    Source { direct, buffered }
 }
 
 /// The one model file of a directory: an index if there is one, else the only `.safetensors` file.

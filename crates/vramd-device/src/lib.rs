@@ -53,6 +53,8 @@ pub struct Sample {
     pub used_bytes: u64,
     /// What the driver would still give, before any limit of ours.
     pub available_bytes: u64,
+    /// The segments that this process has there, as far as `used_bytes` counts them: those under way included.
+    pub held_bytes: u64,
 }
 
 /// Who may write to an exported segment.
@@ -80,7 +82,7 @@ pub struct Range {
     pub bytes: u64,
 }
 
-/// One contract for all memory. Every call may block; none may be called on an async thread. All take `&self`
+/// One contract for all memory. Every call but `facts` and `export` may block, and is not made on an async thread. All take `&self`
 /// and may run at the same time from many threads; calls on one segment are ordered by the caller, except that
 /// `fill_from_file`, `read` and `write` on disjoint ranges of it may overlap.
 ///

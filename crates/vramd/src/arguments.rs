@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ColorChoice, Parser, Subcommand, ValueEnum};
 use vramd_api::{
-    AllocationId, AllocationType, Bytes, ComponentName, DeviceId, KeepAlive, MemoryType, ModelName,
-    OnShortage, OperationId, OperationState, OwnerName, Priority,
+    AllocationId, AllocationType, Bytes, ComponentName, KeepAlive, MemoryType, ModelName, OnShortage,
+    OperationId, OperationState, OwnerName, Priority,
 };
 
 use crate::settings::{Layer, Switch};
@@ -95,9 +95,9 @@ pub enum Question {
     /// Take a model out of memory
     Unload {
         model: ModelName,
-        /// Only from this device [default: all]
+        /// Only from this device: its id or uuid [default: all]
         #[arg(long, value_name = "DEVICE")]
-        device: Option<DeviceId>,
+        device: Option<String>,
     },
     /// Keep a model resident until it is unpinned
     Pin { model: ModelName },
@@ -292,9 +292,9 @@ pub struct AddModelArguments {
 #[derive(Debug, Args)]
 pub struct LoadArguments {
     pub model: ModelName,
-    /// Where to [default: the best device]
+    /// Where to: a device's id or uuid [default: the best device]
     #[arg(long, value_name = "DEVICE")]
-    pub device: Option<DeviceId>,
+    pub device: Option<String>,
     /// Only this component; may repeat [default: all]
     #[arg(long, value_name = "NAME")]
     pub component: Vec<ComponentName>,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import UnsupportedDtype
-from .frames import Row
+from .frames import Row, check_row
 
 if TYPE_CHECKING:
     from .attachment import Attached
@@ -134,11 +134,17 @@ def dtype_of(name: str) -> np.dtype[Any] | None:
 
 def array(attached: Attached, row: Row, buffer: Any, base: int) -> Array:
     """The tensor as a view of ``buffer``, in which its block begins at ``base``."""
-    name, dtype_name, shape, offset, _ = row
+    name, dtype_name, shape, offset, size = row
     dtype = dtype_of(dtype_name)
     if dtype is None:
         raise _unsupported(name, dtype_name)
-    view: Array = Array(shape, dtype, buffer, base + offset)
+    try:
+        view: Array = Array(shape, dtype, buffer, base + offset)
+    except (TypeError, ValueError):
+        check_row(row, attached.nbytes)
+        raise
+    if view.nbytes != size or not 0 <= offset <= attached.nbytes - size:
+        check_row(row, attached.nbytes)
     view._attached = attached
     return view
 

@@ -15,7 +15,7 @@ import socket as sockets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, overload
 
 from . import frames
 from .errors import ClosedError, ConnectionFailed, ProtocolError, Timeout, from_body
@@ -56,6 +56,7 @@ class Attached:
         self._reply = reply
         self._buffer: mmap.mmap | bytes | None = buffer
         self._base = base
+        self.nbytes: Final = reply.bytes
 
     @property
     def lease_id(self) -> str:
@@ -73,10 +74,6 @@ class Attached:
     def generation(self) -> int:
         """Counts up whenever the bytes get a new place or new contents."""
         return self._reply.generation
-
-    @property
-    def nbytes(self) -> int:
-        return self._reply.bytes
 
     @property
     def closed(self) -> bool:
@@ -156,7 +153,9 @@ class Attachment(Attached, Mapping[str, T], Generic[T]):
 
     def info(self, name: str) -> Tensor:
         """Name, dtype (as the file has it: ``BF16``, ``F8_E4M3``), shape, offset and bytes of a tensor."""
-        name, dtype, shape, offset, size = self._tensors[name]
+        row = self._tensors[name]
+        frames.check_row(row, self.nbytes)
+        name, dtype, shape, offset, size = row
         return Tensor(name, dtype, tuple(shape), offset, size)
 
     def raw(self, name: str) -> memoryview:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import UnsupportedDtype
-from .frames import Row
+from .frames import Row, check_row
 
 if TYPE_CHECKING:
     from .attachment import Attached
@@ -24,9 +24,10 @@ _NAMES = {
 }  # fmt: skip
 
 
-def tensor(_attached: Attached, row: Row, buffer: Any, base: int) -> Any:
+def tensor(attached: Attached, row: Row, buffer: Any, base: int) -> Any:
     """The tensor as a view of ``buffer``, in which its block begins at ``base``."""
     name, dtype_name, shape, offset, size = row
+    check_row(row, attached.nbytes)
     dtype = getattr(torch, _NAMES.get(dtype_name, ""), None)
     if dtype is None:
         raise UnsupportedDtype(

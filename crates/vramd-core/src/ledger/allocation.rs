@@ -102,11 +102,6 @@ impl Allocation {
         })
     }
 
-    /// The lease that it was allocated with.
-    pub fn own_lease(&self) -> Option<LeaseId> {
-        self.leases.iter().find(|(_, lease)| !matches!(lease, Lease::Connection { .. })).map(|(id, _)| *id)
-    }
-
     pub fn is_attached(&self) -> bool {
         self.holders().next().is_some()
     }

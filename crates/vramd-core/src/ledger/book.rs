@@ -26,8 +26,8 @@ pub struct DeviceFacts {
 pub struct Measured {
     pub used_bytes: u64,
     pub available_bytes: u64,
-    /// What was live on the device, by the ledger, when the measurement began.
-    pub live_bytes: u64,
+    /// The part of `used_bytes` that is ours.
+    pub held_bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,8 +85,6 @@ pub(super) struct Book {
     pub shared: BTreeSet<SegmentId>,
     /// The sum of all segments.
     pub held: u64,
-    /// The sum of the segments that the device shows.
-    pub live: u64,
     /// The sum of active and releasing blocks.
     pub allocated: u64,
     /// The sum of reserved blocks.
@@ -105,7 +103,6 @@ impl Book {
             segments: BTreeMap::new(),
             shared: BTreeSet::new(),
             held: 0,
-            live: 0,
             allocated: 0,
             reserved: 0,
             allocation_count: 0,
@@ -119,17 +116,25 @@ impl Book {
 
     /// How many bytes of new segments could be taken now: what the limit and the last measurement both allow.
     pub fn room(&self) -> u64 {
+        self.room_beside(self.held)
+    }
+
+    /// The same, were the spare segment given back first.
+    pub fn room_without_spare(&self) -> u64 {
+        self.room_beside(self.held - self.spare_bytes())
+    }
+
+    fn room_beside(&self, held: u64) -> u64 {
         if self.lost {
             return 0;
         }
-        let by_limit = self.limit().saturating_sub(self.held);
-        let by_device = self.measured.map_or(u64::MAX, |measured| {
-            (measured.available_bytes + measured.live_bytes).saturating_sub(self.held)
-        });
-        by_limit.min(by_device)
+        let by_device = self
+            .measured
+            .map_or(u64::MAX, |measured| measured.available_bytes.saturating_add(measured.held_bytes));
+        self.limit().min(by_device).saturating_sub(held)
     }
 
-    pub fn spare_bytes(&self) -> u64 {
+    fn spare_bytes(&self) -> u64 {
         self.spare.and_then(|id| self.segments.get(&id)).map_or(0, |segment| segment.ranges.bytes())
     }
 
@@ -138,7 +143,6 @@ impl Book {
         self.shared.remove(&id);
         if let Some(segment) = self.segments.remove(&id) {
             self.held -= segment.ranges.bytes();
-            self.live -= segment.ranges.bytes();
         }
     }
 
@@ -152,7 +156,7 @@ impl Book {
 
     /// The largest new segment that could be made, at the spare's expense if need be.
     fn largest_new(&self) -> u64 {
-        (self.room() + self.spare_bytes()) & !(self.facts.granularity_bytes - 1)
+        self.room_without_spare() & !(self.facts.granularity_bytes - 1)
     }
 
     /// What is open to one owner, in all and in one piece: new segments, and for small blocks the holes in the
@@ -162,7 +166,7 @@ impl Book {
             .open_shared()
             .map(|(_, segment)| segment)
             .filter(|segment| small && matches!(&segment.sharing, Sharing::Shared(of) if of == owner));
-        let new = (self.room() + self.spare_bytes(), self.largest_new());
+        let new = (self.room_without_spare(), self.largest_new());
         own.fold(new, |(free, largest), segment| {
             (free + segment.ranges.free(), largest.max(segment.ranges.largest_free()))
         })
@@ -171,18 +175,18 @@ impl Book {
     pub fn usage(&self) -> Usage {
         let pool_free = self.held - self.allocated - self.reserved;
         let foreign =
-            self.measured.map_or(0, |measured| measured.used_bytes.saturating_sub(measured.live_bytes));
+            self.measured.map_or(0, |measured| measured.used_bytes.saturating_sub(measured.held_bytes));
         let (largest_hole, hole_count) = self.open_shared().fold((0, 0), |(largest, count), (_, segment)| {
             (segment.ranges.largest_free().max(largest), count + segment.ranges.hole_count() as u64)
         });
-        let room = self.room();
+        let open = self.room_without_spare() + (pool_free - self.spare_bytes());
         Usage {
             allocated_bytes: self.allocated,
             reserved_bytes: self.reserved,
             pool_free_bytes: pool_free,
             foreign_bytes: foreign,
             used_bytes: self.held + foreign,
-            available_bytes: if self.lost { 0 } else { room + pool_free },
+            available_bytes: if self.lost { 0 } else { open },
             largest_free_bytes: if self.lost { 0 } else { largest_hole.max(self.largest_new()) },
             limit_bytes: self.limit(),
             allocation_count: self.allocation_count,

@@ -44,6 +44,8 @@ pub enum Work {
     Create { device: DeviceId, segment: SegmentId, bytes: u64, sealed: bool, first: Option<SegmentId> },
     /// Zero a block of a shared segment, before it is free again.
     Zero { device: DeviceId, segment: SegmentId, offset: u64, bytes: u64, allocation: AllocationId },
+    /// Nothing: nobody has ever seen the block's segment, so it is still zero. Its bytes are free at once.
+    Free { allocation: AllocationId },
     /// Give the segment of an allocation back.
     Release { device: DeviceId, segment: SegmentId, allocation: AllocationId },
     /// Give an empty segment back.
@@ -79,6 +81,8 @@ pub struct Shortage {
     /// Who holds the rest, largest first, five at most.
     pub holders: Vec<(OwnerName, u64)>,
     pub placement: Placement,
+    /// It would fit on some device, were that empty.
+    pub could_fit: bool,
     /// Every device that was asked for is lost.
     pub lost: bool,
 }
@@ -130,15 +134,9 @@ impl Ledger {
         self.books.get(device).map(Book::usage)
     }
 
-    /// What the device shows as ours; to be read when a measurement begins and given to [`Self::observe`].
-    pub fn live_bytes(&self, device: &DeviceId) -> u64 {
-        self.books.get(device).map_or(0, |book| book.live)
-    }
-
-    /// Takes a measurement in. What went live or away while it was taken is counted against us, not for us.
-    pub fn observe(&mut self, device: &DeviceId, mut measured: Measured) {
+    /// Takes a measurement in.
+    pub fn observe(&mut self, device: &DeviceId, measured: Measured) {
         if let Some(book) = self.books.get_mut(device) {
-            measured.live_bytes = measured.live_bytes.min(book.live).min(measured.used_bytes);
             book.measured = Some(measured);
         }
     }
@@ -167,7 +165,7 @@ impl Ledger {
     pub fn fits_sealed(&self, device: &DeviceId, sizes: &[u64]) -> bool {
         self.books.get(device).is_some_and(|book| {
             let need = sizes.iter().map(|size| segment_bytes(*size, book)).fold(0u64, u64::saturating_add);
-            need <= book.room() + book.spare_bytes()
+            need <= book.room_without_spare()
         })
     }
 
@@ -217,6 +215,35 @@ impl Ledger {
         Ok(Grant { device, placement, readiness })
     }
 
+    /// Why `request` cannot be admitted now, in figures.
+    pub fn refusal(&self, request: &Request, on: &[DeviceId]) -> Shortage {
+        let mut offers = self.offers(request);
+        if !on.is_empty() {
+            offers.retain(|offer| on.contains(&offer.device));
+        }
+        let (_, placement) = placement::choose(&offers, request.allocation_type, request.memory_type);
+        self.shortage(request, &offers, placement)
+    }
+
+    /// Whether waiting can help: some device that `request` may go to could hold it, were it empty and without a
+    /// limit, which may be raised meanwhile.
+    pub fn could_fit(&self, request: &Request, on: &[DeviceId]) -> bool {
+        self.candidates(request, on)
+            .any(|book| !book.lost && segment_bytes(request.size_bytes, book) <= book.facts.total_bytes)
+    }
+
+    /// The devices that `request` may go to, lost ones too.
+    pub fn devices_for(&self, request: &Request, on: &[DeviceId]) -> Vec<DeviceId> {
+        self.candidates(request, on).map(|book| book.facts.device.clone()).collect()
+    }
+
+    fn candidates(&self, request: &Request, on: &[DeviceId]) -> impl Iterator<Item = &Book> {
+        self.books
+            .values()
+            .filter(|book| on.is_empty() || on.contains(&book.facts.device))
+            .filter(|book| request.memory_type.is_none_or(|wanted| wanted == book.facts.memory_type))
+    }
+
     fn find(book: &Book, request: &Request) -> Option<Place> {
         if book.lost {
             return None;
@@ -242,7 +269,7 @@ impl Ledger {
         let bytes = segment_bytes(request.size_bytes, book);
         if bytes <= book.room() {
             Some(Place::New { bytes, block: bytes, shared: false, first: None })
-        } else if bytes <= book.room() + book.spare_bytes() {
+        } else if bytes <= book.room_without_spare() {
             Some(Place::New { bytes, block: bytes, shared: false, first: book.spare })
         } else {
             None
@@ -334,6 +361,7 @@ impl Ledger {
         holders.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
         holders.truncate(5);
         let largest = closest.map_or(0, |offer| offer.largest_free_bytes);
+        let on: Vec<_> = offers.iter().map(|offer| offer.device.clone()).collect();
         Shortage {
             requested_bytes: request.size_bytes,
             available_bytes: closest.map_or(0, |offer| offer.available_bytes),
@@ -341,6 +369,7 @@ impl Ledger {
             largest_after_eviction_bytes: largest.saturating_add(idle),
             holders,
             placement,
+            could_fit: self.could_fit(request, &on),
             lost: closest.is_some() && offers.iter().filter(wanted).all(|o| o.standing == Standing::Lost),
         }
     }
@@ -350,7 +379,6 @@ impl Ledger {
         let Some(book) = self.books.get_mut(device) else { return Vec::new() };
         let Some(segment) = book.segments.get_mut(&id) else { return Vec::new() };
         segment.state = SegmentState::Live;
-        book.live += segment.ranges.bytes();
         std::mem::take(&mut segment.waiting)
     }
 
@@ -441,11 +469,6 @@ impl Ledger {
         Some((id, last.then(|| self.start_release(id, now)).flatten()))
     }
 
-    /// The next moment at which a lease ends by itself.
-    pub fn next_deadline(&self) -> Option<Tick> {
-        self.deadlines.first().map(|(tick, _)| *tick)
-    }
-
     /// The leases that have ended by themselves.
     pub fn expired(&self, tick: Tick) -> Vec<LeaseId> {
         self.deadlines.iter().take_while(|(deadline, _)| *deadline <= tick).map(|(_, lease)| *lease).collect()
@@ -475,13 +498,24 @@ impl Ledger {
         }
         let book = self.books.get_mut(&allocation.device)?;
         let segment = book.segments.get_mut(&allocation.segment)?;
+        if segment.sharing == Sharing::Exclusive {
+            segment.state = SegmentState::Destroying;
+        }
+        self.release_work(id)
+    }
+
+    /// What gives the bytes of a releasing allocation back; again, if the device failed at it.
+    pub fn release_work(&self, id: AllocationId) -> Option<Work> {
+        let allocation = self.allocation(id).filter(|allocation| allocation.state == State::Releasing)?;
+        let segment = self.books.get(&allocation.device)?.segments.get(&allocation.segment)?;
         let (device, segment_id) = (allocation.device.clone(), allocation.segment);
         Some(if segment.sharing == Sharing::Exclusive {
-            segment.state = SegmentState::Destroying;
             Work::Release { device, segment: segment_id, allocation: id }
-        } else {
+        } else if segment.exported {
             let (offset, bytes) = (allocation.offset, allocation.block_bytes);
             Work::Zero { device, segment: segment_id, offset, bytes, allocation: id }
+        } else {
+            Work::Free { allocation: id }
         })
     }
 
@@ -545,18 +579,12 @@ impl Ledger {
         for (device, book) in &self.books {
             let (allocated, reserved, count) = sums.remove(device).unwrap_or_default();
             let held: u64 = book.segments.values().map(|segment| segment.ranges.bytes()).sum();
-            let live: u64 = book
-                .segments
-                .values()
-                .filter(|segment| segment.state != SegmentState::Creating)
-                .map(|segment| segment.ranges.bytes())
-                .sum();
             let free: u64 = book.segments.values().map(|segment| segment.ranges.free()).sum();
-            let kept = (book.held, book.live, book.allocated, book.reserved, book.allocation_count);
-            if kept != (held, live, allocated, reserved, count) || held != allocated + reserved + free {
+            let kept = (book.held, book.allocated, book.reserved, book.allocation_count);
+            if kept != (held, allocated, reserved, count) || held != allocated + reserved + free {
                 return Err(format!(
                     "{device}: kept {kept:?}, counted {:?} and {free} free",
-                    (held, live, allocated, reserved, count)
+                    (held, allocated, reserved, count)
                 ));
             }
             if book

@@ -430,7 +430,7 @@ fn shard(name: &str, tensors: &[&str]) -> FileHeader {
         })
         .collect();
     let header = Header { payload_bytes: 10 * tensors.len() as u64, tensors, metadata: BTreeMap::new() };
-    FileHeader { name: name.to_owned(), payload_offset: 100, header }
+    FileHeader { name: name.to_owned(), payload_offset: 104, header }
 }
 
 fn index(entries: &[(&str, &str)]) -> vramd_core::layout::Index {
@@ -446,7 +446,7 @@ fn shards_that_agree_with_their_index_are_laid_one_after_another() {
     let layout = Layout::build(vec![shard("1", &["a", "b"]), shard("2", &["c"])], Some(&index)).unwrap();
     check_layout(&layout);
     assert_eq!(layout.spans.iter().map(|span| span.block_offset).collect::<Vec<_>>(), [0, 4096]);
-    assert_eq!(layout.tensors.iter().map(|t| t.offset).collect::<Vec<_>>(), [100, 110, 4196]);
+    assert_eq!(layout.tensors.iter().map(|t| t.offset).collect::<Vec<_>>(), [104, 114, 4200]);
 }
 
 #[test]

@@ -98,6 +98,11 @@ enum Step {
         device: u8,
         foreign_mib: u64,
     },
+    /// The parts of a model, reserved together.
+    Parts {
+        device: u8,
+        sizes: [u64; 3],
+    },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -111,6 +116,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => any::<usize>().prop_map(Step::Release),
         1 => (0u64..3000).prop_map(Step::Expire),
         1 => (0u8..2, prop::option::of(0u64..64)).prop_map(|(device, mib)| Step::Limit { device, mib }),
+        1 => (0u8..2, prop::array::uniform3(1u64..8 * MIB)).prop_map(|(device, sizes)| Step::Parts { device, sizes }),
         1 => (0u8..2, 0u64..8).prop_map(|(device, foreign_mib)| Step::Observe { device, foreign_mib }),
     ];
     prop::collection::vec(step, 1..200)
@@ -228,14 +234,31 @@ impl World {
                 for lease in self.ledger.expired(Tick(self.tick)) {
                     self.end_lease(lease);
                 }
-                assert!(self.ledger.next_deadline().is_none_or(|deadline| deadline > Tick(self.tick)));
+            }
+            Step::Parts { device: n, sizes } => {
+                if !self.ledger.fits_sealed(&device(n), &sizes) {
+                    return;
+                }
+                for size in sizes {
+                    self.next += 1;
+                    let request = Request { sealed: true, ..request(self.next, size) };
+                    let grant = self.ledger.reserve(request.clone(), &[device(n)], now(self.tick));
+                    let grant = grant.expect("what fits together fits one by one");
+                    let held = Held { device: grant.device, size, leases: BTreeSet::new(), active: false };
+                    self.held.insert(request.id, held);
+                    let Readiness::Needs(work) = grant.readiness else {
+                        panic!("a sealed block has its segment")
+                    };
+                    self.work.push(work);
+                }
             }
             Step::Limit { device: n, mib } => self.ledger.set_limit(&device(n), mib.map(|mib| mib * MIB)),
             Step::Observe { device: n, foreign_mib } => {
                 let total = if n == 0 { 32 * MIB } else { 16 * MIB };
-                let live_bytes = self.ledger.live_bytes(&device(n));
-                let used_bytes = (live_bytes + foreign_mib * MIB).min(total);
-                let measured = Measured { used_bytes, available_bytes: total - used_bytes, live_bytes };
+                let usage = self.ledger.usage(&device(n)).unwrap();
+                let held_bytes = usage.allocated_bytes + usage.reserved_bytes + usage.pool_free_bytes;
+                let used_bytes = (held_bytes + foreign_mib * MIB).min(total);
+                let measured = Measured { used_bytes, available_bytes: total - used_bytes, held_bytes };
                 self.ledger.observe(&device(n), measured);
             }
         }
@@ -257,7 +280,11 @@ impl World {
                     }
                 }
             }
-            Work::Zero { allocation, .. } | Work::Release { allocation, .. } => {
+            // A device that failed is asked again.
+            Work::Zero { allocation, .. } | Work::Release { allocation, .. } if fails => {
+                self.work.push(self.ledger.release_work(allocation).expect("it is still being released"));
+            }
+            Work::Zero { allocation, .. } | Work::Release { allocation, .. } | Work::Free { allocation } => {
                 let (released, left) = self.ledger.released(allocation).expect("it was being released");
                 let held = self.held.remove(&allocation).unwrap();
                 assert_eq!((held.size, held.device), (released.request.size_bytes, released.device.clone()));
@@ -449,7 +476,7 @@ fn a_refusal_names_who_holds_the_rest() {
 #[test]
 fn foreign_memory_is_never_given_out() {
     let mut world = World::new();
-    let measured = Measured { used_bytes: 30 * MIB, available_bytes: 2 * MIB, live_bytes: 0 };
+    let measured = Measured { used_bytes: 30 * MIB, available_bytes: 2 * MIB, held_bytes: 0 };
     world.ledger.observe(&device(0), measured);
     let usage = world.ledger.usage(&device(0)).unwrap();
     assert_eq!((usage.foreign_bytes, usage.available_bytes), (30 * MIB, 2 * MIB));
@@ -489,4 +516,27 @@ fn reservations_are_not_listed_and_not_attached() {
     assert!(allocation.to_api().is_none());
     let lease = LeaseId(Uuid::from_u128(5));
     assert!(!ledger.grant(wanted.id, lease, Lease::Connection { holder: holder() }, now(0)));
+}
+
+#[test]
+fn a_request_of_another_memory_type_closes_no_device_to_those_behind_it() {
+    let mut world = World::new();
+    let mut queue = Queue::default();
+    let ram = Request { memory_type: Some(MemoryType::Ram), ..request(1001, MIB) };
+    assert!(queue.push(Waiting { request: ram, on: vec![], deadline: Tick(100) }));
+    assert!(queue.push(waiting(1002, 2 * MIB, Priority::Normal, 100)));
+    assert_eq!(queue.admit(&mut world.ledger, now(0)).len(), 1);
+}
+
+#[test]
+fn a_limit_below_what_is_held_promises_nothing_of_the_spare() {
+    let mut world = World::new();
+    let small = allocate(&mut world, 1000).unwrap();
+    release(&mut world, small);
+    world.ledger.set_limit(&device(0), Some(1));
+    assert!(!world.ledger.fits_sealed(&device(0), &[GRANULARITY]));
+    assert_eq!(world.ledger.usage(&device(0)).unwrap().available_bytes, 1, "what the limit allows");
+    assert!(allocate(&mut world, 5 * MIB).is_none());
+    assert!(world.ledger.could_fit(&request(99, 5 * MIB), &[device(0)]), "the limit may be raised");
+    assert!(!world.ledger.could_fit(&request(99, 33 * MIB), &[device(0)]));
 }

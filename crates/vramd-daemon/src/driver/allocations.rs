@@ -58,8 +58,8 @@ impl State {
         let id = allocate.request.id;
         let on: Vec<DeviceId> = allocate.on.iter().cloned().collect();
         let wait = allocate.wait_seconds;
-        let lost = allocate.on.as_ref().is_some_and(|device| self.ledger.is_lost(device));
-        if let Some(seconds) = wait.filter(|_| !lost && !self.queue.is_empty()) {
+        let others_wait = !self.queue.is_empty() && self.ledger.could_fit(&allocate.request, &on);
+        if let Some(seconds) = wait.filter(|_| others_wait) {
             // Who can wait does not overtake those who do.
             self.line_up(allocate, on, seconds, reply);
             return self.admit();
@@ -71,7 +71,9 @@ impl State {
                 self.granted(id, grant);
             }
             Err(shortage) => match wait {
-                Some(seconds) if !shortage.lost => self.line_up(allocate, on, seconds, reply),
+                Some(seconds) if self.ledger.could_fit(&allocate.request, &on) => {
+                    self.line_up(allocate, on, seconds, reply);
+                }
                 _ => self.answer(reply, Err(refusal(&shortage))),
             },
         }
@@ -115,22 +117,16 @@ impl State {
         }
         for queued in self.queue.expired(self.now.tick) {
             let Some(on_ready) = self.waiting.remove(&queued.request.id) else { continue };
-            let shortage = self.ledger.reserve(queued.request.clone(), &queued.on, self.now);
-            match shortage {
-                Ok(grant) => {
-                    self.waiting.insert(queued.request.id, on_ready);
-                    self.granted(queued.request.id, grant);
+            let shortage = self.ledger.refusal(&queued.request, &queued.on);
+            on_ready.refuse(&mut self.outbox, || {
+                let mut error = refusal(&shortage);
+                if error.code == ErrorCode::InsufficientMemory {
+                    error.code = ErrorCode::Timeout;
+                    error.status = error.code.status();
+                    error.message = format!("no room came up in time: {}", error.message);
                 }
-                Err(shortage) => on_ready.refuse(&mut self.outbox, || {
-                    let mut error = refusal(&shortage);
-                    if error.code == ErrorCode::InsufficientMemory {
-                        error.code = ErrorCode::Timeout;
-                        error.status = error.code.status();
-                        error.message = format!("no room came up in time: {}", error.message);
-                    }
-                    error
-                }),
-            }
+                error
+            });
         }
         let waiting = &mut self.waiting;
         self.queue.retain(|id| match waiting.get(&id) {
@@ -169,6 +165,7 @@ impl State {
                 let outcome = on.zero(Range { segment: Segment(segment.0), offset, bytes });
                 Event::BlockReleased { allocation, outcome }
             }),
+            Work::Free { allocation } => self.bytes_back(allocation),
             Work::Release { device, segment, allocation } => self.spawn(&device, move |on| {
                 Event::BlockReleased { allocation, outcome: on.destroy(Segment(segment.0)) }
             }),
@@ -212,6 +209,8 @@ impl State {
     /// The bytes of a reservation are there.
     fn ready(&mut self, id: AllocationId) {
         match self.waiting.remove(&id) {
+            // The client went away while it waited: nobody knows the id.
+            Some(OnReady::Client(waiting)) if waiting.reply.is_closed() => self.discard(id),
             Some(OnReady::Client(waiting)) if waiting.allocate.lease_seconds.is_none() => {
                 let Some(allocation) = self.ledger.allocation(id) else { return };
                 let row = StoredAllocation {
@@ -251,12 +250,15 @@ impl State {
             self.discard(id);
             return self.answer(reply, Err(error));
         }
-        let lease = match allocate.lease_seconds {
-            None => Lease::Persistent,
-            // The client went away while it waited: nobody knows the id.
-            Some(_) if reply.is_closed() => return self.discard(id),
-            Some(seconds) => Lease::time_to_live(seconds, self.now),
-        };
+        if reply.is_closed() {
+            if allocate.lease_seconds.is_none() {
+                self.store(Change::RemoveAllocation(id), OnStored::Nothing);
+            }
+            return self.discard(id);
+        }
+        let lease = allocate
+            .lease_seconds
+            .map_or(Lease::Persistent, |seconds| Lease::time_to_live(seconds, self.now));
         self.ledger.activate(id, LeaseId(Uuid::now_v7()), lease, self.now);
         self.emit_created(id);
         let mut shown = self.ledger.allocation(id).and_then(vramd_core::ledger::Allocation::to_api);
@@ -266,7 +268,7 @@ impl State {
         self.answer(reply, shown.ok_or_else(|| ApiError::not_found("allocation", id)));
     }
 
-    fn emit_created(&self, id: AllocationId) {
+    fn emit_created(&mut self, id: AllocationId) {
         let Some(allocation) = self.ledger.allocation(id) else { return };
         let request = &allocation.request;
         self.emit(
@@ -288,20 +290,21 @@ impl State {
             return self.answer(reply, Err(error));
         }
         if allocation.request.sealed {
-            let error = ApiError::new(ErrorCode::Conflict, format!("allocation {id} belongs to a model"))
-                .hint("unload the model instead: `vramd unload MODEL`");
+            let model = allocation.request.purpose.split('/').next().unwrap_or_default();
+            let error =
+                ApiError::new(ErrorCode::Conflict, format!("allocation {id} belongs to model {model}"))
+                    .hint(format!("unload the model instead: `vramd unload {model}`"));
             return self.answer(reply, Err(error));
         }
-        if allocation.state == AllocationState::Releasing {
-            let error =
-                ApiError::new(ErrorCode::Conflict, format!("allocation {id} is being released already"));
-            return self.answer(reply, Err(error));
+        if allocation.state == AllocationState::Releasing || self.removing.contains(&id) {
+            return self.answer(reply, Err(being_released(id)));
         }
         if allocation.is_attached() {
             let holders = allocation.holders().cloned().collect::<Vec<_>>();
             return self.answer(reply, Err(attached(&format!("allocation {id}"), &holders)));
         }
         if allocation.request.persistent {
+            self.removing.insert(id);
             self.store(Change::RemoveAllocation(id), OnStored::Release(id, reply));
         } else {
             self.release_stored(id, reply, Ok(()));
@@ -314,6 +317,7 @@ impl State {
         reply: Reply<Released>,
         stored: Result<(), ApiError>,
     ) {
+        self.removing.remove(&id);
         if let Err(error) = stored {
             return self.answer(reply, Err(error));
         }
@@ -322,28 +326,60 @@ impl State {
                 self.releasing.insert(id, OnReleased::Reply(reply));
                 self.perform(work);
             }
-            Ok(None) => {
-                let error =
-                    ApiError::new(ErrorCode::Conflict, format!("allocation {id} is being released already"));
-                self.answer(reply, Err(error));
-            }
-            // Somebody attached while the journal was written: it goes when they do.
-            Err(in_use) => {
-                if let Some(lease) =
-                    self.ledger.allocation(id).and_then(vramd_core::ledger::Allocation::own_lease)
-                {
-                    self.lease_ended(lease);
-                }
-                self.answer(reply, Err(attached(&format!("allocation {id}"), &in_use.holders)));
-            }
+            Ok(None) => self.answer(reply, Err(ApiError::not_found("allocation", id))),
+            Err(in_use) => self.answer(reply, Err(attached(&format!("allocation {id}"), &in_use.holders))),
         }
     }
 
+    /// The device has given bytes back, or failed at it: then they stay charged and are given back again later.
     pub(super) fn block_released(&mut self, id: AllocationId, outcome: &Result<(), DeviceError>) {
-        let device = self.ledger.allocation(id).map(|allocation| allocation.device.clone());
-        if let (Some(device), Err(error)) = (&device, outcome) {
-            self.note_failure(device, Some(error));
+        let Some(device) = self.ledger.allocation(id).map(|allocation| allocation.device.clone()) else {
+            return;
+        };
+        let Err(error) = outcome else { return self.bytes_back(id) };
+        self.note_failure(&device, Some(error));
+        if self.ledger.is_lost(&device) {
+            // There is nothing left to give back, and nobody gets these bytes any more.
+            return self.bytes_back(id);
         }
+        self.unreleased.insert(id);
+        if let Some(OnReleased::Reply(_)) = self.releasing.get(&id)
+            && let Some(OnReleased::Reply(reply)) = self.releasing.remove(&id)
+        {
+            let shown = devices::error(&device, error)
+                .hint("its bytes stay charged; the daemon goes on trying to give them back");
+            self.answer(reply, Err(shown));
+        }
+    }
+
+    pub(super) fn segment_destroyed(
+        &mut self,
+        device: DeviceId,
+        segment: SegmentId,
+        outcome: &Result<(), DeviceError>,
+    ) {
+        self.note_failure(&device, outcome.as_ref().err());
+        if outcome.is_err() && !self.ledger.is_lost(&device) {
+            self.undestroyed.insert((device, segment));
+            return;
+        }
+        self.ledger.destroyed(&device, segment);
+        self.admit();
+    }
+
+    /// Asks devices again for what they failed to give back.
+    pub(super) fn release_again(&mut self) {
+        for id in std::mem::take(&mut self.unreleased) {
+            if let Some(work) = self.ledger.release_work(id) {
+                self.perform(work);
+            }
+        }
+        for (device, segment) in std::mem::take(&mut self.undestroyed) {
+            self.perform(Work::Destroy { device, segment });
+        }
+    }
+
+    fn bytes_back(&mut self, id: AllocationId) {
         let Some((allocation, left)) = self.ledger.released(id) else { return };
         if let Some(work) = left {
             self.perform(work);
@@ -438,6 +474,11 @@ pub(super) fn owned(allocation: &vramd_core::ledger::Allocation, caller: Caller)
     ))
 }
 
+pub(super) fn being_released(id: AllocationId) -> ApiError {
+    ApiError::new(ErrorCode::Conflict, format!("allocation {id} is being released already"))
+        .hint("its bytes are back in a moment")
+}
+
 /// Something cannot go because processes are attached to it.
 pub(super) fn attached(what: &str, holders: &[vramd_api::Holder]) -> ApiError {
     let names: Vec<_> =
@@ -462,7 +503,9 @@ pub(super) fn refusal(shortage: &Shortage) -> ApiError {
         .map(|(owner, bytes)| serde_json::json!({ "owner": owner, "bytes": bytes }))
         .collect();
     let largest = shortage.largest_free_bytes;
-    let hint = if shortage.requested_bytes <= shortage.largest_after_eviction_bytes {
+    let hint = if !shortage.could_fit {
+        "no device could hold it, even empty: ask for less, or raise the limit"
+    } else if shortage.requested_bytes <= shortage.largest_after_eviction_bytes {
         "it would fit once idle models are unloaded: `vramd ps` shows which, `vramd unload` unloads"
     } else if shortage.requested_bytes <= shortage.available_bytes {
         "there is enough in all, but not in one piece"

@@ -13,7 +13,7 @@ use vramd_core::ledger::{Allocation, Lease, State as AllocationState};
 use vramd_core::models::{Plan, Residency};
 use vramd_device::SegmentId;
 
-use super::allocations::owned;
+use super::allocations::{being_released, owned};
 use super::models::{no_component, no_model, not_resident};
 use super::{AttachRequest, AttachTarget, Caller, Reply, State};
 
@@ -87,11 +87,16 @@ impl State {
                     ));
                 }
                 owned(allocation, Caller { uid: Some(request.holder.uid) })?;
-                if allocation.request.sealed && request.access == Access::Write {
-                    return Err(ApiError::invalid(
-                        "access",
-                        format!("allocation {id} holds a model's weights"),
-                    ));
+                if allocation.request.sealed {
+                    let purpose = &allocation.request.purpose;
+                    return Err(ApiError::new(
+                        ErrorCode::Conflict,
+                        format!("allocation {id} belongs to {purpose}"),
+                    )
+                    .hint(format!("attach the model: {purpose}")));
+                }
+                if self.removing.contains(id) {
+                    return Err(being_released(*id));
                 }
                 Ok(Found { allocation: *id, model: None, plan: None })
             }

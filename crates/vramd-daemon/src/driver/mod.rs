@@ -138,7 +138,6 @@ pub enum Event {
     },
     Measured {
         device: DeviceId,
-        live_bytes: u64,
         outcome: Result<Sample, DeviceError>,
     },
     /// The journal wrote, or failed to write, what this was waiting for.
@@ -197,6 +196,9 @@ impl Driver {
             waiting: HashMap::new(),
             releasing: HashMap::new(),
             attachments: HashMap::new(),
+            unreleased: BTreeSet::new(),
+            undestroyed: BTreeSet::new(),
+            removing: BTreeSet::new(),
             changing: BTreeSet::new(),
             pressure: BTreeMap::new(),
             measuring: BTreeSet::new(),
@@ -259,6 +261,12 @@ struct State {
     releasing: HashMap<AllocationId, allocations::OnReleased>,
     /// The open attachments, and the models that they are used through.
     attachments: HashMap<LeaseId, Option<ModelName>>,
+    /// Allocations whose bytes the device failed to give back; it is asked again at each tick.
+    unreleased: BTreeSet<AllocationId>,
+    /// Empty segments likewise.
+    undestroyed: BTreeSet<(DeviceId, SegmentId)>,
+    /// Persistent allocations whose removal the journal is writing: nobody attaches to them any more.
+    removing: BTreeSet<AllocationId>,
     /// Models that the journal is writing a change of.
     changing: BTreeSet<ModelName>,
     pressure: BTreeMap<DeviceId, PressureLevel>,
@@ -322,9 +330,7 @@ impl State {
             }
             Event::SegmentDestroyed { device, segment, outcome } => {
                 self.jobs -= 1;
-                self.note_failure(&device, outcome.as_ref().err());
-                self.ledger.destroyed(&device, segment);
-                self.admit();
+                self.segment_destroyed(device, segment, &outcome);
             }
             Event::BlockReleased { allocation, outcome } => {
                 self.jobs -= 1;
@@ -334,9 +340,9 @@ impl State {
                 self.jobs -= 1;
                 self.load_read(operation, outcome);
             }
-            Event::Measured { device, live_bytes, outcome } => {
+            Event::Measured { device, outcome } => {
                 self.jobs -= 1;
-                self.measured(&device, live_bytes, outcome);
+                self.measured(&device, outcome);
             }
             Event::Stored(next, outcome) => {
                 self.jobs -= 1;
@@ -351,6 +357,7 @@ impl State {
         for lease in self.ledger.expired(self.now.tick) {
             self.lease_ended(lease);
         }
+        self.release_again();
         self.expire_waiting();
         self.expire_models();
         self.operations.prune();
@@ -367,18 +374,17 @@ impl State {
             .filter(|device| !self.measuring.contains(device) && !self.ledger.is_lost(device))
             .collect();
         for id in idle {
-            let live_bytes = self.ledger.live_bytes(&id);
             self.measuring.insert(id.clone());
             let device = id.clone();
-            self.spawn(&id, move |on| Event::Measured { device, live_bytes, outcome: on.sample() });
+            self.spawn(&id, move |on| Event::Measured { device, outcome: on.sample() });
         }
     }
 
-    fn measured(&mut self, device: &DeviceId, live_bytes: u64, outcome: Result<Sample, DeviceError>) {
+    fn measured(&mut self, device: &DeviceId, outcome: Result<Sample, DeviceError>) {
         self.measuring.remove(device);
         match outcome {
-            Ok(Sample { used_bytes, available_bytes }) => {
-                let measured = vramd_core::ledger::Measured { used_bytes, available_bytes, live_bytes };
+            Ok(Sample { used_bytes, available_bytes, held_bytes }) => {
+                let measured = vramd_core::ledger::Measured { used_bytes, available_bytes, held_bytes };
                 self.ledger.observe(device, measured);
                 self.samples.insert(device.clone(), self.now.wall);
                 self.watch_pressure(device);
@@ -479,8 +485,10 @@ impl State {
         }));
     }
 
-    fn emit(&self, kind: EventKind, data: serde_json::Value) {
-        self.log.push(kind, self.now.wall, data);
+    /// Tells those who follow, once the snapshot shows it.
+    fn emit(&mut self, kind: EventKind, data: serde_json::Value) {
+        let (log, at) = (self.log.clone(), self.now.wall);
+        self.outbox.push(Box::new(move || log.push(kind, at, data)));
     }
 }
 

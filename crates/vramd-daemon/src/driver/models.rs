@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 use vramd_api::{
-    AllocationId, AllocationType, ApiError, Bytes, ComponentName, DeviceId, ErrorCode, EventKind, KeepAlive,
+    AllocationId, AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, KeepAlive,
     ModelName, Operation, OperationId, OperationKind, Priority,
 };
 use vramd_core::ledger::{Request, State as AllocationState};
@@ -28,6 +28,7 @@ impl State {
                 .hint("choose another name, or remove that one first")
         } else if self.models.len() >= MAX_MODELS {
             ApiError::new(ErrorCode::TooManyRequests, format!("{MAX_MODELS} models are registered already"))
+                .hint("remove some: `vramd models rm NAME`")
                 .detail("limit", MAX_MODELS)
         } else {
             self.changing.insert(model.name.clone());
@@ -174,7 +175,8 @@ impl State {
     fn changeable(&self, name: &ModelName) -> Result<&Model, ApiError> {
         let model = self.models.get(name).ok_or_else(|| no_model(name))?;
         if self.changing.contains(name) {
-            return Err(ApiError::new(ErrorCode::Conflict, format!("model {name} is being removed")));
+            return Err(ApiError::new(ErrorCode::Conflict, format!("model {name} is being removed"))
+                .hint("register it again once it is gone"));
         }
         Ok(model)
     }
@@ -208,40 +210,51 @@ impl State {
             }
         }
         let on = |name: &ComponentName, device: &DeviceId| model.components[name].residency.get(device);
-        let device = load.device.clone().or_else(|| {
-            let first = model.components[wanted.first()?].residency.keys().next()?;
-            wanted.iter().all(|name| on(name, first).is_some()).then(|| first.clone())
-        });
+        let device = load.device.clone().or_else(|| most_parts(model, &wanted));
         if let Some(device) = &device {
-            if let Some(operation) =
-                wanted.iter().find_map(|name| on(name, device).and_then(Residency::operation))
-            {
-                return match self.operations.running.get(&operation) {
-                    Some(Running::Unload(_)) => Err(ApiError::new(
-                        ErrorCode::Conflict,
-                        format!("model {} is being unloaded", load.model),
-                    )
-                    .hint("wait for that operation, then load again")
-                    .detail("operationId", operation.to_string())),
-                    _ => Ok(LoadAnswer::Operation(Box::new(self.operations.show(operation)?))),
-                };
+            let here: Vec<_> = wanted.iter().map(|name| on(name, device)).collect();
+            if let Some(operation) = here.iter().flatten().find_map(|residency| residency.operation()) {
+                let brings_all = brings_all(operation, &here);
+                return self.join(load, operation, brings_all);
             }
-            if wanted.iter().all(|name| on(name, device).is_some()) {
+            if here.iter().all(Option::is_some) {
                 let device = device.clone();
                 return self.loaded_already(load, &device);
             }
         }
-        let missing: Vec<ComponentName> = wanted
-            .into_iter()
+        let missing: BTreeMap<ComponentName, String> = wanted
+            .iter()
             .filter(|name| device.as_ref().is_none_or(|device| on(name, device).is_none()))
+            .map(|name| (name.clone(), model.components[name].path.clone()))
             .collect();
-        let Some(mut prepared) = prepared else {
-            let files =
-                missing.iter().map(|name| (name.clone(), model.components[name].path.clone())).collect();
-            return Ok(LoadAnswer::Prepare(files));
-        };
-        prepared.retain(|name, _| missing.contains(name));
-        self.begin_load(load, device, prepared)
+        // What was prepared may be of another registration, or of less than what is missing by now.
+        let fitting = prepared.filter(|prepared| {
+            prepared.len() == missing.len()
+                && prepared.iter().all(|(name, file)| missing.get(name) == Some(&file.path))
+        });
+        match fitting {
+            Some(prepared) => self.begin_load(load, device, prepared),
+            None => Ok(LoadAnswer::Prepare(missing)),
+        }
+    }
+
+    /// Joins a load under way, if it brings all that is wanted.
+    fn join(
+        &mut self,
+        load: &Load,
+        operation: OperationId,
+        brings_all: bool,
+    ) -> Result<LoadAnswer, ApiError> {
+        if brings_all {
+            self.set_keep_alive(load);
+            return Ok(LoadAnswer::Operation(Box::new(self.operations.show(operation)?)));
+        }
+        Err(ApiError::new(
+            ErrorCode::Conflict,
+            format!("other components of model {} are being loaded or unloaded", load.model),
+        )
+        .hint("wait for that operation, then load again")
+        .detail("operationId", operation.to_string()))
     }
 
     fn loaded_already(&mut self, load: &Load, device: &DeviceId) -> Result<LoadAnswer, ApiError> {
@@ -283,7 +296,8 @@ impl State {
         if !self.ledger.fits_sealed(&device, &sizes) {
             return Err(self.shortage(&whole, &[device]));
         }
-        let payload: u64 = prepared.values().map(|prepared| prepared.plan.layout.payload_bytes).sum();
+        let payload =
+            prepared.values().fold(0, |sum, part| u64::saturating_add(sum, part.plan.layout.payload_bytes));
         let subject = format!("{} on {device}", load.model);
         let operation = self.operations.begin(OperationKind::Load, subject, payload, self.now);
         let mut loading = Loading {
@@ -347,15 +361,7 @@ impl State {
     }
 
     fn shortage(&self, request: &Request, on: &[DeviceId]) -> ApiError {
-        match self.ledger.clone().reserve(request.clone(), on, self.now) {
-            Err(shortage) => refusal(&shortage),
-            // The whole fits as one block, but its parts do not: each is rounded up.
-            Ok(_) => ApiError::new(
-                ErrorCode::InsufficientMemory,
-                format!("{} asked in several parts do not fit", Bytes::show(request.size_bytes)),
-            )
-            .detail("requestedBytes", request.size_bytes),
-        }
+        refusal(&self.ledger.refusal(request, on))
     }
 
     /// The segment of one part is there.
@@ -404,8 +410,8 @@ impl State {
     /// The thread that read the files has ended.
     pub(super) fn load_read(&mut self, id: OperationId, outcome: Result<(), LoadFailure>) {
         let failure = match outcome {
-            Ok(()) => return self.loaded(id),
-            Err(LoadFailure::Cancelled) => {
+            Ok(()) if !self.operations.cancelled(id) => return self.loaded(id),
+            Ok(()) | Err(LoadFailure::Cancelled) => {
                 ApiError::new(ErrorCode::Cancelled, "the load was cancelled; nothing of it is left")
             }
             Err(LoadFailure::Device(device, error)) => {
@@ -587,6 +593,24 @@ impl State {
             }
         }
     }
+}
+
+/// The device that most of the wanted components are on, or on the way to.
+fn most_parts(model: &Model, wanted: &[ComponentName]) -> Option<DeviceId> {
+    let mut counts: BTreeMap<&DeviceId, usize> = BTreeMap::new();
+    for device in wanted.iter().flat_map(|name| model.components[name].residency.keys()) {
+        *counts.entry(device).or_default() += 1;
+    }
+    counts.into_iter().max_by_key(|(_, count)| *count).map(|(device, _)| device.clone())
+}
+
+/// Whether all that is wanted is resident, or on the way by `operation`.
+fn brings_all(operation: OperationId, here: &[Option<&Residency>]) -> bool {
+    here.iter().all(|residency| match residency {
+        Some(Residency::Loading { operation: brings, .. }) => *brings == operation,
+        Some(Residency::Resident { .. }) => true,
+        Some(Residency::Evicting { .. }) | None => false,
+    })
 }
 
 pub(super) fn no_model(name: &ModelName) -> ApiError {

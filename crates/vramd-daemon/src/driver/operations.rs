@@ -163,6 +163,10 @@ impl Operations {
         Some(entry.operation())
     }
 
+    pub fn cancelled(&self, id: OperationId) -> bool {
+        self.progress(id).is_some_and(|progress| progress.cancelled.load(Ordering::Relaxed))
+    }
+
     pub fn cancel_all(&self) {
         for id in self.running.keys() {
             if let Some(progress) = self.progress(*id) {
@@ -197,6 +201,7 @@ impl State {
         let answer = self.operations.show(id).and_then(|operation| {
             if operation.state.ended() {
                 return Err(ApiError::new(ErrorCode::Conflict, format!("operation {id} has ended already"))
+                    .hint("what it brought is there: unload it instead")
                     .detail("state", serde_json::json!(operation.state)));
             }
             if matches!(self.operations.running.get(&id), Some(Running::Unload(_))) {

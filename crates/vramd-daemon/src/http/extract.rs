@@ -26,6 +26,11 @@ pub struct Params<T>(pub T);
 #[derive(Debug)]
 pub struct Path(pub String);
 
+/// The query of a call that takes none: `Params<NoParams>`.
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NoParams {}
+
 /// The peer of a connection; the server puts one into each request.
 #[derive(Debug, Clone, Copy)]
 pub struct Peer(pub Caller);
@@ -86,9 +91,19 @@ impl FromRequestParts<App> for Caller {
     }
 }
 
+/// How long a body may take to arrive.
+const BODY_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// Reads a body up to the limit.
 pub async fn read(body: HttpBody) -> Result<axum::body::Bytes, ApiError> {
-    to_bytes(body, MAX_BODY_BYTES).await.map_err(|error| {
+    let whole = tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY_BYTES)).await.map_err(|_| {
+        ApiError::new(
+            ErrorCode::Timeout,
+            format!("the body did not arrive within {} seconds", BODY_TIMEOUT.as_secs()),
+        )
+        .hint("send the whole body at once")
+    })?;
+    whole.map_err(|error| {
         let mut source = std::error::Error::source(&error);
         while let Some(cause) = source {
             if cause.to_string().contains("length limit") {

@@ -1,32 +1,27 @@
 //! Keeps web pages out: a page that a browser shows must not reach the daemon by a name that resolves to loopback.
 
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::{HeaderMap, Method, header};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
 use vramd_api::{ApiError, ErrorCode};
 
-use super::App;
 use super::extract::Peer;
-use super::reply::Refusal;
 
 /// On TCP the `Host` has to be loopback, and an `Origin` has to be the daemon's own.
-pub async fn layer(State(app): State<App>, request: Request, next: Next) -> Response {
+pub fn check(request: &Request, port: Option<u16>) -> Result<(), ApiError> {
     let local = request.extensions().get::<Peer>().is_some_and(|peer| peer.0.uid.is_some());
-    if !local && let Err(error) = check(request.headers(), app.port) {
-        return Refusal(error).into_response();
+    if !local {
+        check_headers(request.headers(), port)?;
     }
     if request.method() == Method::OPTIONS {
-        return Refusal(ApiError::new(
+        return Err(ApiError::new(
             ErrorCode::MethodNotAllowed,
             "OPTIONS is not answered: pages of others may not call",
-        ))
-        .into_response();
+        ));
     }
-    next.run(request).await
+    Ok(())
 }
 
-fn check(headers: &HeaderMap, port: Option<u16>) -> Result<(), ApiError> {
+fn check_headers(headers: &HeaderMap, port: Option<u16>) -> Result<(), ApiError> {
     let denied = |what: &str, value: &str| {
         ApiError::new(ErrorCode::PermissionDenied, format!("the {what} {value:?} is not this daemon"))
             .hint("call it as 127.0.0.1, [::1] or localhost")
@@ -86,9 +81,9 @@ mod tests {
             headers.insert(header::ORIGIN, origin.parse().expect("a header"));
             headers
         };
-        assert!(check(&headers("http://127.0.0.1:8726"), Some(8726)).is_ok());
+        assert!(check_headers(&headers("http://127.0.0.1:8726"), Some(8726)).is_ok());
         for bad in ["http://127.0.0.1:3000", "https://evil.example", "null", "http://evil.example:8726"] {
-            assert!(check(&headers(bad), Some(8726)).is_err(), "{bad}");
+            assert!(check_headers(&headers(bad), Some(8726)).is_err(), "{bad}");
         }
     }
 }

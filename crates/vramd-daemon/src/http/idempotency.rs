@@ -8,11 +8,12 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tower::Service as _;
 use utoipa::IntoParams;
 use vramd_api::{ApiError, ErrorCode};
 
@@ -81,9 +82,7 @@ impl Keys {
         while seen.order.front().is_some_and(|(at, _)| now.duration_since(*at) > KEPT_FOR)
             || seen.order.len() > KEPT
         {
-            if let Some((_, old)) = seen.order.pop_front()
-                && seen.entries.get(&old).is_some_and(|entry| entry.answer.is_some())
-            {
+            if let Some((_, old)) = seen.order.pop_front() {
                 seen.entries.remove(&old);
             }
         }
@@ -101,7 +100,6 @@ impl Keys {
             Some(Entry { answer: Some(answer), .. }) => Ok(Some(answer.clone())),
             None => {
                 seen.entries.insert(id.clone(), Entry { request, answer: None });
-                seen.order.push_back((now, id.clone()));
                 Ok(None)
             }
         }
@@ -113,9 +111,10 @@ fn is_kept(status: StatusCode) -> bool {
     !status.is_server_error() && !matches!(status, StatusCode::CONFLICT | StatusCode::TOO_MANY_REQUESTS)
 }
 
-pub async fn layer(State(app): State<App>, request: Request, next: Next) -> Response {
+/// Answers by `router`, or with the answer that was given before.
+pub async fn once(app: &App, request: Request, router: Router) -> Response {
     let Some(key) = request.headers().get(&KEY).filter(|_| request.method() == Method::POST) else {
-        return next.run(request).await;
+        return answer(router, request).await;
     };
     let key = match key.to_str() {
         Ok(key) if (1..=MAX_KEY).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_graphic()) => {
@@ -149,15 +148,17 @@ pub async fn layer(State(app): State<App>, request: Request, next: Next) -> Resp
             let inner = app.clone();
             let task = tokio::spawn(in_this_request(async move {
                 let mut claim = Claim { keys: &inner.idempotency, id: Some(id.clone()) };
-                let response = next.run(Request::from_parts(parts, Body::from(body))).await;
+                let response = answer(router, Request::from_parts(parts, Body::from(body))).await;
                 let (parts, body) = response.into_parts();
                 let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else {
                     return Response::from_parts(parts, Body::empty());
                 };
                 if is_kept(parts.status) {
                     claim.id = None;
-                    if let Some(entry) = inner.idempotency.seen().entries.get_mut(&id) {
+                    let mut seen = inner.idempotency.seen();
+                    if let Some(entry) = seen.entries.get_mut(&id) {
                         entry.answer = Some((parts.status, body.clone()));
+                        seen.order.push_back((Instant::now(), id));
                     }
                 }
                 Response::from_parts(parts, Body::from(body))
@@ -168,4 +169,9 @@ pub async fn layer(State(app): State<App>, request: Request, next: Next) -> Resp
             })
         }
     }
+}
+
+async fn answer(mut router: Router, request: Request) -> Response {
+    let Ok(response) = router.call(request).await;
+    response
 }

@@ -11,11 +11,12 @@ mod models;
 mod operations;
 mod reply;
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
-use axum::middleware;
+use axum::extract::Request;
+use axum::response::{IntoResponse as _, Response};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -23,18 +24,22 @@ use vramd_api::ApiError;
 
 pub use extract::Peer;
 
+use self::reply::Refusal;
 use crate::driver::Driver;
 use crate::source::Roots;
 
 /// The largest body of a request.
 const MAX_BODY_BYTES: usize = 1 << 20;
 
-/// What the handlers share.
+/// What the handlers share; every request has a copy.
 #[derive(Debug, Clone)]
-pub struct App {
+pub struct App(Arc<Shared>);
+
+#[derive(Debug)]
+pub struct Shared {
     pub driver: Driver,
     pub roots: Arc<Roots>,
-    pub(crate) idempotency: Arc<idempotency::Keys>,
+    pub(crate) idempotency: idempotency::Keys,
     pub(crate) event_streams: Arc<tokio::sync::Semaphore>,
     /// The port that an `Origin` has to name.
     pub(crate) port: Option<u16>,
@@ -42,13 +47,21 @@ pub struct App {
 
 impl App {
     pub fn new(driver: Driver, roots: Arc<Roots>, port: Option<u16>) -> Self {
-        Self {
+        Self(Arc::new(Shared {
             driver,
             roots,
-            idempotency: Arc::default(),
+            idempotency: idempotency::Keys::default(),
             event_streams: Arc::new(tokio::sync::Semaphore::new(events::MAX_STREAMS)),
             port,
-        }
+        }))
+    }
+}
+
+impl Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
     }
 }
 
@@ -108,19 +121,35 @@ pub fn openapi_json() -> String {
     text
 }
 
-/// The whole service.
-pub fn router(app: App) -> Router {
-    let (router, document) = routes().split_for_parts();
-    let docs = utoipa_swagger_ui::SwaggerUi::new("/docs").url("/api/openapi.json", document);
-    router
-        .merge(docs)
-        .fallback(reply::not_found)
-        .method_not_allowed_fallback(reply::method_not_allowed)
-        .layer(middleware::from_fn_with_state(app.clone(), idempotency::layer))
-        .layer(middleware::from_fn_with_state(app.clone(), guard::layer))
-        .layer(middleware::from_fn(reply::with_request_id))
-        .layer(DefaultBodyLimit::disable())
-        .with_state(app)
+/// The whole service: the routes, and what every request passes through before them.
+///
+/// That is no layer of the router: axum boxes every layer around every route, and copies the pile for each request.
+#[derive(Debug)]
+pub struct Service {
+    app: App,
+    router: Router,
+}
+
+impl Service {
+    pub fn new(app: App) -> Self {
+        let (router, document) = routes().split_for_parts();
+        let docs = utoipa_swagger_ui::SwaggerUi::new("/docs").url("/api/openapi.json", document);
+        let router = router
+            .merge(docs)
+            .fallback(reply::not_found)
+            .method_not_allowed_fallback(reply::method_not_allowed)
+            .with_state(app.clone());
+        Self { app, router }
+    }
+
+    /// Answers one request.
+    pub async fn answer(&self, request: Request) -> Response {
+        reply::with_request_id(request, async |request| match guard::check(&request, self.app.port) {
+            Ok(()) => idempotency::once(&self.app, request, self.router.clone()).await,
+            Err(error) => Refusal(error).into_response(),
+        })
+        .await
+    }
 }
 
 /// A name in a path that is none.

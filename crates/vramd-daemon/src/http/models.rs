@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use axum::extract::State;
 use axum::http::StatusCode;
 use vramd_api::{
-    ApiError, LoadRequest, Model, ModelName, ModelPage, Operation, RegisterModel, Success, TouchRequest,
-    UnloadRequest,
+    ApiError, Bytes, LoadRequest, Model, ModelName, ModelPage, Operation, RegisterModel, Success,
+    TouchRequest, UnloadRequest,
 };
 use vramd_core::models;
 
-use super::extract::{Body, OptionalBody, Params, Path};
+use super::extract::{Body, NoParams, OptionalBody, Params, Path};
 use super::idempotency::IdempotencyKey;
 use super::operations::{WaitParams, wait_for};
 use super::reply::{Answer, Errors, Reply, created, ok};
@@ -29,7 +29,7 @@ fn name(text: &str) -> Result<ModelName, ApiError> {
 /// All registered models
 #[utoipa::path(get, path = "/api/models", tag = "models",
     responses((status = 200, body = Success<ModelPage>), Errors))]
-pub async fn list(State(app): State<App>) -> Answer<ModelPage> {
+pub async fn list(State(app): State<App>, _: Params<NoParams>) -> Answer<ModelPage> {
     let snapshot = app.driver.snapshot();
     ok(ModelPage {
         models: snapshot.models.iter().map(|model| model.to_api(&snapshot.allocations)).collect(),
@@ -42,7 +42,11 @@ pub async fn list(State(app): State<App>) -> Answer<ModelPage> {
 #[utoipa::path(post, path = "/api/models", tag = "models", request_body = RegisterModel,
     params(IdempotencyKey),
     responses((status = 201, body = Success<Model>), Errors))]
-pub async fn register(State(app): State<App>, Body(body): Body<RegisterModel>) -> Answer<Model> {
+pub async fn register(
+    State(app): State<App>,
+    _: Params<NoParams>,
+    Body(body): Body<RegisterModel>,
+) -> Answer<Model> {
     if !(1..=MAX_COMPONENTS).contains(&body.components.len()) {
         let error = ApiError::invalid("components", format!("a model has 1 to {MAX_COMPONENTS} components"))
             .hint("call the only one `weights`: {\"weights\": {\"path\": \"/…/model.safetensors\"}}");
@@ -51,6 +55,14 @@ pub async fn register(State(app): State<App>, Body(body): Body<RegisterModel>) -
     let sources: BTreeMap<_, _> =
         body.components.iter().map(|(name, source)| (name.clone(), source.path.clone())).collect();
     let mut prepared = loader::prepare(&app.roots, sources).await?;
+    let total = prepared.values().try_fold(0u64, |sum, part| sum.checked_add(part.plan.layout.block_bytes));
+    if total.is_none_or(|total| total > Bytes::MAX) {
+        return Err(ApiError::invalid(
+            "components",
+            "the components together are larger than 2^63 - 1 bytes",
+        )
+        .into());
+    }
     let components = body
         .components
         .into_iter()
@@ -73,7 +85,7 @@ pub async fn register(State(app): State<App>, Body(body): Body<RegisterModel>) -
 /// One model
 #[utoipa::path(get, path = "/api/models/{name}", tag = "models", params(("name" = ModelName, Path)),
     responses((status = 200, body = Success<Model>), Errors))]
-pub async fn get(State(app): State<App>, Path(text): Path) -> Answer<Model> {
+pub async fn get(State(app): State<App>, Path(text): Path, _: Params<NoParams>) -> Answer<Model> {
     let name = name(&text)?;
     let snapshot = app.driver.snapshot();
     let model = snapshot.models.get(&name).ok_or_else(|| {
@@ -85,7 +97,7 @@ pub async fn get(State(app): State<App>, Path(text): Path) -> Answer<Model> {
 /// Forget a model that is not resident
 #[utoipa::path(delete, path = "/api/models/{name}", tag = "models", params(("name" = ModelName, Path)),
     responses((status = 200, body = Success<Model>), Errors))]
-pub async fn remove(State(app): State<App>, Path(text): Path) -> Answer<Model> {
+pub async fn remove(State(app): State<App>, Path(text): Path, _: Params<NoParams>) -> Answer<Model> {
     let name = name(&text)?;
     ok(app.driver.ask(|reply| Event::Remove(name, reply)).await?)
 }
@@ -113,7 +125,7 @@ pub async fn load(
         );
     }
     let device = match &body.device_id {
-        Some(device) => Some(app.driver.devices.named(device.as_str())?.facts().device.clone()),
+        Some(device) => Some(app.driver.devices.named(device)?.facts().device.clone()),
         None => None,
     };
     let load = Load { model: name(&text)?, device, components: body.components, keep_alive: body.keep_alive };
@@ -137,7 +149,7 @@ pub async fn unload(
 ) -> Answer<Operation> {
     let wait = wait.seconds()?;
     let device = match &body.device_id {
-        Some(device) => Some(app.driver.devices.named(device.as_str())?.facts().device.clone()),
+        Some(device) => Some(app.driver.devices.named(device)?.facts().device.clone()),
         None => None,
     };
     let name = name(&text)?;
@@ -154,7 +166,7 @@ async fn answer(app: &App, operation: Operation, wait: std::time::Duration) -> A
 /// Keep a model resident until it is unpinned
 #[utoipa::path(post, path = "/api/models/{name}/pin", tag = "models", params(("name" = ModelName, Path)),
     responses((status = 200, body = Success<Model>), Errors))]
-pub async fn pin(State(app): State<App>, Path(text): Path) -> Answer<Model> {
+pub async fn pin(State(app): State<App>, Path(text): Path, _: Params<NoParams>) -> Answer<Model> {
     let name = name(&text)?;
     ok(app.driver.ask(|reply| Event::Pin(name, true, reply)).await?)
 }
@@ -162,7 +174,7 @@ pub async fn pin(State(app): State<App>, Path(text): Path) -> Answer<Model> {
 /// Let a model go again when it is idle
 #[utoipa::path(post, path = "/api/models/{name}/unpin", tag = "models", params(("name" = ModelName, Path)),
     responses((status = 200, body = Success<Model>), Errors))]
-pub async fn unpin(State(app): State<App>, Path(text): Path) -> Answer<Model> {
+pub async fn unpin(State(app): State<App>, Path(text): Path, _: Params<NoParams>) -> Answer<Model> {
     let name = name(&text)?;
     ok(app.driver.ask(|reply| Event::Pin(name, false, reply)).await?)
 }
@@ -174,6 +186,7 @@ pub async fn unpin(State(app): State<App>, Path(text): Path) -> Answer<Model> {
 pub async fn touch(
     State(app): State<App>,
     Path(text): Path,
+    _: Params<NoParams>,
     OptionalBody(body): OptionalBody<TouchRequest>,
 ) -> Answer<Model> {
     let name = name(&text)?;

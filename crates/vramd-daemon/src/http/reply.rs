@@ -3,7 +3,6 @@
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::IntoResponses;
@@ -90,13 +89,13 @@ pub fn in_this_request<F: Future>(work: F) -> impl Future<Output = F::Output> {
 }
 
 /// Gives every request an id: the caller's `X-Request-Id` if it has a sound one, else a new one.
-pub async fn with_request_id(request: Request, next: Next) -> Response {
+pub async fn with_request_id(request: Request, answer: impl AsyncFnOnce(Request) -> Response) -> Response {
     let given = request.headers().get(&REQUEST_ID).and_then(|value| value.to_str().ok());
     let id = given
         .filter(|id| !id.is_empty() && id.len() <= MAX_REQUEST_ID && id.bytes().all(|b| b.is_ascii_graphic()))
         .map_or_else(|| Uuid::now_v7().to_string(), ToOwned::to_owned);
     let shown = HeaderValue::from_str(&id);
-    let mut response = CURRENT.scope(id, next.run(request)).await;
+    let mut response = CURRENT.scope(id, answer(request)).await;
     if let Ok(value) = shown {
         response.headers_mut().insert(REQUEST_ID, value);
     }

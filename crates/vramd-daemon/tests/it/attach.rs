@@ -41,7 +41,7 @@ fn refusal(mut stream: UnixStream) -> ApiError {
 }
 
 #[track_caller]
-fn refused(daemon: &Daemon, request: &Value) -> ApiError {
+pub fn refused(daemon: &Daemon, request: &Value) -> ApiError {
     match daemon.attach(request) {
         Err(AttachError::Api(error)) => *error,
         other => panic!("{request}: {other:?}"),
@@ -170,8 +170,9 @@ fn requests_that_cannot_be_met_are_refused_with_their_code() {
     }
     let weights = daemon.residency("tiny")[0]["allocationId"].clone();
     assert_eq!(
-        refused(&daemon, &json!({"allocationId": weights, "access": "write"})).code,
-        ErrorCode::InvalidArgument
+        refused(&daemon, &json!({"allocationId": weights})).code,
+        ErrorCode::Conflict,
+        "weights are attached by their model, which knows whether they are there"
     );
     assert_eq!(daemon.residency("tiny")[0]["attachedCount"], 0);
 }

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use vramd_device::Call;
 use vramd_device::sim::Fault;
 
-use crate::support::{Daemon, MIB, caught, with_model};
+use crate::support::{Daemon, MIB, caught, wait_for, with_model};
 
 /// Loads, expects the failure, and that nothing of it is left.
 fn fails(daemon: &Daemon, code: &str) -> Value {
@@ -93,7 +93,7 @@ fn a_client_that_goes_away_while_its_memory_is_made_leaves_nothing() {
     let held = daemon.faults[0].hold(Call::Create);
     let pending = daemon.begin("/api/memory/allocations/allocate", &[], &json!({"sizeBytes": 8 * MIB}));
     caught(&held, Call::Create);
-    assert_eq!(daemon.status("sim:0")["reservedBytes"], 8 * MIB);
+    daemon.status_when("sim:0", "the reservation", |status| status["reservedBytes"] == 8 * MIB);
     pending.hang_up();
     drop(held);
     daemon.all_is_back("sim:0");
@@ -221,4 +221,46 @@ fn a_daemon_stops_in_the_middle_of_a_load() {
     waiting.answer().error("UNAVAILABLE");
     drop(held);
     stopped.join().expect("a clean stop");
+}
+
+#[test]
+fn bytes_that_the_device_does_not_give_back_stay_charged_until_it_does() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let id = daemon.allocated(&json!({"sizeBytes": 8 * MIB}));
+    daemon.faults[0].fail(Call::Destroy, 0, Fault::Native);
+    let error = daemon.release(&id).error("DEVICE_LOST");
+    assert!(error["hint"].as_str().expect("a hint").contains("charged"), "{error:#}");
+    // It is asked again by itself.
+    daemon.all_is_back("sim:0");
+    assert!(daemon.allocations().is_empty());
+}
+
+#[test]
+fn a_block_that_could_not_be_zeroed_is_not_given_to_anybody() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let id = daemon.allocated(&json!({"sizeBytes": 4096}));
+    // Attached once: what is in it now is anybody's guess.
+    drop(daemon.attach(&json!({"allocationId": id, "access": "write"})).expect("it is there"));
+    daemon.faults[0].fail(Call::Zero, 0, Fault::Native);
+    let released = wait_for("the lease to end", || {
+        let answer = daemon.release(&id);
+        (answer.status != 409).then_some(answer)
+    });
+    released.error("DEVICE_LOST");
+    daemon.all_is_back("sim:0");
+}
+
+#[test]
+fn a_persistent_allocation_whose_client_went_away_leaves_nothing() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let held = daemon.faults[0].hold(Call::Create);
+    let body = json!({"sizeBytes": 8 * MIB, "persistent": true});
+    let pending = daemon.begin("/api/memory/allocations/allocate", &[], &body);
+    caught(&held, Call::Create);
+    pending.hang_up();
+    daemon.settle();
+    drop(held);
+    daemon.all_is_back("sim:0");
+    let home = daemon.stop();
+    assert!(home.start(&[64 * MIB]).allocations().is_empty());
 }

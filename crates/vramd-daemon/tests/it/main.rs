@@ -7,6 +7,7 @@ mod faults;
 mod files;
 mod idempotency;
 mod models;
+mod parts;
 mod restart;
 mod support;
 mod wire;

@@ -204,7 +204,7 @@ impl crate::Device for Device {
             let pool = available_bytes.saturating_add(self.host.free_huge_page_bytes());
             available_bytes = pool.min(total.saturating_sub(books.held));
         }
-        Ok(Sample { used_bytes: total - available_bytes, available_bytes })
+        Ok(Sample { used_bytes: total - available_bytes, available_bytes, held_bytes: books.held })
     }
 
     fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError> {
@@ -277,7 +277,10 @@ mod tests {
     #[test]
     fn the_headroom_is_not_given_out() {
         let (_tree, device) = device(164 * MIB);
-        assert_eq!(device.sample().unwrap(), Sample { used_bytes: 924 * MIB, available_bytes: 100 * MIB });
+        assert_eq!(
+            device.sample().unwrap(),
+            Sample { used_bytes: 924 * MIB, available_bytes: 100 * MIB, held_bytes: 0 }
+        );
         let refused = device.create(SegmentId(1), 101 * MIB, Writers::DeviceOnly);
         assert!(
             matches!(refused, Err(DeviceError::OutOfMemory { available, .. }) if available == 100 * MIB),

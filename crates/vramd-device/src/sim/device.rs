@@ -117,8 +117,9 @@ impl crate::Device for Device {
 
     fn sample(&self) -> Result<Sample, DeviceError> {
         self.faults.enter(Call::Sample, 0)?;
-        let available_bytes = self.available_bytes(*self.held());
-        Ok(Sample { used_bytes: self.facts.total_bytes - available_bytes, available_bytes })
+        let held_bytes = *self.held();
+        let available_bytes = self.available_bytes(held_bytes);
+        Ok(Sample { used_bytes: self.facts.total_bytes - available_bytes, available_bytes, held_bytes })
     }
 
     fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError> {

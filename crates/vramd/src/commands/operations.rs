@@ -6,8 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::Signal;
 use vramd_api::client::{Client, ClientError};
 use vramd_api::{
-    Bytes, DeviceId, LoadRequest, ModelName, Operation, OperationId, OperationPage, OperationState,
-    UnloadRequest,
+    Bytes, LoadRequest, ModelName, Operation, OperationId, OperationPage, OperationState, UnloadRequest,
 };
 
 use super::interrupts;
@@ -39,7 +38,7 @@ pub async fn load(client: &Client, arguments: LoadArguments, output: Output) -> 
 pub async fn unload(
     client: &Client,
     model: &ModelName,
-    device_id: Option<DeviceId>,
+    device_id: Option<String>,
     output: Output,
 ) -> Result<(), CommandError> {
     let interrupts = interrupts()?;

@@ -1,5 +1,7 @@
 //! `vramd serve`.
 
+use std::time::Duration;
+
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -25,7 +27,7 @@ pub fn serve(arguments: ServeArguments, output: Output) -> Result<(), CommandErr
     raise_open_files();
     let config = settings.daemon()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let shutdown = async move {
@@ -35,7 +37,10 @@ pub fn serve(arguments: ServeArguments, output: Output) -> Result<(), CommandErr
             }
         };
         Ok(vramd_daemon::serve(config, shutdown).await?)
-    })
+    });
+    // A device call or a read that hangs must not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome
 }
 
 /// Each segment and each connection is a descriptor; the usual soft limit of 1,024 is for programs that use

@@ -65,7 +65,6 @@ fn wrong_use_ends_with_two_and_says_what_is_right() {
         (&["free"], "required"),
         (&["load", "a/b"], "letters, digits"),
         (&["load", "m", "--keep-alive", "soon"], "-1 for ever"),
-        (&["load", "m", "--device", "gpu"], "cpu:0"),
         (&["limits", "cpu:0", "much"], "not a size"),
         (&["models", "add", "m"], "required"),
         (&["models", "add", "m", "--component", "unet"], "NAME=PATH"),

@@ -11,7 +11,7 @@ use vramd_api::{
 };
 
 use crate::driver::{Caller, Event};
-use crate::http::extract::{Body, OptionalBody, Params, Path};
+use crate::http::extract::{Body, NoParams, OptionalBody, Params, Path};
 use crate::http::idempotency::IdempotencyKey;
 use crate::http::reply::{Answer, Errors, created, ok};
 use crate::http::{App, bad_path};
@@ -149,7 +149,7 @@ pub async fn list_on(
 #[utoipa::path(get, path = "/api/memory/allocation/{allocationId}", tag = "memory",
     params(("allocationId" = AllocationId, Path)),
     responses((status = 200, body = Success<Allocation>), Errors))]
-pub async fn get(State(app): State<App>, Path(text): Path) -> Answer<Allocation> {
+pub async fn get(State(app): State<App>, Path(text): Path, _: Params<NoParams>) -> Answer<Allocation> {
     let id = id(&text)?;
     let snapshot = app.driver.snapshot();
     let mut shown = snapshot.allocation(id).ok_or_else(|| ApiError::not_found("allocation", id))?;
@@ -167,6 +167,7 @@ pub async fn get(State(app): State<App>, Path(text): Path) -> Answer<Allocation>
 pub async fn allocate(
     State(app): State<App>,
     caller: Caller,
+    _: Params<NoParams>,
     Body(body): Body<AllocateRequest>,
 ) -> Answer<Allocation> {
     let allocate = requests::allocate(body, None, caller)?;
@@ -182,6 +183,7 @@ pub async fn allocate_on(
     State(app): State<App>,
     caller: Caller,
     Path(name): Path,
+    _: Params<NoParams>,
     Body(body): Body<AllocateRequest>,
 ) -> Answer<Allocation> {
     let device = app.driver.devices.named(&name)?.facts().device.clone();
@@ -197,6 +199,7 @@ pub async fn renew(
     State(app): State<App>,
     caller: Caller,
     Path(text): Path,
+    _: Params<NoParams>,
     OptionalBody(body): OptionalBody<RenewRequest>,
 ) -> Answer<Allocation> {
     let id = id(&text)?;
@@ -211,7 +214,12 @@ pub async fn renew(
 #[utoipa::path(delete, path = "/api/memory/allocations/{allocationId}", tag = "memory",
     params(("allocationId" = AllocationId, Path)),
     responses((status = 200, body = Success<Released>), Errors))]
-pub async fn release(State(app): State<App>, caller: Caller, Path(text): Path) -> Answer<Released> {
+pub async fn release(
+    State(app): State<App>,
+    caller: Caller,
+    Path(text): Path,
+    _: Params<NoParams>,
+) -> Answer<Released> {
     let id = id(&text)?;
     ok(app.driver.ask(|reply| Event::Release(id, caller, reply)).await?)
 }

@@ -5,7 +5,7 @@ use vramd_api::{ApiError, Bytes, DeviceId, DeviceLimits, LimitsPage, SetLimits, 
 
 use crate::driver::{DeviceView, Event};
 use crate::http::App;
-use crate::http::extract::{Body, Path};
+use crate::http::extract::{Body, NoParams, Params, Path};
 use crate::http::reply::{Answer, Errors, ok};
 
 fn limits(view: &DeviceView) -> DeviceLimits {
@@ -19,7 +19,7 @@ fn limits(view: &DeviceView) -> DeviceLimits {
 /// The limits of all devices
 #[utoipa::path(get, path = "/api/memory/limits", tag = "memory",
     responses((status = 200, body = Success<LimitsPage>), Errors))]
-pub async fn list(State(app): State<App>) -> Answer<LimitsPage> {
+pub async fn list(State(app): State<App>, _: Params<NoParams>) -> Answer<LimitsPage> {
     ok(LimitsPage { limits: app.driver.snapshot().devices.iter().map(limits).collect() })
 }
 
@@ -27,7 +27,7 @@ pub async fn list(State(app): State<App>) -> Answer<LimitsPage> {
 #[utoipa::path(get, path = "/api/memory/limits/{deviceId}", tag = "memory",
     params(("deviceId" = String, Path, description = "A device's id or uuid")),
     responses((status = 200, body = Success<DeviceLimits>), Errors))]
-pub async fn get(State(app): State<App>, Path(name): Path) -> Answer<DeviceLimits> {
+pub async fn get(State(app): State<App>, Path(name): Path, _: Params<NoParams>) -> Answer<DeviceLimits> {
     let device: DeviceId = app.driver.devices.named(&name)?.facts().device.clone();
     let snapshot = app.driver.snapshot();
     ok(snapshot.device(&device).map(limits).ok_or_else(|| ApiError::not_found("device", &name))?)
@@ -43,6 +43,7 @@ pub async fn get(State(app): State<App>, Path(name): Path) -> Answer<DeviceLimit
 pub async fn put(
     State(app): State<App>,
     Path(name): Path,
+    _: Params<NoParams>,
     Body(body): Body<SetLimits>,
 ) -> Answer<DeviceLimits> {
     let device = app.driver.devices.named(&name)?.facts().device.clone();
