@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .bodies import Event
 
-# The daemon sends a heartbeat at least every 15 s: silence for three of them is a dead connection.
+# The daemon sends a heartbeat every 10 s: silence for three of them is a dead connection.
 _SILENCE_SECONDS = 45.0
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0

@@ -169,10 +169,11 @@ impl Ledger {
         })
     }
 
-    /// How the devices stand towards `request`, in order of their ids.
-    pub fn offers(&self, request: &Request) -> Vec<Offer> {
+    /// How the devices stand towards `request`, in order of their ids: those of `on`, or all if it is empty.
+    pub fn offers(&self, request: &Request, on: &[DeviceId]) -> Vec<Offer> {
         self.books
             .values()
+            .filter(|book| on.is_empty() || on.contains(&book.facts.device))
             .map(|book| {
                 let usage = book.usage();
                 let standing = if book.lost {
@@ -199,10 +200,7 @@ impl Ledger {
     /// Admits a request, on one of `on` (all devices if it is empty), or says why not. An admitted request has
     /// its bytes from now on, as a reservation.
     pub fn reserve(&mut self, request: Request, on: &[DeviceId], now: Now) -> Result<Grant, Box<Shortage>> {
-        let mut offers = self.offers(&request);
-        if !on.is_empty() {
-            offers.retain(|offer| on.contains(&offer.device));
-        }
+        let offers = self.offers(&request, on);
         let (chosen, placement) = placement::choose(&offers, request.allocation_type, request.memory_type);
         let found = chosen.and_then(|device| {
             let place = Self::find(self.books.get(&device)?, &request)?;
@@ -217,10 +215,7 @@ impl Ledger {
 
     /// Why `request` cannot be admitted now, in figures.
     pub fn refusal(&self, request: &Request, on: &[DeviceId]) -> Shortage {
-        let mut offers = self.offers(request);
-        if !on.is_empty() {
-            offers.retain(|offer| on.contains(&offer.device));
-        }
+        let offers = self.offers(request, on);
         let (_, placement) = placement::choose(&offers, request.allocation_type, request.memory_type);
         self.shortage(request, &offers, placement)
     }

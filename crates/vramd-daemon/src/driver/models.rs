@@ -289,7 +289,7 @@ impl State {
         let device = if let Some(device) = device {
             device
         } else {
-            let offers = self.ledger.offers(&whole);
+            let offers = self.ledger.offers(&whole, &[]);
             let (chosen, _) = vramd_core::placement::choose(&offers, AllocationType::Weights, None);
             chosen.ok_or_else(|| self.shortage(&whole, &[]))?
         };

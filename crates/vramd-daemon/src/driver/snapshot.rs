@@ -1,9 +1,10 @@
 //! What readers see: the state after the last batch of events. Cheap to make, never changed afterwards.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use imbl::OrdMap;
 use jiff::Timestamp;
+use serde_json::value::RawValue;
 use vramd_api::{
     AllocationId, DeviceHealth, DeviceId, DeviceStatus, FragmentationStatus, Holder, MemoryStatus,
     OperationId, Pressure, PressureLevel, TotalStatus,
@@ -22,6 +23,8 @@ pub struct Snapshot {
     pub models: Models,
     pub operations: OrdMap<OperationId, Arc<Entry>>,
     pub stopping: bool,
+    /// The answer to `GET /api/memory/status`, once somebody has asked for it.
+    pub status_printed: OnceLock<Arc<RawValue>>,
 }
 
 /// One device and its figures.
@@ -56,6 +59,7 @@ impl State {
             models: self.models.clone(),
             operations: self.operations.entries().clone(),
             stopping: self.stopping,
+            status_printed: OnceLock::new(),
         }
     }
 }
