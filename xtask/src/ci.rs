@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::process::{cargo, files, python_tool, root, run, succeeds, target_directory};
+use crate::process::{cargo, command, files, python_tool, root, run, succeeds, target_directory};
 use crate::{deps, fuzz, generate, tidy};
 
 type Step = (&'static str, fn() -> Result<()>);
@@ -28,7 +28,11 @@ pub fn check() -> Result<()> {
         ("licences, bans and sources", deny),
         ("Python: lints", || ruff(&["check"])),
         ("Python: formats", || ruff(&["format", "--check"])),
-        ("Python: types", || run(python_tool("mypy")?.current_dir(root().join("python")))),
+        ("Python: types", || {
+            run(python_tool("mypy")?.current_dir(root().join("python")))?;
+            let examples = ["demo.py", "embed_worker.py", "minilm.py"];
+            run(python_tool("mypy")?.arg("--strict").args(examples).current_dir(root().join("examples")))
+        }),
     ])
 }
 
@@ -43,7 +47,16 @@ pub fn test() -> Result<()> {
                 .env("VRAMD_BINARY", target_directory()?.join("debug/vramd")))
         }),
         ("the API against its document", fuzz_api),
+        ("the demonstration", demonstration),
     ])
+}
+
+/// What `make run` shows, with the binary of the tests.
+fn demonstration() -> Result<()> {
+    run(command(root().join("tools/venv.sh")).arg("--model"))?;
+    run(python_tool("python")?
+        .args(["examples/demo.py", "--vramd"])
+        .arg(target_directory()?.join("debug/vramd")))
 }
 
 /// Schemathesis against a daemon of its own; bounded, and the same requests each time.
