@@ -302,7 +302,8 @@ def test_the_socket_is_found_as_the_daemon_places_it(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("VRAMD_SOCKET", raising=False)
     assert vramd.default_socket() == "/run/user/1000/vramd/vramd.sock"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert vramd.default_socket() == "/tmp/vramd-1000/vramd.sock"
+    monkeypatch.setenv("HOME", "/home/worker")
+    assert vramd.default_socket() == "/home/worker/.local/state/vramd/vramd.sock"
     monkeypatch.setattr("os.geteuid", lambda: 0)
     assert vramd.default_socket() == "/run/vramd/vramd.sock"
     monkeypatch.setenv("VRAMD_SOCKET", "/elsewhere")

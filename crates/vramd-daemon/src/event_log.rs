@@ -6,18 +6,38 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::value::{RawValue, to_raw_value};
 use tokio::sync::watch;
-use vramd_api::{Event, EventKind};
+use vramd_api::EventKind;
 
 /// How many events are kept for those who resume.
 pub const KEPT: usize = 4096;
+
+/// An event as it is kept: its data printed once, the rest when somebody reads it. In JSON a [`vramd_api::Event`].
+#[derive(Debug, Serialize)]
+pub struct Logged {
+    pub id: String,
+    pub event: EventKind,
+    at: Timestamp,
+    data: Box<RawValue>,
+}
+
+/// What the ring holds: a number is enough for an id.
+#[derive(Debug)]
+struct Kept {
+    event: EventKind,
+    at: Timestamp,
+    data: Box<RawValue>,
+}
 
 /// The log of one run of the daemon.
 #[derive(Debug)]
 pub struct EventLog {
     /// Told apart from the ids of earlier runs.
     run: String,
-    ring: Mutex<VecDeque<Arc<Event>>>,
+    ring: Mutex<VecDeque<Arc<Kept>>>,
     /// The number of the last event; the first is 1.
     last: watch::Sender<u64>,
 }
@@ -28,7 +48,8 @@ pub struct Follower {
     log: Arc<EventLog>,
     seen: u64,
     news: watch::Receiver<u64>,
-    pending: VecDeque<Arc<Event>>,
+    /// With their numbers.
+    pending: VecDeque<(u64, Arc<Kept>)>,
 }
 
 impl EventLog {
@@ -36,19 +57,18 @@ impl EventLog {
         Arc::new(Self { run, ring: Mutex::default(), last: watch::Sender::new(0) })
     }
 
-    pub fn push(&self, event: EventKind, at: jiff::Timestamp, data: serde_json::Value) {
+    pub fn push(&self, event: EventKind, at: Timestamp, data: Box<RawValue>) {
         let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = *self.last.borrow() + 1;
         if ring.len() == KEPT {
             ring.pop_front();
         }
-        ring.push_back(Arc::new(Event { id: format!("{}-{number}", self.run), event, at, data }));
-        self.last.send_replace(number);
+        ring.push_back(Arc::new(Kept { event, at, data }));
+        self.last.send_modify(|last| *last += 1);
     }
 
     /// Follows from now on, or from after `resume` on. An id that is too old or from another run begins with a
     /// `reset` event.
-    pub fn follow(self: &Arc<Self>, resume: Option<&str>, at: jiff::Timestamp) -> Follower {
+    pub fn follow(self: &Arc<Self>, resume: Option<&str>, at: Timestamp) -> Follower {
         let news = self.last.subscribe();
         let last = *news.borrow();
         let mut pending = VecDeque::new();
@@ -61,11 +81,9 @@ impl EventLog {
                     .and_then(|number| number.parse::<u64>().ok())
                     .filter(|number| *number <= last && *number + KEPT as u64 >= last);
                 number.unwrap_or_else(|| {
-                    pending.push_back(self.own(
+                    pending.push_back((
                         last,
-                        EventKind::Reset,
-                        at,
-                        serde_json::json!({"lastEventId": id}),
+                        own(EventKind::Reset, at, &serde_json::json!({ "lastEventId": id })),
                     ));
                     last
                 })
@@ -73,18 +91,20 @@ impl EventLog {
         };
         Follower { log: self.clone(), seen, news, pending }
     }
+}
 
-    fn own(&self, number: u64, event: EventKind, at: jiff::Timestamp, data: serde_json::Value) -> Arc<Event> {
-        Arc::new(Event { id: format!("{}-{number}", self.run), event, at, data })
-    }
+/// An event that only one follower sees.
+fn own(event: EventKind, at: Timestamp, data: &serde_json::Value) -> Arc<Kept> {
+    Arc::new(Kept { event, at, data: to_raw_value(data).expect("plain data prints") })
 }
 
 impl Follower {
     /// The next event; None when the log has ended. Cancel safe.
-    pub async fn next(&mut self) -> Option<Arc<Event>> {
+    pub async fn next(&mut self) -> Option<Logged> {
         loop {
-            if let Some(event) = self.pending.pop_front() {
-                return Some(event);
+            if let Some((number, kept)) = self.pending.pop_front() {
+                let id = format!("{}-{number}", self.log.run);
+                return Some(Logged { id, event: kept.event, at: kept.at, data: kept.data.clone() });
             }
             self.catch_up();
             if self.pending.is_empty() && self.news.changed().await.is_err() {
@@ -99,13 +119,13 @@ impl Follower {
         let first = last + 1 - ring.len() as u64;
         if self.seen + 1 < first {
             let missed = first - self.seen - 1;
-            let at = ring.front().map_or(jiff::Timestamp::UNIX_EPOCH, |event| event.at);
+            let at = ring.front().map_or(Timestamp::UNIX_EPOCH, |event| event.at);
             let data = serde_json::json!({ "missed": missed });
-            self.pending.push_back(self.log.own(first - 1, EventKind::Lag, at, data));
+            self.pending.push_back((first - 1, own(EventKind::Lag, at, &data)));
             self.seen = first - 1;
         }
         let new = (last - self.seen) as usize;
-        self.pending.extend(ring.iter().skip(ring.len() - new).cloned());
+        self.pending.extend((self.seen + 1..).zip(ring.iter().skip(ring.len() - new).cloned()));
         self.seen = last;
     }
 }
@@ -116,7 +136,7 @@ mod tests {
 
     fn push(log: &EventLog, count: usize) {
         for n in 0..count {
-            log.push(EventKind::LeaseEnded, jiff::Timestamp::UNIX_EPOCH, serde_json::json!(n));
+            log.push(EventKind::LeaseEnded, Timestamp::UNIX_EPOCH, to_raw_value(&n).expect("a number"));
         }
     }
 
@@ -124,7 +144,7 @@ mod tests {
     async fn a_follower_resumes_where_it_was() {
         let log = EventLog::new("run".into());
         push(&log, 3);
-        let mut follower = log.follow(Some("run-1"), jiff::Timestamp::UNIX_EPOCH);
+        let mut follower = log.follow(Some("run-1"), Timestamp::UNIX_EPOCH);
         assert_eq!(follower.next().await.expect("an event").id, "run-2");
         assert_eq!(follower.next().await.expect("an event").id, "run-3");
         push(&log, 1);
@@ -136,7 +156,7 @@ mod tests {
         let log = EventLog::new("new".into());
         push(&log, 2);
         for id in ["old-1", "new-99", "new-", "", "new-x"] {
-            let mut follower = log.follow(Some(id), jiff::Timestamp::UNIX_EPOCH);
+            let mut follower = log.follow(Some(id), Timestamp::UNIX_EPOCH);
             assert_eq!(follower.next().await.expect("an event").event, EventKind::Reset, "{id}");
         }
     }
@@ -144,10 +164,10 @@ mod tests {
     #[tokio::test]
     async fn a_slow_follower_is_told_what_it_missed() {
         let log = EventLog::new("run".into());
-        let mut follower = log.follow(None, jiff::Timestamp::UNIX_EPOCH);
+        let mut follower = log.follow(None, Timestamp::UNIX_EPOCH);
         push(&log, KEPT + 10);
         let lag = follower.next().await.expect("an event");
-        assert_eq!((lag.event, &lag.data["missed"]), (EventKind::Lag, &serde_json::json!(10)));
+        assert_eq!((lag.event, lag.data.get()), (EventKind::Lag, r#"{"missed":10}"#));
         assert_eq!(lag.id, "run-10");
         assert_eq!(follower.next().await.expect("an event").id, "run-11");
     }

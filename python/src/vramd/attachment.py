@@ -43,7 +43,8 @@ def default_socket() -> str:
         return "/run/vramd/vramd.sock"
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return f"{runtime}/vramd/vramd.sock"
-    return f"/tmp/vramd-{os.geteuid()}/vramd.sock"
+    # Not under /tmp: there another user could serve in our place.
+    return os.path.expanduser("~/.local/state/vramd/vramd.sock")
 
 
 class Attached:

@@ -28,7 +28,8 @@ pub fn default_socket() -> PathBuf {
     }
     match std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| Path::new(dir).is_absolute()) {
         Some(dir) => Path::new(&dir).join("vramd/vramd.sock"),
-        None => format!("/tmp/vramd-{}/vramd.sock", uid.as_raw()).into(),
+        // Not under /tmp: there another user could serve in our place.
+        None => std::env::home_dir().unwrap_or_else(|| "/".into()).join(".local/state/vramd/vramd.sock"),
     }
 }
 

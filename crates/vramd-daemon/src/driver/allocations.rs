@@ -1,9 +1,10 @@
 //! Allocations: admitted or lined up, made ready by the device, kept by leases, released.
 
+use serde::Serialize;
 use uuid::Uuid;
 use vramd_api::{
-    AllocationId, ApiError, DeviceId, DeviceLimits, ErrorCode, EventKind, LeaseId, OperationId, Placement,
-    Released,
+    AllocationId, ApiError, DeviceId, DeviceLimits, ErrorCode, EventKind, LeaseId, OperationId, OwnerName,
+    Placement, Released,
 };
 use vramd_core::ledger::{Grant, Lease, Readiness, SegmentId, Shortage, State as AllocationState, Work};
 use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
@@ -40,6 +41,27 @@ impl OnReady {
             }));
         }
     }
+}
+
+/// The data of `allocation.created`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Created {
+    allocation_id: AllocationId,
+    device_id: DeviceId,
+    size_bytes: u64,
+    owner: OwnerName,
+    purpose: String,
+    generation: u64,
+}
+
+/// The data of `allocation.released`.
+#[derive(Debug, Serialize)]
+struct ReleasedEvent<'a> {
+    #[serde(flatten)]
+    released: &'a Released,
+    owner: &'a OwnerName,
+    purpose: &'a str,
 }
 
 /// What happens when an allocation's bytes are back.
@@ -197,6 +219,7 @@ impl State {
             match self.waiting.remove(&id) {
                 Some(OnReady::Load(operation)) => self.part_failed(operation, id, shown),
                 Some(OnReady::Restore) => {
+                    self.unrestored.insert(id, device.clone());
                     tracing::error!(%id, error = %shown, "a persistent allocation is not back");
                 }
                 Some(client) => client.refuse(&mut self.outbox, || shown),
@@ -271,16 +294,21 @@ impl State {
     fn emit_created(&mut self, id: AllocationId) {
         let Some(allocation) = self.ledger.allocation(id) else { return };
         let request = &allocation.request;
-        self.emit(
-            EventKind::AllocationCreated,
-            serde_json::json!({
-                "allocationId": id, "deviceId": allocation.device, "sizeBytes": request.size_bytes,
-                "owner": request.owner, "purpose": request.purpose, "generation": request.generation,
-            }),
-        );
+        let created = Created {
+            allocation_id: id,
+            device_id: allocation.device.clone(),
+            size_bytes: request.size_bytes,
+            owner: request.owner.clone(),
+            purpose: request.purpose.clone(),
+            generation: request.generation,
+        };
+        self.emit(EventKind::AllocationCreated, created);
     }
 
     pub(super) fn release(&mut self, id: AllocationId, caller: Caller, reply: Reply<Released>) {
+        if self.unrestored.contains_key(&id) {
+            return self.store(Change::RemoveAllocation(id), OnStored::Forget(id, reply));
+        }
         let Some(allocation) =
             self.ledger.allocation(id).filter(|found| found.state != AllocationState::Reserved)
         else {
@@ -329,6 +357,21 @@ impl State {
             Ok(None) => self.answer(reply, Err(ApiError::not_found("allocation", id))),
             Err(in_use) => self.answer(reply, Err(attached(&format!("allocation {id}"), &in_use.holders))),
         }
+    }
+
+    /// A persistent allocation that was not back is forgotten.
+    pub(super) fn forgotten(
+        &mut self,
+        id: AllocationId,
+        reply: Reply<Released>,
+        stored: Result<(), ApiError>,
+    ) {
+        let answer = stored.and_then(|()| {
+            let device_id =
+                self.unrestored.remove(&id).ok_or_else(|| ApiError::not_found("allocation", id))?;
+            Ok(Released { allocation_id: id, device_id, released_bytes: 0 })
+        });
+        self.answer(reply, answer);
     }
 
     /// The device has given bytes back, or failed at it: then they stay charged and are given back again later.
@@ -389,10 +432,11 @@ impl State {
             device_id: allocation.device.clone(),
             released_bytes: allocation.block_bytes,
         };
-        let data = serde_json::json!({
-            "allocationId": id, "deviceId": allocation.device, "releasedBytes": allocation.block_bytes,
-            "owner": allocation.request.owner, "purpose": allocation.request.purpose,
-        });
+        let data = ReleasedEvent {
+            released: &released,
+            owner: &allocation.request.owner,
+            purpose: &allocation.request.purpose,
+        };
         self.emit(EventKind::AllocationReleased, data);
         match self.releasing.remove(&id) {
             Some(OnReleased::Reply(reply)) => self.answer(reply, Ok(released)),

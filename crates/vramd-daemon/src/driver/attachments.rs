@@ -165,7 +165,8 @@ impl State {
         let allocation: &Allocation = self.ledger.allocation(found.allocation).ok_or_else(gone)?;
         let device = self.devices.get(&allocation.device).ok_or_else(gone)?;
         if self.ledger.is_lost(&allocation.device) {
-            return Err(ApiError::new(ErrorCode::DeviceLost, format!("{} is lost", allocation.device)));
+            return Err(ApiError::new(ErrorCode::DeviceLost, format!("{} is lost", allocation.device))
+                .hint("load or allocate on another device"));
         }
         if !device.facts().capabilities.export {
             return Err(ApiError::new(

@@ -158,6 +158,7 @@ pub enum LoadFailure {
 pub enum OnStored {
     Activate(AllocationId, Box<allocations::Waiting>),
     Release(AllocationId, Reply<Released>),
+    Forget(AllocationId, Reply<Released>),
     Limit(DeviceId, Option<u64>, Reply<DeviceLimits>),
     Register(Box<Model>, Reply<vramd_api::Model>),
     Remove(ModelName, Reply<vramd_api::Model>),
@@ -198,6 +199,7 @@ impl Driver {
             attachments: HashMap::new(),
             unreleased: BTreeSet::new(),
             undestroyed: BTreeSet::new(),
+            unrestored: BTreeMap::new(),
             removing: BTreeSet::new(),
             changing: BTreeSet::new(),
             pressure: BTreeMap::new(),
@@ -265,6 +267,9 @@ struct State {
     unreleased: BTreeSet<AllocationId>,
     /// Empty segments likewise.
     undestroyed: BTreeSet<(DeviceId, SegmentId)>,
+    /// Persistent allocations of an earlier run for which there is no room or no device now. The next start tries again;
+    /// deleting one gives up on it.
+    unrestored: BTreeMap<AllocationId, DeviceId>,
     /// Persistent allocations whose removal the journal is writing: nobody attaches to them any more.
     removing: BTreeSet<AllocationId>,
     /// Models that the journal is writing a change of.
@@ -445,6 +450,7 @@ impl State {
         match next {
             OnStored::Activate(id, waiting) => self.activated(id, *waiting, outcome),
             OnStored::Release(id, reply) => self.release_stored(id, reply, outcome),
+            OnStored::Forget(id, reply) => self.forgotten(id, reply, outcome),
             OnStored::Limit(device, limit, reply) => self.limit_stored(&device, limit, reply, outcome),
             OnStored::Register(model, reply) => self.registered(*model, reply, outcome),
             OnStored::Remove(name, reply) => self.removed(&name, reply, outcome),
@@ -486,7 +492,8 @@ impl State {
     }
 
     /// Tells those who follow, once the snapshot shows it.
-    fn emit(&mut self, kind: EventKind, data: serde_json::Value) {
+    fn emit(&mut self, kind: EventKind, data: impl serde::Serialize) {
+        let data = serde_json::value::to_raw_value(&data).expect("events are plain data");
         let (log, at) = (self.log.clone(), self.now.wall);
         self.outbox.push(Box::new(move || log.push(kind, at, data)));
     }

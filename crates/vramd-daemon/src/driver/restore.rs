@@ -31,8 +31,9 @@ impl State {
             }
         }
         for allocation in stored.allocations {
-            let id = allocation.id;
+            let (id, device) = (allocation.id, allocation.device.clone());
             if let Err(error) = self.restore_allocation(allocation) {
+                self.unrestored.insert(id, device);
                 tracing::error!(%id, %error, "a persistent allocation is not back; it will be tried at the next start");
             }
         }

@@ -45,7 +45,7 @@ pub async fn stream(State(app): State<App>, headers: HeaderMap) -> Response {
             let sse = Sse::default()
                 .id(event.id.as_str())
                 .event(event.event.to_string())
-                .data(serde_json::to_string(event.as_ref()).expect("events are plain data"));
+                .data(serde_json::to_string(&event).expect("events are plain data"));
             let last = event.event == EventKind::DaemonStopping;
             Some((Ok::<_, Infallible>(sse), (follower, place, last)))
         });

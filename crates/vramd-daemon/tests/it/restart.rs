@@ -123,6 +123,12 @@ fn a_device_that_is_missing_after_a_restart_does_not_hold_up_the_start() {
     let daemon = home.start(&[64 * MIB, 64 * MIB]);
     let known = daemon.allocations();
     assert_eq!((&known[0]["allocationId"], &known[0]["deviceId"]), (&kept, &json!("sim:1")));
+    daemon.stop();
+    let daemon = home.start(&[64 * MIB]);
+    let given_up = daemon.release(kept.as_str().expect("an id")).data(200);
+    assert_eq!((&given_up["deviceId"], &given_up["releasedBytes"]), (&json!("sim:1"), &json!(0)));
+    daemon.stop();
+    assert!(home.start(&[64 * MIB, 64 * MIB]).allocations().is_empty(), "it was given up");
 }
 
 #[test]
