@@ -260,8 +260,10 @@ def test_every_call_about_memory(vramd: Vramd) -> None:
     with pytest.raises(api.InsufficientMemory) as caught:
         client.allocate(1 << 40, device="sim:0")
     assert caught.value.status == 507
+    most = client.allocate(60 << 20, device="sim:0")
     with pytest.raises(api.Timeout):
-        client.allocate(65 << 20, device="sim:0", on_shortage="wait", timeout_seconds=0)
+        client.allocate(10 << 20, device="sim:0", on_shortage="wait", timeout_seconds=0)
+    client.release(most["allocationId"])
     with pytest.raises(api.VramdError, match="INVALID_ARGUMENT"):
         client.allocate(-1)
 
