@@ -210,7 +210,7 @@ impl State {
             }
         }
         let on = |name: &ComponentName, device: &DeviceId| model.components[name].residency.get(device);
-        let device = load.device.clone().or_else(|| most_parts(model, &wanted));
+        let device = load.device.clone().or_else(|| self.most_parts(model, &wanted));
         if let Some(device) = &device {
             let here: Vec<_> = wanted.iter().map(|name| on(name, device)).collect();
             if let Some(operation) = here.iter().flatten().find_map(|residency| residency.operation()) {
@@ -236,6 +236,16 @@ impl State {
             Some(prepared) => self.begin_load(load, device, prepared),
             None => Ok(LoadAnswer::Prepare(missing)),
         }
+    }
+
+    /// The device, not a lost one, that most of the wanted components are on, or on the way to.
+    fn most_parts(&self, model: &Model, wanted: &[ComponentName]) -> Option<DeviceId> {
+        let mut counts: BTreeMap<&DeviceId, usize> = BTreeMap::new();
+        for device in wanted.iter().flat_map(|name| model.components[name].residency.keys()) {
+            *counts.entry(device).or_default() += usize::from(!self.ledger.is_lost(device));
+        }
+        let most = counts.into_iter().max_by_key(|(_, count)| *count);
+        most.filter(|(_, count)| *count > 0).map(|(device, _)| device.clone())
     }
 
     /// Joins a load under way, if it brings all that is wanted.
@@ -593,15 +603,6 @@ impl State {
             }
         }
     }
-}
-
-/// The device that most of the wanted components are on, or on the way to.
-fn most_parts(model: &Model, wanted: &[ComponentName]) -> Option<DeviceId> {
-    let mut counts: BTreeMap<&DeviceId, usize> = BTreeMap::new();
-    for device in wanted.iter().flat_map(|name| model.components[name].residency.keys()) {
-        *counts.entry(device).or_default() += 1;
-    }
-    counts.into_iter().max_by_key(|(_, count)| *count).map(|(device, _)| device.clone())
 }
 
 /// Whether all that is wanted is resident, or on the way by `operation`.

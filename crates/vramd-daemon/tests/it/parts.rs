@@ -87,3 +87,13 @@ fn a_part_that_is_still_loading_cannot_be_attached_by_its_allocation() {
     assert_eq!(daemon.ended(&running)["state"], "Cancelled");
     daemon.all_is_back("sim:0");
 }
+
+#[test]
+fn what_was_on_a_lost_device_is_loaded_on_another() {
+    let daemon = with_parts(&[64 * MIB, 64 * MIB]);
+    assert_eq!(daemon.ended(&daemon.load("parts", &json!({"deviceId": "sim:0"})))["state"], "Completed");
+    daemon.faults[0].lose("pulled out");
+    daemon.status_when("sim:0", "the loss", |status| status["health"] == "Lost");
+    let again = daemon.ended(&daemon.load("parts", &json!({})));
+    assert_eq!((&again["state"], &again["result"]["deviceId"]), (&json!("Completed"), &json!("sim:1")));
+}
