@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 
-use super::pages::Pages;
+use super::pages::{BASE_PAGE_BYTES, Pages};
 use super::populate::populate;
 use crate::host::Host;
 use crate::segment::{Backing, Failed, Segment};
@@ -228,7 +228,15 @@ impl crate::Device for Device {
     }
 
     fn zero(&self, range: Range) -> Result<(), DeviceError> {
-        self.segments.get_range(Call::Zero, range)?.zero(range.offset, range.bytes);
+        let segment = self.segments.get_range(Call::Zero, range)?;
+        if range.bytes == 0 {
+            return Ok(());
+        }
+        // A writer may have punched holes; with no page left to fill them, writing there would be a SIGBUS.
+        let start = range.offset & !(BASE_PAGE_BYTES - 1);
+        let end = (range.offset + range.bytes).next_multiple_of(BASE_PAGE_BYTES);
+        segment.populate(start, end - start).map_err(|failed| failed.explain(Call::Zero, range.bytes, 0))?;
+        segment.zero(range.offset, range.bytes);
         Ok(())
     }
 

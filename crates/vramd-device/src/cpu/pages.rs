@@ -6,7 +6,7 @@ use crate::host::Host;
 use crate::segment::{Backing, HUGE_PAGE_BYTES};
 
 /// The size of a base page on the machines that we run on.
-const BASE_PAGE_BYTES: u64 = 4096;
+pub(super) const BASE_PAGE_BYTES: u64 = 4096;
 
 const TRANSPARENT: &str = "sys/kernel/mm/transparent_hugepage/shmem_enabled";
 const POOL: &str = "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
