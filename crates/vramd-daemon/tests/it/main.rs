@@ -2,6 +2,7 @@
 
 mod allocations;
 mod attach;
+mod death;
 mod events;
 mod faults;
 mod files;

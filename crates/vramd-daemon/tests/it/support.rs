@@ -146,7 +146,7 @@ impl Home {
         self.start_on(devices, Vec::new())
     }
 
-    fn start_on(&self, devices: Devices, simulated: Vec<sim::Faults>) -> Daemon {
+    pub fn start_on(&self, devices: Devices, simulated: Vec<sim::Faults>) -> Daemon {
         let ready = self.path("ready.json");
         let config = Config {
             listen: Some(([127, 0, 0, 1], 0).into()),
@@ -370,6 +370,13 @@ impl Daemon {
             lines.read_line(&mut line).expect("a header");
         }
         Events { lines }
+    }
+
+    /// Waits until the daemon has ended by itself; why it did.
+    pub fn died(mut self) -> StartError {
+        let thread = self.thread.take().expect("it runs until now");
+        wait_for("the daemon to end", || thread.is_finished().then_some(()));
+        thread.join().expect("the daemon's thread does not panic").expect_err("it ended by itself")
     }
 
     /// Stops it as SIGTERM does, and waits until it has ended.
