@@ -6,7 +6,9 @@ use vramd_api::{
     AllocationId, ApiError, DeviceId, DeviceLimits, ErrorCode, EventKind, LeaseId, OperationId, OwnerName,
     Placement, Released,
 };
-use vramd_core::ledger::{Grant, Lease, Readiness, SegmentId, Shortage, State as AllocationState, Work};
+use vramd_core::ledger::{
+    Allocation, Grant, Lease, Readiness, SegmentId, Shortage, State as AllocationState, Work,
+};
 use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
 use vramd_device::{DeviceError, Range, SegmentId as Segment, Writers};
 
@@ -27,8 +29,8 @@ pub struct Waiting {
 pub enum OnReady {
     Client(Box<Waiting>),
     Load(OperationId),
-    /// A persistent allocation of an earlier run.
-    Restore,
+    /// A persistent allocation of an earlier run, and whose it is.
+    Restore(OwnerName),
 }
 
 impl OnReady {
@@ -218,8 +220,8 @@ impl State {
             let shown = devices::error(device, &error);
             match self.waiting.remove(&id) {
                 Some(OnReady::Load(operation)) => self.part_failed(operation, id, shown),
-                Some(OnReady::Restore) => {
-                    self.unrestored.insert(id, device.clone());
+                Some(OnReady::Restore(owner)) => {
+                    self.unrestored.insert(id, (device.clone(), owner));
                     tracing::error!(%id, error = %shown, "a persistent allocation is not back");
                 }
                 Some(client) => client.refuse(&mut self.outbox, || shown),
@@ -250,7 +252,7 @@ impl State {
                 self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Model, self.now);
                 self.part_ready(operation);
             }
-            Some(OnReady::Restore) => {
+            Some(OnReady::Restore(_)) => {
                 self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Persistent, self.now);
                 self.emit_created(id);
             }
@@ -284,7 +286,7 @@ impl State {
             .map_or(Lease::Persistent, |seconds| Lease::time_to_live(seconds, self.now));
         self.ledger.activate(id, LeaseId(Uuid::now_v7()), lease, self.now);
         self.emit_created(id);
-        let mut shown = self.ledger.allocation(id).and_then(vramd_core::ledger::Allocation::to_api);
+        let mut shown = self.ledger.allocation(id).and_then(Allocation::to_api);
         if let Some(allocation) = &mut shown {
             allocation.placement = placement;
         }
@@ -305,18 +307,25 @@ impl State {
         self.emit(EventKind::AllocationCreated, created);
     }
 
+    /// A live allocation that `caller` may release and renew.
+    fn of_caller(&self, id: AllocationId, caller: Caller) -> Result<&Allocation, ApiError> {
+        let found = self.ledger.allocation(id).filter(|found| found.state != AllocationState::Reserved);
+        let allocation = found.ok_or_else(|| ApiError::not_found("allocation", id))?;
+        owned(id, &allocation.request.owner, caller)?;
+        Ok(allocation)
+    }
+
     pub(super) fn release(&mut self, id: AllocationId, caller: Caller, reply: Reply<Released>) {
-        if self.unrestored.contains_key(&id) {
-            return self.store(Change::RemoveAllocation(id), OnStored::Forget(id, reply));
+        if let Some((_, owner)) = self.unrestored.get(&id) {
+            return match owned(id, owner, caller) {
+                Ok(()) => self.store(Change::RemoveAllocation(id), OnStored::Forget(id, reply)),
+                Err(error) => self.answer(reply, Err(error)),
+            };
         }
-        let Some(allocation) =
-            self.ledger.allocation(id).filter(|found| found.state != AllocationState::Reserved)
-        else {
-            return self.answer(reply, Err(ApiError::not_found("allocation", id)));
+        let allocation = match self.of_caller(id, caller) {
+            Ok(allocation) => allocation,
+            Err(error) => return self.answer(reply, Err(error)),
         };
-        if let Err(error) = owned(allocation, caller) {
-            return self.answer(reply, Err(error));
-        }
         if allocation.request.sealed {
             let model = allocation.request.purpose.split('/').next().unwrap_or_default();
             let error =
@@ -367,7 +376,7 @@ impl State {
         stored: Result<(), ApiError>,
     ) {
         let answer = stored.and_then(|()| {
-            let device_id =
+            let (device_id, _) =
                 self.unrestored.remove(&id).ok_or_else(|| ApiError::not_found("allocation", id))?;
             Ok(Released { allocation_id: id, device_id, released_bytes: 0 })
         });
@@ -453,16 +462,11 @@ impl State {
         caller: Caller,
         reply: Reply<vramd_api::Allocation>,
     ) {
-        let Some(allocation) =
-            self.ledger.allocation(id).filter(|found| found.state != AllocationState::Reserved)
-        else {
-            return self.answer(reply, Err(ApiError::not_found("allocation", id)));
-        };
-        if let Err(error) = owned(allocation, caller) {
+        if let Err(error) = self.of_caller(id, caller) {
             return self.answer(reply, Err(error));
         }
         let renewed = self.ledger.renew(id, seconds, self.now);
-        let shown = self.ledger.allocation(id).and_then(vramd_core::ledger::Allocation::to_api);
+        let shown = self.ledger.allocation(id).and_then(Allocation::to_api);
         let answer = renewed.and(shown).ok_or_else(|| {
             ApiError::new(ErrorCode::Conflict, format!("allocation {id} has no lease with a time to live"))
                 .hint("persistent allocations and models are kept without one")
@@ -504,17 +508,17 @@ impl State {
 }
 
 /// On the Unix socket an ordinary user frees, renews and attaches only what carries their own uid.
-pub(super) fn owned(allocation: &vramd_core::ledger::Allocation, caller: Caller) -> Result<(), ApiError> {
+pub(super) fn owned(id: AllocationId, owner: &OwnerName, caller: Caller) -> Result<(), ApiError> {
     let Some(uid) = caller.uid else { return Ok(()) };
     let mine = format!("uid:{uid}");
-    let owner = allocation.request.owner.as_str();
-    let same = owner.strip_prefix(&mine).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let same =
+        owner.as_str().strip_prefix(&mine).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     if same || uid == 0 || uid == rustix::process::geteuid().as_raw() {
         return Ok(());
     }
     Err(ApiError::new(
         ErrorCode::PermissionDenied,
-        format!("allocation {} belongs to {owner}, not to {mine}", allocation.request.id),
+        format!("allocation {id} belongs to {owner}, not to {mine}"),
     ))
 }
 

@@ -86,7 +86,7 @@ impl State {
                         format!("allocation {id} is on {}", allocation.device),
                     ));
                 }
-                owned(allocation, Caller { uid: Some(request.holder.uid) })?;
+                owned(*id, &allocation.request.owner, Caller { uid: Some(request.holder.uid) })?;
                 if allocation.request.sealed {
                     let purpose = &allocation.request.purpose;
                     return Err(ApiError::new(

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use vramd_api::attach::Access;
 use vramd_api::{
     AllocateRequest, AllocationId, ApiError, ComponentName, DeviceId, DeviceLimits, ErrorCode, EventKind,
-    Holder, KeepAlive, LeaseId, ModelName, Operation, OperationId, PressureLevel, Released,
+    Holder, KeepAlive, LeaseId, ModelName, Operation, OperationId, OwnerName, PressureLevel, Released,
 };
 use vramd_core::Now;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
@@ -269,7 +269,7 @@ struct State {
     undestroyed: BTreeSet<(DeviceId, SegmentId)>,
     /// Persistent allocations of an earlier run for which there is no room or no device now. The next start tries again;
     /// deleting one gives up on it.
-    unrestored: BTreeMap<AllocationId, DeviceId>,
+    unrestored: BTreeMap<AllocationId, (DeviceId, OwnerName)>,
     /// Persistent allocations whose removal the journal is writing: nobody attaches to them any more.
     removing: BTreeSet<AllocationId>,
     /// Models that the journal is writing a change of.

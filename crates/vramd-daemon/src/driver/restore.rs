@@ -31,9 +31,8 @@ impl State {
             }
         }
         for allocation in stored.allocations {
-            let (id, device) = (allocation.id, allocation.device.clone());
+            let id = allocation.id;
             if let Err(error) = self.restore_allocation(allocation) {
-                self.unrestored.insert(id, device);
                 tracing::error!(%id, %error, "a persistent allocation is not back; it will be tried at the next start");
             }
         }
@@ -48,7 +47,9 @@ impl State {
             serde_json::from_str(&stored.request).map_err(|error| unreadable(&error))?;
         let generation = stored.generation + 1;
         let owner = body.owner.clone().ok_or_else(|| unreadable(&"it has no owner"))?;
-        let request = Request { generation, ..requests::request(stored.id, &body, owner) };
+        // Known as missing until it is back.
+        self.unrestored.insert(stored.id, (stored.device.clone(), owner.clone()));
+        let request = Request { generation, ..requests::request(stored.id, &body, owner.clone()) };
         if self.devices.get(&stored.device).is_none() {
             return Err(ApiError::not_found("device", &stored.device));
         }
@@ -58,7 +59,8 @@ impl State {
             .map_err(|shortage| super::allocations::refusal(&shortage))?;
         let id = stored.id;
         self.store(Change::PutAllocation(StoredAllocation { generation, ..stored }), OnStored::Nothing);
-        self.waiting.insert(id, OnReady::Restore);
+        self.unrestored.remove(&id);
+        self.waiting.insert(id, OnReady::Restore(owner));
         self.granted(id, grant);
         Ok(())
     }
