@@ -282,6 +282,30 @@ fn connections_leave_no_descriptor_behind() {
     daemon.all_is_back("sim:0");
 }
 
+fn open_to_all(daemon: &Daemon) {
+    let open = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(daemon.socket(), open.clone()).expect("our socket");
+    std::fs::set_permissions(daemon.home.path(""), open).expect("our directory");
+}
+
+/// Sends a request on the socket as the user `nobody`; what came back.
+fn as_another_user(daemon: &Daemon, request: Vec<u8>) -> String {
+    let socket = daemon.socket();
+    let other = move || {
+        // Linux keeps credentials by thread; this one ends with its answer.
+        let nobody = (Uid::from_raw(65534), Gid::from_raw(65534));
+        set_thread_res_gid(nobody.1, nobody.1, nobody.1).expect("a group");
+        set_thread_res_uid(nobody.0, nobody.0, nobody.0).expect("a user");
+        let mut stream = UnixStream::connect(socket).expect("a connection");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        stream.write_all(&request).expect("sent");
+        let mut bytes = vec![0; 65536];
+        let got = stream.read(&mut bytes).expect("an answer");
+        String::from_utf8_lossy(&bytes[..got]).into_owned()
+    };
+    std::thread::spawn(other).join().expect("an answer")
+}
+
 #[test]
 fn another_user_attaches_models_but_not_what_others_own() {
     if !rustix::process::geteuid().is_root() {
@@ -291,25 +315,8 @@ fn another_user_attaches_models_but_not_what_others_own() {
     let (daemon, _) = with_model(&[64 * MIB], 4096);
     daemon.loaded("tiny", "sim:0");
     let mine = daemon.allocated(&json!({"sizeBytes": 4096, "owner": "uid:0"}));
-    let open = std::fs::Permissions::from_mode(0o777);
-    std::fs::set_permissions(daemon.socket(), open.clone()).expect("our socket");
-    std::fs::set_permissions(daemon.home.path(""), open).expect("our directory");
-    let as_other = |request: Vec<u8>| {
-        let socket = daemon.socket();
-        let other = move || {
-            // Linux keeps credentials by thread; this one ends with its answer.
-            let nobody = (Uid::from_raw(65534), Gid::from_raw(65534));
-            set_thread_res_gid(nobody.1, nobody.1, nobody.1).expect("a group");
-            set_thread_res_uid(nobody.0, nobody.0, nobody.0).expect("a user");
-            let mut stream = UnixStream::connect(socket).expect("a connection");
-            stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-            stream.write_all(&request).expect("sent");
-            let mut bytes = vec![0; 65536];
-            let got = stream.read(&mut bytes).expect("an answer");
-            String::from_utf8_lossy(&bytes[..got]).into_owned()
-        };
-        std::thread::spawn(other).join().expect("an answer")
-    };
+    open_to_all(&daemon);
+    let as_other = |request| as_another_user(&daemon, request);
     let attach = |request: &Value| as_other(encode_frame(FrameKind::Attach, request, 0).expect("a frame"));
     assert!(attach(&json!({"model": "tiny"})).contains("leaseId"));
     assert!(attach(&json!({"allocationId": mine})).contains("PERMISSION_DENIED"));
@@ -325,4 +332,24 @@ fn another_user_attaches_models_but_not_what_others_own() {
     let answer = call("POST", allocate, r#"{"sizeBytes":4096,"owner":"uid:0"}"#);
     assert!(answer.contains("\"uid:65534/uid:0\""), "{answer}");
     assert!(call("POST", allocate, r#"{"sizeBytes":4096}"#).contains("\"uid:65534\""));
+}
+
+#[test]
+fn another_user_cannot_give_up_an_allocation_that_is_not_back() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can call as another user");
+        return;
+    }
+    let home = Home::new();
+    let daemon = home.start(&[64 * MIB, 64 * MIB]);
+    let body = json!({"sizeBytes": 4096, "persistent": true, "owner": "uid:0"});
+    let path = "/api/memory/allocations/allocate/sim:1";
+    let kept = daemon.post(path, &body).data(201)["allocationId"].as_str().expect("an id").to_owned();
+    daemon.stop();
+    let daemon = home.start(&[64 * MIB]);
+    open_to_all(&daemon);
+    let release = message("DELETE", &format!("/api/memory/allocations/{kept}"), &[], b"");
+    assert!(as_another_user(&daemon, release).contains("PERMISSION_DENIED"));
+    daemon.stop();
+    assert_eq!(home.start(&[64 * MIB, 64 * MIB]).allocations()[0]["allocationId"], kept.as_str());
 }
