@@ -14,6 +14,7 @@ pub enum Call {
     Write,
     Read,
     FillFromFile,
+    Copy,
     Export,
 }
 

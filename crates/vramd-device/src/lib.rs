@@ -4,7 +4,7 @@
 //! It does not decide: what to create, where and for whom is the ledger's business. Each backend is a folder
 //! with the same file names; what a backend can do is data ([`Facts`]), never a question of its name.
 //!
-//! A segment's life: `create → (zero | write | read | fill_from_file | export)* → destroy`. A segment is named
+//! A segment's life: `create → (zero | write | read | copy | fill_from_file | export)* → destroy`. A segment is named
 //! by a [`SegmentId`] that the caller chose, never by a pointer, so that a backend may keep the memory in
 //! another process.
 
@@ -84,7 +84,7 @@ pub struct Range {
 
 /// One contract for all memory. Every call but `facts` and `export` may block, and is not made on an async thread. All take `&self`
 /// and may run at the same time from many threads; calls on one segment are ordered by the caller, except that
-/// `fill_from_file`, `read` and `write` on disjoint ranges of it may overlap.
+/// `fill_from_file`, `read`, `write` and `copy` on disjoint ranges of it may overlap, and so may those that only read.
 ///
 /// On an error nothing has changed, except where a method says otherwise. A [`DeviceError::Lost`] is final for
 /// every segment: `destroy` still succeeds afterwards, so that the books can be closed.
@@ -109,6 +109,10 @@ pub trait Device: Send + Sync {
 
     /// Copies out of a segment.
     fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Copies a range to `to_offset` of segment `to`, on this device, by the straightest way that it has. The two
+    /// ranges are disjoint. On an error the target's contents are undefined and the source is as it was.
+    fn copy(&self, from: Range, to: SegmentId, to_offset: u64) -> Result<(), DeviceError>;
 
     /// Reads `range.bytes` of `source`, from `source_offset` on, into a range, by the straightest way that the
     /// device has. A file that ends early is [`DeviceError::Source`] with `UnexpectedEof`. On an error the

@@ -118,6 +118,33 @@ impl Segment {
 
     /// Zeros a range without giving pages to what reads as zero anyway.
     pub(crate) fn zero_sparsely(&self, offset: u64, bytes: u64) -> Result<(), Failed> {
+        self.each_extent(offset, bytes, |at, bytes| self.zero(at, bytes))
+    }
+
+    /// Copies a range to a disjoint one, of another segment or of this.
+    pub(crate) fn copy(&self, offset: u64, target: &Self, target_offset: u64, bytes: u64) {
+        let (from, to) = (self.place(offset, bytes as usize), target.place(target_offset, bytes as usize));
+        // SAFETY: `place` checked both ranges, the table that they are disjoint, and both mappings live as long as
+        // their segments do.
+        unsafe { ptr::copy_nonoverlapping(from, to, bytes as usize) }
+    }
+
+    /// The same without giving pages to what reads as zero.
+    pub(crate) fn copy_sparsely(
+        &self,
+        offset: u64,
+        target: &Self,
+        target_offset: u64,
+        bytes: u64,
+    ) -> Result<(), Failed> {
+        target.zero_sparsely(target_offset, bytes)?;
+        self.each_extent(offset, bytes, |at, bytes| {
+            self.copy(at, target, target_offset + (at - offset), bytes);
+        })
+    }
+
+    /// Calls `each` for the parts of a range that have pages.
+    fn each_extent(&self, offset: u64, bytes: u64, mut each: impl FnMut(u64, u64)) -> Result<(), Failed> {
         let end = offset + bytes;
         let mut at = offset;
         while at < end {
@@ -132,7 +159,7 @@ impl Segment {
             let to =
                 rustix::fs::seek(&self.file, SeekFrom::Hole(from)).map_err(Failed::at("lseek(SEEK_HOLE)"))?;
             let to = to.min(end);
-            self.zero(from, to - from);
+            each(from, to - from);
             at = to;
         }
         Ok(())

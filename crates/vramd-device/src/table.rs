@@ -50,6 +50,21 @@ impl Table {
         }
     }
 
+    /// The segments of a copy between two ranges that do not overlap.
+    pub(crate) fn get_copy(
+        &self,
+        from: Range,
+        to: SegmentId,
+        to_offset: u64,
+    ) -> Result<(Arc<Segment>, Arc<Segment>), DeviceError> {
+        let source = self.get_range(Call::Copy, from)?;
+        let target = self.get_range(Call::Copy, Range { segment: to, offset: to_offset, bytes: from.bytes })?;
+        if from.segment == to && from.offset.abs_diff(to_offset) < from.bytes {
+            return Err(misuse(Call::Copy, to, "the two ranges overlap"));
+        }
+        Ok((source, target))
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<SegmentId, Arc<Segment>>> {
         // No operation under this lock can leave the map half changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

@@ -52,6 +52,10 @@ impl Device for Breakable {
         self.device.fill_from_file(range, source, source_offset)
     }
 
+    fn copy(&self, from: Range, to: SegmentId, to_offset: u64) -> Result<(), DeviceError> {
+        self.device.copy(from, to, to_offset)
+    }
+
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError> {
         self.device.export(segment, access)
     }

@@ -191,6 +191,14 @@ impl Drop for Taken<'_> {
     }
 }
 
+/// Makes sure of a range's pages. A writer may have punched holes; with no page left to fill them, an access there
+/// would be a SIGBUS.
+fn present(segment: &Segment, call: Call, offset: u64, bytes: u64) -> Result<(), DeviceError> {
+    let start = offset & !(BASE_PAGE_BYTES - 1);
+    let end = (offset + bytes).next_multiple_of(BASE_PAGE_BYTES);
+    segment.populate(start, end - start).map_err(|failed| failed.explain(call, bytes, 0))
+}
+
 impl crate::Device for Device {
     fn facts(&self) -> &Facts {
         &self.facts
@@ -232,10 +240,7 @@ impl crate::Device for Device {
         if range.bytes == 0 {
             return Ok(());
         }
-        // A writer may have punched holes; with no page left to fill them, writing there would be a SIGBUS.
-        let start = range.offset & !(BASE_PAGE_BYTES - 1);
-        let end = (range.offset + range.bytes).next_multiple_of(BASE_PAGE_BYTES);
-        segment.populate(start, end - start).map_err(|failed| failed.explain(Call::Zero, range.bytes, 0))?;
+        present(&segment, Call::Zero, range.offset, range.bytes)?;
         segment.zero(range.offset, range.bytes);
         Ok(())
     }
@@ -249,6 +254,16 @@ impl crate::Device for Device {
     fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
         self.segments.get_range(Call::Read, range)?.read(offset, bytes);
+        Ok(())
+    }
+
+    fn copy(&self, from: Range, to: SegmentId, to_offset: u64) -> Result<(), DeviceError> {
+        let (source, target) = self.segments.get_copy(from, to, to_offset)?;
+        if from.bytes > 0 {
+            present(&source, Call::Copy, from.offset, from.bytes)?;
+            present(&target, Call::Copy, to_offset, from.bytes)?;
+            source.copy(from.offset, &target, to_offset, from.bytes);
+        }
         Ok(())
     }
 

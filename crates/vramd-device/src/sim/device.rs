@@ -180,6 +180,20 @@ impl crate::Device for Device {
         })
     }
 
+    fn copy(&self, from: Range, to: SegmentId, to_offset: u64) -> Result<(), DeviceError> {
+        let (source, target) = self.segments.get_copy(from, to, to_offset)?;
+        self.faults.enter(Call::Copy, from.bytes)?;
+        for begin in (0..from.bytes).step_by(READ_BYTES) {
+            let bytes = (from.bytes - begin).min(READ_BYTES as u64);
+            self.faults.check_lost()?;
+            self.check_host(bytes as usize)?;
+            source
+                .copy_sparsely(from.offset + begin, &target, to_offset + begin, bytes)
+                .map_err(self.explain(Call::Copy, bytes))?;
+        }
+        Ok(())
+    }
+
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError> {
         let target = self.segments.get_range(Call::FillFromFile, range)?;
         self.faults.enter(Call::FillFromFile, range.bytes)?;

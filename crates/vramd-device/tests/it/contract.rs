@@ -53,6 +53,9 @@ on_every_backend![
     nobody_changes_the_size,
     exported_descriptors_are_not_inherited,
     what_is_destroyed_lives_on_for_who_still_has_it,
+    a_copy_is_what_was_there_and_nothing_else,
+    a_copy_that_overlaps_or_leaves_its_segment_is_misuse_and_changes_nothing,
+    an_importer_sees_what_was_copied_into_a_sealed_segment,
     a_file_fills_exactly_its_range,
     a_file_that_ends_early_is_an_error,
     parallel_fills_do_not_mix,
@@ -192,6 +195,7 @@ fn a_segment_that_does_not_exist_is_misuse(device: &dyn Device) {
         assert_misuse(&device.write(id, 0, b"x"));
         assert_misuse(&device.read(id, 0, &mut [0]));
         assert_misuse(&device.fill_from_file(range, &buffered(&source), 0));
+        assert_misuse(&device.copy(range, id, 1));
         assert_misuse(&device.export(id, ExportAccess::Read));
     }
 }
@@ -371,6 +375,58 @@ fn what_is_destroyed_lives_on_for_who_still_has_it(device: &dyn Device) {
 
 /// Any part of a file to any place, direct and buffered, aligned alike or not: the range is right, the rest of the
 /// segment untouched.
+/// Random copies between two segments and inside of each, against two vectors.
+fn a_copy_is_what_was_there_and_nothing_else(device: &dyn Device) {
+    let place = (0_usize..2, 0..SIZE as usize);
+    let copy = (place.clone(), place, 0_usize..300_000);
+    proptest!(Config::with_cases(16), |(copies in prop::collection::vec(copy, 1..20))| {
+        let ids = [create(device, Writers::DeviceOnly), create(device, Writers::Importers)];
+        let mut model = [pattern(SIZE as usize), vec![0; SIZE as usize]];
+        device.write(ids[0], 0, &model[0]).unwrap();
+        for ((from, offset), (to, to_offset), bytes) in copies {
+            let mut bytes = bytes.min(SIZE as usize - offset.max(to_offset));
+            if from == to {
+                bytes = bytes.min(offset.abs_diff(to_offset));
+            }
+            let range = Range { segment: ids[from], offset: offset as u64, bytes: bytes as u64 };
+            device.copy(range, ids[to], to_offset as u64).unwrap();
+            let copied = model[from][offset..][..bytes].to_vec();
+            model[to][to_offset..][..bytes].copy_from_slice(&copied);
+        }
+        for (id, model) in ids.iter().zip(&model) {
+            prop_assert!(contents(device, *id, SIZE) == *model, "{id:?} differs");
+            device.destroy(*id).unwrap();
+        }
+    });
+}
+
+fn a_copy_that_overlaps_or_leaves_its_segment_is_misuse_and_changes_nothing(device: &dyn Device) {
+    let (first, second) = (create(device, Writers::DeviceOnly), create(device, Writers::DeviceOnly));
+    let written = pattern(SIZE as usize);
+    device.write(first, 0, &written).unwrap();
+    let range = |offset, bytes| Range { segment: first, offset, bytes };
+    assert_misuse(&device.copy(range(0, 8192), first, 4096));
+    assert_misuse(&device.copy(range(4096, 8192), first, 0));
+    assert_misuse(&device.copy(range(0, 8192), first, 0));
+    assert_misuse(&device.copy(range(SIZE - 1, 2), second, 0));
+    assert_misuse(&device.copy(range(0, 2), second, SIZE - 1));
+    assert_misuse(&device.copy(range(0, 2), second, u64::MAX));
+    assert_misuse(&device.copy(range(1, u64::MAX), second, 0));
+    assert_misuse(&device.copy(range(0, 1), fresh(), 0));
+    assert!(contents(device, first, SIZE) == written);
+    assert!(contents(device, second, SIZE).iter().all(|byte| *byte == 0));
+    // Side by side is no overlap.
+    device.copy(range(0, 4096), first, 4096).unwrap();
+}
+
+fn an_importer_sees_what_was_copied_into_a_sealed_segment(device: &dyn Device) {
+    let (source, sealed) = (create(device, Writers::Importers), create(device, Writers::DeviceOnly));
+    let import = Import::read(&export(device, sealed, ExportAccess::Read), SIZE);
+    device.write(source, 100, b"moved").unwrap();
+    device.copy(Range { segment: source, offset: 100, bytes: 5 }, sealed, 7).unwrap();
+    assert_eq!(&import.bytes()[7..12], b"moved");
+}
+
 fn a_file_fills_exactly_its_range(device: &dyn Device) {
     const FILE: usize = 6_000_123;
     let bytes = pattern(FILE);

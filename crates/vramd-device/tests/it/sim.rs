@@ -40,17 +40,19 @@ fn call(device: &sim::Device, id: SegmentId, call: Call) -> Result<(), DeviceErr
         Call::Write => device.write(id, 0, b"x"),
         Call::Read => device.read(id, 0, &mut [0]),
         Call::FillFromFile => device.fill_from_file(range, &buffered(&file(b"x")), 0),
+        Call::Copy => device.copy(range, id, 1),
         Call::Export => device.export(id, ExportAccess::Read).map(drop),
     }
 }
 
-const CALLS: [Call; 8] = [
+const CALLS: [Call; 9] = [
     Call::Sample,
     Call::Create,
     Call::Zero,
     Call::Write,
     Call::Read,
     Call::FillFromFile,
+    Call::Copy,
     Call::Export,
     Call::Destroy,
 ];
@@ -88,7 +90,10 @@ fn a_device_larger_than_the_machine_takes_only_what_was_written() {
     device.read(id, (15 << 40) - 8192, &mut end).unwrap();
     assert!(end.ends_with(b"\0final"));
     assert!(host_bytes(&device, id) <= 2 * MIB, "{}", host_bytes(&device, id));
-    assert_eq!(device.sample().unwrap().available_bytes, 1 << 40);
+    let other = create(&device, 1 << 30);
+    device.copy(Range { segment: id, offset: (15 << 40) - (1 << 30), bytes: 1 << 30 }, other, 0).unwrap();
+    assert!(host_bytes(&device, other) <= 2 * MIB, "{}", host_bytes(&device, other));
+    assert_eq!(device.sample().unwrap().available_bytes, (1 << 40) - (1 << 30));
 }
 
 #[test]
