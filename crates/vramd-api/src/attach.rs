@@ -1,7 +1,7 @@
 //! The frames of the attach protocol; `protocol/attach.md` is its document.
 //!
 //! A connection carries one `Attach` from the client and one `Attached` or `Error` from the daemon, then
-//! nothing: it is the lease. Descriptors travel with the first byte of a frame's header.
+//! nothing but `Moved` and its `Acknowledge`: it is the lease. Descriptors travel with the first byte of a frame's header.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,6 +32,8 @@ pub enum FrameKind {
     Attach = 1,
     Attached = 2,
     Error = 3,
+    Moved = 4,
+    Acknowledge = 5,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +83,8 @@ impl Header {
             1 => (FrameKind::Attach, MAX_REQUEST_BYTES, 0),
             2 => (FrameKind::Attached, MAX_REPLY_BYTES, MAX_DESCRIPTORS),
             3 => (FrameKind::Error, MAX_REQUEST_BYTES, 0),
+            4 => (FrameKind::Moved, MAX_REQUEST_BYTES, MAX_DESCRIPTORS),
+            5 => (FrameKind::Acknowledge, MAX_REQUEST_BYTES, 0),
             other => return Err(BadHeader::Kind(other)),
         };
         let header = Self { kind, body_bytes: u32_at(8), descriptors: u32_at(12) };
@@ -135,6 +139,32 @@ pub struct Attach {
     pub device_id: Option<String>,
     #[serde(default)]
     pub access: Access,
+    /// This client follows moves: without it the bytes stay where they are for as long as it has them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub moves: bool,
+}
+
+/// The bytes have another place: the same bytes, at the same offset in their pages. The client maps the new pages over
+/// the old ones and acknowledges; until then the old ones stay.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Moved {
+    pub generation: u64,
+    pub device_id: DeviceId,
+    pub segments: Vec<AttachedSegment>,
+    pub block: AttachedBlock,
+}
+
+/// The client's answer to [`Moved`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Acknowledge {
+    pub generation: u64,
+    /// False: it cannot follow, keeps the old pages, and is not asked again.
+    pub moved: bool,
+    /// Why it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// The daemon's answer: where the bytes are, and which tensors they hold.

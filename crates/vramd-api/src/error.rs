@@ -63,6 +63,8 @@ error_codes! {
     Internal = 500, false;
     /// A model file could not be read: the disk or the file system failed.
     ModelReadFailed = 503, true;
+    /// What arrived on a device is not what was sent to it. The old bytes are as they were.
+    ChecksumMismatch = 503, true;
     /// The device is gone or its driver failed.
     DeviceLost = 503, true;
     /// The daemon's own store could not be written: the disk is full or failed. Nothing was changed.

@@ -15,6 +15,9 @@ pub enum EventKind {
     AllocationCreated,
     #[serde(rename = "allocation.released")]
     AllocationReleased,
+    /// It has another place; `data.generation` is the new one.
+    #[serde(rename = "allocation.moved")]
+    AllocationMoved,
     #[serde(rename = "lease.ended")]
     LeaseEnded,
     #[serde(rename = "model.registered")]

@@ -13,6 +13,7 @@ mod health;
 mod ids;
 mod memory;
 mod model;
+mod movement;
 mod operation;
 mod units;
 
@@ -30,6 +31,11 @@ pub use memory::{
 pub use model::{
     Component, ComponentSource, KeepAlive, LoadRequest, Model, ModelPage, RegisterModel, Residency,
     ResidencyState, TouchRequest, UnloadRequest,
+};
+pub use movement::{
+    Checksum, ClearRequest, ClearTarget, Cleared, CopyRequest, DefragmentPlan, DefragmentPlans,
+    DefragmentRequest, Defragmented, DeviceDefragmented, EndedBy, FixedBlock, FixedReason,
+    FragmentationFigures, MAX_TRANSFER_ITEMS, TransferItem, TransferMode, TransferRequest, Transferred,
 };
 pub use operation::{Operation, OperationKind, OperationPage, OperationState};
 pub use units::{BadSize, Bytes, parse_size};

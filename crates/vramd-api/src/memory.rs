@@ -184,6 +184,8 @@ pub enum LeaseKind {
     Persistent,
     /// The model cache holds it.
     Model,
+    /// An operation reads or writes its bytes; ends with it.
+    Operation,
 }
 
 /// A process that holds memory.

@@ -11,6 +11,10 @@ use crate::{ApiError, OperationId};
 pub enum OperationKind {
     Load,
     Unload,
+    Transfer,
+    Copy,
+    Defragment,
+    Clear,
 }
 
 /// `Queued → Running → Completed | Failed | Cancelled`; a queued operation can be cancelled too.
@@ -37,6 +41,9 @@ pub struct Operation {
     /// What it works on, in words: `minilm on cpu:0`.
     pub subject: String,
     pub state: OperationState,
+    /// It begins nothing new until it is resumed.
+    #[serde(default)]
+    pub paused: bool,
     pub bytes_done: u64,
     pub bytes_total: u64,
     /// Over its whole time so far; absent before the first bytes.

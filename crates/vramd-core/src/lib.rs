@@ -5,6 +5,7 @@
 //! ids of its own making beyond counters. The same code runs in the daemon and in property tests over random
 //! histories.
 
+pub mod compaction;
 pub mod layout;
 pub mod ledger;
 pub mod models;
@@ -12,6 +13,7 @@ pub mod placement;
 pub mod pressure;
 pub mod queue;
 mod ranges;
+pub mod turns;
 
 use jiff::Timestamp;
 

@@ -1,22 +1,25 @@
-//! The attach socket's side of `protocol/attach.md`: one request, one answer with descriptors, then silence until the
-//! connection ends and its lease with it.
+//! The attach socket's side of `protocol/attach.md`: one request, one answer with descriptors, then nothing but moves and
+//! their acknowledgements until the connection ends and its lease with it.
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use vramd_api::attach::{
-    Access, Attach, Attached, AttachedBlock, AttachedSegment, FrameKind, HEADER_BYTES, Header, encode_frame,
+    Access, Acknowledge, Attach, Attached, AttachedBlock, AttachedSegment, FrameKind, HEADER_BYTES, Header,
+    MAGIC, encode_frame,
 };
-use vramd_api::{ApiError, ErrorCode, Holder};
-use vramd_device::ExportAccess;
+use vramd_api::{ApiError, DeviceId, ErrorCode, Holder, LeaseId};
+use vramd_device::{DeviceError, ExportAccess, SegmentId};
 
-use crate::driver::{AttachRequest, AttachTarget, Attachment, Driver, Event};
+use crate::driver::{AttachRequest, AttachTarget, Attachment, Driver, Event, Moved};
 
 /// A connection that has not sent its whole request after this long is closed.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,8 +29,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Serves one connection until it ends.
 pub async fn serve(mut stream: UnixStream, driver: Driver, holder: Holder, stopping: CancellationToken) {
+    let (told, moved) = mpsc::unbounded_channel();
     let attachment = match tokio::time::timeout(REQUEST_TIMEOUT, read_request(&mut stream)).await {
-        Ok(Ok(request)) => open(&driver, request, holder).await,
+        Ok(Ok(request)) => open(&driver, request, holder, told).await,
         Ok(Err(Malformed::Gone)) => return,
         Ok(Err(Malformed::Refused(error))) => Err(error),
         Err(_) => Err(ApiError::new(
@@ -44,19 +48,71 @@ pub async fn serve(mut stream: UnixStream, driver: Driver, holder: Holder, stopp
             return;
         }
     };
-    let lease = attachment.0.lease;
+    let (lease, access) = (attachment.0.lease, attachment.1);
     // A client that does not read its answer holds no lease for ever.
     let answered = tokio::time::timeout(ANSWER_TIMEOUT, answer(&mut stream, &driver, attachment)).await;
     if matches!(answered, Ok(Ok(()))) {
-        let mut byte = [0];
         tokio::select! {
-            // Whatever it is, the end or a byte that the protocol has no place for: the lease is over.
-            _ = stream.read(&mut byte) => {}
+            // Whatever ends it, the peer or a byte that the protocol has no place for: the lease is over.
+            _ = follow(&mut stream, &driver, lease, access, moved) => {}
             () = stopping.cancelled() => {}
         }
     }
     drop(stream);
     driver.tell(Event::LeaseEnded(lease)).await;
+}
+
+/// Tells of moves and takes their acknowledgements, until the connection ends.
+async fn follow(
+    stream: &mut UnixStream,
+    driver: &Driver,
+    lease: LeaseId,
+    access: Access,
+    mut moved: mpsc::UnboundedReceiver<Moved>,
+) -> Result<(), Malformed> {
+    let mut header = [0; HEADER_BYTES];
+    let mut filled = 0;
+    loop {
+        tokio::select! {
+            read = stream.read(&mut header[filled..]) => {
+                match read {
+                    Ok(0) | Err(_) => return Err(Malformed::Gone),
+                    Ok(count) => filled += count,
+                }
+                let begun = filled.min(MAGIC.len());
+                if header[..begun] != MAGIC[..begun] {
+                    return Err(Malformed::Gone);
+                }
+                if filled == HEADER_BYTES {
+                    filled = 0;
+                    let answer: Acknowledge = read_frame(stream, &header, FrameKind::Acknowledge).await?;
+                    let refused = (!answer.moved).then(|| answer.reason.unwrap_or_default());
+                    driver.tell(Event::MoveAnswered { lease, generation: answer.generation, refused }).await;
+                }
+            }
+            Some(moved) = moved.recv() => {
+                tokio::time::timeout(ANSWER_TIMEOUT, tell(stream, driver, moved, access))
+                    .await
+                    .map_err(|_| Malformed::Gone)?
+                    .map_err(|_| Malformed::Gone)?;
+            }
+        }
+    }
+}
+
+/// Sends the descriptor of a new place.
+async fn tell(stream: &mut UnixStream, driver: &Driver, moved: Moved, access: Access) -> io::Result<()> {
+    let (descriptor, page_bytes) =
+        export(driver, &moved.device, moved.segment, access).map_err(io::Error::other)?;
+    let frame = vramd_api::attach::Moved {
+        generation: moved.generation,
+        device_id: moved.device,
+        segments: vec![AttachedSegment { bytes: moved.segment_bytes, page_bytes }],
+        block: AttachedBlock { segment: 0, offset: moved.block_offset, bytes: moved.block_bytes },
+    };
+    let frame = encode_frame(FrameKind::Moved, &frame, 1)?;
+    let sent = send_with(stream, &frame, descriptor.as_fd()).await?;
+    stream.write_all(&frame[sent..]).await
 }
 
 enum Malformed {
@@ -65,21 +121,39 @@ enum Malformed {
 }
 
 async fn read_request(stream: &mut UnixStream) -> Result<Attach, Malformed> {
-    let refused = |error: ApiError| Malformed::Refused(error.hint("protocol/attach.md describes the frames"));
     let mut header = [0; HEADER_BYTES];
     stream.read_exact(&mut header).await.map_err(|_| Malformed::Gone)?;
+    read_frame(stream, &header, FrameKind::Attach).await
+}
+
+/// Reads the body of a frame, which has to be of that kind.
+async fn read_frame<T: DeserializeOwned>(
+    stream: &mut UnixStream,
+    header: &[u8; HEADER_BYTES],
+    kind: FrameKind,
+) -> Result<T, Malformed> {
+    let refused = |error: ApiError| Malformed::Refused(error.hint("protocol/attach.md describes the frames"));
     let header =
-        Header::decode(&header).map_err(|error| refused(ApiError::invalid("frame", error.to_string())))?;
-    if header.kind != FrameKind::Attach {
-        return Err(refused(ApiError::invalid("frame", "only an attach frame can come first")));
+        Header::decode(header).map_err(|error| refused(ApiError::invalid("frame", error.to_string())))?;
+    if header.kind != kind {
+        return Err(refused(ApiError::invalid(
+            "frame",
+            format!("only a frame of kind {kind:?} has a place here"),
+        )));
     }
     let mut body = vec![0; header.body_bytes as usize];
     stream.read_exact(&mut body).await.map_err(|_| Malformed::Gone)?;
-    serde_json::from_slice(&body)
-        .map_err(|error| refused(ApiError::invalid("frame", format!("the attach frame's body: {error}"))))
+    serde_json::from_slice(&body).map_err(|error| {
+        refused(ApiError::invalid("frame", format!("the body of the {kind:?} frame: {error}")))
+    })
 }
 
-async fn open(driver: &Driver, request: Attach, holder: Holder) -> Result<(Attachment, Access), ApiError> {
+async fn open(
+    driver: &Driver,
+    request: Attach,
+    holder: Holder,
+    moved: mpsc::UnboundedSender<Moved>,
+) -> Result<(Attachment, Access), ApiError> {
     let target = match (request.model, request.component, request.allocation_id) {
         (Some(model), component, None) => AttachTarget::Model { model, component },
         (None, None, Some(allocation)) => AttachTarget::Allocation(allocation),
@@ -93,7 +167,8 @@ async fn open(driver: &Driver, request: Attach, holder: Holder) -> Result<(Attac
         None => None,
     };
     let access = request.access;
-    let request = AttachRequest { target, device, access, holder };
+    let moves = request.moves.then_some(moved);
+    let request = AttachRequest { target, device, access, holder, moves };
     let attachment = driver.ask(|reply| Event::Attach(Box::new(request), reply)).await?;
     Ok((attachment, access))
 }
@@ -104,15 +179,8 @@ async fn answer(
     driver: &Driver,
     (attachment, access): (Attachment, Access),
 ) -> io::Result<()> {
-    let device = driver.devices.get(&attachment.device).cloned().ok_or(io::ErrorKind::NotFound)?;
-    let page_bytes = device.facts().page_bytes;
-    let export = match access {
-        Access::Read => ExportAccess::Read,
-        Access::Write => ExportAccess::Write,
-    };
-    let segment = attachment.segment;
-    let descriptor = match device.export(segment, export) {
-        Ok(descriptor) => descriptor,
+    let (descriptor, page_bytes) = match export(driver, &attachment.device, attachment.segment, access) {
+        Ok(exported) => exported,
         Err(error) => {
             let shown = crate::devices::error(&attachment.device, &error);
             let frame = encode_frame(FrameKind::Error, &shown, 0)?;
@@ -137,6 +205,21 @@ async fn answer(
     let frame = encode_frame(FrameKind::Attached, &attached, 1)?;
     let sent = send_with(stream, &frame, descriptor.as_fd()).await?;
     stream.write_all(&frame[sent..]).await
+}
+
+/// A descriptor of a segment, and the size of its pages.
+fn export(
+    driver: &Driver,
+    device: &DeviceId,
+    segment: SegmentId,
+    access: Access,
+) -> Result<(OwnedFd, u64), DeviceError> {
+    let device = driver.devices.get(device).expect("what is attached is on a device that opened");
+    let access = match access {
+        Access::Read => ExportAccess::Read,
+        Access::Write => ExportAccess::Write,
+    };
+    Ok((device.export(segment, access)?, device.facts().page_bytes))
 }
 
 /// Sends the beginning of a frame with its descriptor; answers how many bytes went along.

@@ -76,6 +76,7 @@ impl Devices {
         self.0.values().map(|opened| {
             let facts = opened.device.facts();
             DeviceFacts {
+                page_bytes: facts.page_bytes,
                 device: facts.device.clone(),
                 memory_type: facts.memory_type,
                 total_bytes: facts.total_bytes,

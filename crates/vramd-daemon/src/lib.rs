@@ -10,6 +10,7 @@ mod driver;
 mod event_log;
 mod http;
 mod loader;
+mod mover;
 mod requests;
 mod server;
 mod source;
@@ -75,6 +76,8 @@ pub enum StartError {
     Store(#[from] StoreError),
     #[error("the ready file {path} cannot be written", path = .path.display())]
     ReadyFile { path: PathBuf, source: io::Error },
+    #[error("no threads could be started")]
+    Threads(#[source] io::Error),
     #[error("the driver ended: a bug in vramd")]
     Driver,
 }
@@ -94,6 +97,7 @@ impl StartError {
             Self::StateDir { .. } => "choose a directory that can be written to with --state-dir",
             Self::InUse { .. } => "stop that daemon, or choose another directory with --state-dir",
             Self::ModelRoot { .. } => "make the directory, or leave out its --model-root",
+            Self::Threads(_) => "raise the limit on threads (ulimit -u)",
             Self::Devices(_) => "`vramd doctor` says what works on this machine",
             Self::Store(StoreError::TooNew { .. }) => "run the newer vramd, or choose another --state-dir",
             Self::Store(_) => {
@@ -154,7 +158,7 @@ pub async fn serve_on(
     let known: Vec<ModelName> = stored.models.iter().map(|model| model.name.clone()).collect();
     let residents = stored.residents.clone();
     let run = uuid::Uuid::now_v7().simple().to_string();
-    let (driver, mut task) = Driver::start(devices, store, stored, run);
+    let (driver, mut task) = Driver::start(devices, store, stored, run).map_err(StartError::Threads)?;
     let stopping = CancellationToken::new();
     let app = http::App::new(driver.clone(), roots.clone(), address.map(|address| address.port()));
     let server =

@@ -1,7 +1,7 @@
 //! Requests as the driver takes them: checked across fields, every default filled in.
 
 use uuid::Uuid;
-use vramd_api::{AllocateRequest, AllocationId, ApiError, DeviceId, OnShortage, OwnerName};
+use vramd_api::{AllocateRequest, AllocationId, ApiError, Bytes, DeviceId, OnShortage, OwnerName};
 use vramd_core::ledger::Request;
 
 use crate::driver::{Allocate, Caller};
@@ -72,6 +72,19 @@ pub fn request(id: AllocationId, body: &AllocateRequest, owner: OwnerName) -> Re
         persistent: body.persistent,
         generation: 1,
         sealed: false,
+    }
+}
+
+/// A request for memory that would give the same allocation again.
+pub fn body(request: &Request) -> AllocateRequest {
+    AllocateRequest {
+        alignment: Some(request.alignment),
+        allocation_type: request.allocation_type,
+        purpose: request.purpose.clone(),
+        priority: request.priority,
+        persistent: request.persistent,
+        owner: Some(request.owner.clone()),
+        ..AllocateRequest::new(Bytes::new(request.size_bytes).expect("it was asked for as one"))
     }
 }
 

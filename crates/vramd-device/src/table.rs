@@ -58,7 +58,8 @@ impl Table {
         to_offset: u64,
     ) -> Result<(Arc<Segment>, Arc<Segment>), DeviceError> {
         let source = self.get_range(Call::Copy, from)?;
-        let target = self.get_range(Call::Copy, Range { segment: to, offset: to_offset, bytes: from.bytes })?;
+        let target =
+            self.get_range(Call::Copy, Range { segment: to, offset: to_offset, bytes: from.bytes })?;
         if from.segment == to && from.offset.abs_diff(to_offset) < from.bytes {
             return Err(misuse(Call::Copy, to, "the two ranges overlap"));
         }

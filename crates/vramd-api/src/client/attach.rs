@@ -105,7 +105,9 @@ fn attach_over(mut stream: UnixStream, request: &Attach) -> Result<Attachment, A
             Ok(Attachment { attached, tensors, descriptors, stream })
         }
         FrameKind::Error => Err(AttachError::Api(Box::new(serde_json::from_slice(&body)?))),
-        FrameKind::Attach => Err(AttachError::Frame("it is a request".to_owned())),
+        FrameKind::Attach | FrameKind::Moved | FrameKind::Acknowledge => {
+            Err(AttachError::Frame("it is no answer to a request".to_owned()))
+        }
     }
 }
 

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 use vramd_api::ApiError;
-use vramd_api::attach::{Attach, Attached, BadHeader, FrameKind, HEADER_BYTES, Header, encode_frame};
+use vramd_api::attach::{
+    Acknowledge, Attach, Attached, BadHeader, FrameKind, HEADER_BYTES, Header, Moved, encode_frame,
+};
 
 /// One entry of `cases.json`; its `what` is for people.
 #[derive(Debug, Deserialize)]
@@ -52,6 +54,8 @@ fn encode_again(header: Header, body: &[u8]) -> Vec<u8> {
         FrameKind::Attach => again::<Attach>(header, body),
         FrameKind::Attached => again::<Attached>(header, body),
         FrameKind::Error => again::<ApiError>(header, body),
+        FrameKind::Moved => again::<Moved>(header, body),
+        FrameKind::Acknowledge => again::<Acknowledge>(header, body),
     }
 }
 

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use jiff::Timestamp;
+use vramd_api::attach::Access;
 use vramd_api::{
     AllocationHistoryEntry, AllocationId, AllocationStatus, AllocationType, DeviceId, Holder, LeaseId,
     LeaseKind, MemoryType, OwnerName, Priority,
@@ -46,6 +47,8 @@ pub struct Allocation {
     pub leases: BTreeMap<LeaseId, Lease>,
     pub created_at: Timestamp,
     pub history: VecDeque<AllocationHistoryEntry>,
+    /// How often somebody began to write to it. A move that sees it change has copied old bytes.
+    pub writes: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,10 +63,36 @@ pub enum State {
 /// What keeps an allocation. When the last one ends, it is released.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Lease {
-    Connection { holder: Holder },
-    TimeToLive { seconds: u64, deadline: Tick, expires_at: Timestamp },
+    /// A process is attached.
+    Connection {
+        holder: Holder,
+        access: Access,
+        moves: bool,
+    },
+    TimeToLive {
+        seconds: u64,
+        deadline: Tick,
+        expires_at: Timestamp,
+    },
     Persistent,
     Model,
+    /// An operation reads or writes its bytes.
+    Operation {
+        task: Task,
+    },
+}
+
+/// What an operation does with an allocation's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    /// It gets another place.
+    Move,
+    /// It is, or becomes, the other place of one that moves.
+    Place,
+    /// It is copied from.
+    Read,
+    /// It is copied to, or zeroed.
+    Write,
 }
 
 impl Lease {
@@ -78,16 +107,22 @@ impl Lease {
     pub fn deadline(&self) -> Option<Tick> {
         match self {
             Self::TimeToLive { deadline, .. } => Some(*deadline),
-            Self::Connection { .. } | Self::Persistent | Self::Model => None,
+            Self::Connection { .. } | Self::Persistent | Self::Model | Self::Operation { .. } => None,
         }
+    }
+
+    /// Whether who has it may write.
+    pub fn writes(&self) -> bool {
+        matches!(self, Self::Connection { access: Access::Write, .. } | Self::Operation { task: Task::Write })
     }
 
     fn to_api(&self, id: LeaseId) -> vramd_api::Lease {
         let (kind, expires_at, holder) = match self {
-            Self::Connection { holder } => (LeaseKind::Connection, None, Some(holder.clone())),
+            Self::Connection { holder, .. } => (LeaseKind::Connection, None, Some(holder.clone())),
             Self::TimeToLive { expires_at, .. } => (LeaseKind::TimeToLive, Some(*expires_at), None),
             Self::Persistent => (LeaseKind::Persistent, None, None),
             Self::Model => (LeaseKind::Model, None, None),
+            Self::Operation { .. } => (LeaseKind::Operation, None, None),
         };
         vramd_api::Lease { lease_id: id, kind, expires_at, holder }
     }
@@ -97,9 +132,27 @@ impl Allocation {
     /// The processes that are attached.
     pub fn holders(&self) -> impl Iterator<Item = &Holder> {
         self.leases.values().filter_map(|lease| match lease {
-            Lease::Connection { holder } => Some(holder),
-            Lease::TimeToLive { .. } | Lease::Persistent | Lease::Model => None,
+            Lease::Connection { holder, .. } => Some(holder),
+            Lease::TimeToLive { .. } | Lease::Persistent | Lease::Model | Lease::Operation { .. } => None,
         })
+    }
+
+    /// What operations do with it.
+    pub fn tasks(&self) -> impl Iterator<Item = Task> {
+        self.leases.values().filter_map(|lease| match lease {
+            Lease::Operation { task } => Some(*task),
+            Lease::Connection { .. } | Lease::TimeToLive { .. } | Lease::Persistent | Lease::Model => None,
+        })
+    }
+
+    /// Somebody keeps it who is no operation.
+    pub fn is_kept(&self) -> bool {
+        self.leases.values().any(|lease| !matches!(lease, Lease::Operation { .. }))
+    }
+
+    /// Somebody may write to it now.
+    pub fn is_written(&self) -> bool {
+        self.leases.values().any(Lease::writes)
     }
 
     pub fn is_attached(&self) -> bool {
@@ -117,6 +170,9 @@ impl Allocation {
     pub fn to_api(&self) -> Option<vramd_api::Allocation> {
         let status = match self.state {
             State::Reserved => return None,
+            State::Active if self.tasks().any(|task| matches!(task, Task::Move | Task::Place)) => {
+                AllocationStatus::Moving
+            }
             State::Active => AllocationStatus::Active,
             State::Releasing => AllocationStatus::Releasing,
         };

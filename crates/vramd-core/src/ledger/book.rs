@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use vramd_api::{AllocationId, DeviceId, MemoryType, OwnerName};
 
-use super::SegmentId;
+use super::{MEDIUM_BYTES, Request, SMALL_BYTES, SegmentId};
 use crate::ranges::Ranges;
 
 /// What the ledger has to know of a device; none of it changes.
@@ -17,6 +17,8 @@ pub struct DeviceFacts {
     pub total_bytes: u64,
     /// A segment's size is a multiple of it. A power of two.
     pub granularity_bytes: u64,
+    /// The pages of an importer's mapping: an attached block moves by whole ones. A power of two.
+    pub page_bytes: u64,
     /// The most that may be held here, unless a call sets another limit.
     pub limit_bytes: u64,
 }
@@ -37,14 +39,49 @@ pub(super) enum SegmentState {
     Destroying,
 }
 
+/// Blocks of about one size share segments, so that a few small ones do not hold a place for a larger one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum SizeClass {
+    Small,
+    Medium,
+}
+
+impl SizeClass {
+    /// None: a segment of its own.
+    pub fn of(bytes: u64) -> Option<Self> {
+        match bytes {
+            0..=SMALL_BYTES => Some(Self::Small),
+            ..=MEDIUM_BYTES => Some(Self::Medium),
+            _ => None,
+        }
+    }
+}
+
+/// What blocks in one segment have in common.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Key {
+    /// A descriptor shows a whole segment, so owners never share one.
+    pub owner: OwnerName,
+    pub class: SizeClass,
+    /// No importer can ever write to it: models.
+    pub sealed: bool,
+}
+
+impl Key {
+    /// None: a segment of its own.
+    pub fn of(request: &Request) -> Option<Self> {
+        let class = SizeClass::of(request.size_bytes)?;
+        Some(Self { owner: request.owner.clone(), class, sealed: request.sealed })
+    }
+}
+
 /// Who may have blocks in a segment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Sharing {
     /// One block, all of it.
     Exclusive,
-    /// Small blocks of one owner: a descriptor shows a whole segment, so owners never share one.
-    Shared(OwnerName),
-    /// Empty, zeroed and never exported: the next owner takes it over.
+    Shared(Key),
+    /// Empty and never touched: the next owner takes it over.
     Spare,
 }
 
@@ -53,7 +90,8 @@ pub(super) struct Segment {
     pub state: SegmentState,
     pub sharing: Sharing,
     pub ranges: Ranges,
-    pub exported: bool,
+    /// Somebody has seen it, or written to it: its blocks are zeroed before they are given out again.
+    pub touched: bool,
     /// The reservations that become allocations when it is live.
     pub waiting: Vec<AllocationId>,
 }
@@ -68,6 +106,8 @@ pub struct Usage {
     pub used_bytes: u64,
     pub available_bytes: u64,
     pub largest_free_bytes: u64,
+    /// The largest new segment.
+    pub largest_new_bytes: u64,
     pub limit_bytes: u64,
     pub allocation_count: u64,
     pub hole_count: u64,
@@ -81,8 +121,11 @@ pub(super) struct Book {
     pub lost: bool,
     pub measured: Option<Measured>,
     pub segments: BTreeMap<SegmentId, Segment>,
-    /// Those that hold several blocks, and the spare: the only ones with holes.
-    pub shared: BTreeSet<SegmentId>,
+    /// Those that hold several blocks.
+    pub shared: BTreeMap<Key, BTreeSet<SegmentId>>,
+    /// The holes of all segments, and the largest of each: (bytes, segment).
+    hole_count: u64,
+    largest: BTreeSet<(u64, SegmentId)>,
     /// The sum of all segments.
     pub held: u64,
     /// The sum of active and releasing blocks.
@@ -101,7 +144,9 @@ impl Book {
             lost: false,
             measured: None,
             segments: BTreeMap::new(),
-            shared: BTreeSet::new(),
+            shared: BTreeMap::new(),
+            hole_count: 0,
+            largest: BTreeSet::new(),
             held: 0,
             allocated: 0,
             reserved: 0,
@@ -138,18 +183,96 @@ impl Book {
         self.spare.and_then(|id| self.segments.get(&id)).map_or(0, |segment| segment.ranges.bytes())
     }
 
-    /// Takes a live segment out of the books.
-    pub fn remove(&mut self, id: SegmentId) {
-        self.shared.remove(&id);
-        if let Some(segment) = self.segments.remove(&id) {
-            self.held -= segment.ranges.bytes();
+    /// Enters a segment.
+    pub fn insert(&mut self, id: SegmentId, segment: Segment) {
+        self.held += segment.ranges.bytes();
+        self.share(id, &segment.sharing);
+        self.segments.insert(id, segment);
+        self.count(id, true);
+    }
+
+    /// Takes a segment out of the books.
+    pub fn remove(&mut self, id: SegmentId) -> Option<Segment> {
+        self.count(id, false);
+        let segment = self.segments.remove(&id)?;
+        self.held -= segment.ranges.bytes();
+        self.unshare(id, &segment.sharing);
+        Some(segment)
+    }
+
+    /// Changes what a segment has free.
+    pub fn change<T>(&mut self, id: SegmentId, change: impl FnOnce(&mut Ranges) -> T) -> Option<T> {
+        self.count(id, false);
+        let changed = self.segments.get_mut(&id).map(|segment| change(&mut segment.ranges));
+        self.count(id, true);
+        changed
+    }
+
+    /// Nothing more goes into a segment: it is given back.
+    pub fn destroy(&mut self, id: SegmentId) {
+        self.count(id, false);
+        if let Some(segment) = self.segments.get_mut(&id) {
+            segment.state = SegmentState::Destroying;
         }
     }
 
-    /// The segments with holes that blocks can go into.
-    pub fn open_shared(&self) -> impl Iterator<Item = (SegmentId, &Segment)> {
+    /// Changes who may have blocks in a segment.
+    pub fn set_sharing(&mut self, id: SegmentId, sharing: Sharing) {
+        let Some(segment) = self.segments.get_mut(&id) else { return };
+        let before = std::mem::replace(&mut segment.sharing, sharing.clone());
+        self.unshare(id, &before);
+        self.share(id, &sharing);
+    }
+
+    fn share(&mut self, id: SegmentId, sharing: &Sharing) {
+        match sharing {
+            Sharing::Shared(key) => {
+                self.shared.entry(key.clone()).or_default().insert(id);
+            }
+            Sharing::Spare => self.spare = Some(id),
+            Sharing::Exclusive => {}
+        }
+    }
+
+    fn unshare(&mut self, id: SegmentId, sharing: &Sharing) {
+        match sharing {
+            Sharing::Shared(key) => {
+                if let Some(segments) = self.shared.get_mut(key) {
+                    segments.remove(&id);
+                    if segments.is_empty() {
+                        self.shared.remove(key);
+                    }
+                }
+            }
+            Sharing::Spare => self.spare = None,
+            Sharing::Exclusive => {}
+        }
+    }
+
+    /// Takes a segment's holes into the sums, or out of them.
+    fn count(&mut self, id: SegmentId, add: bool) {
+        // What is on its way out holds nothing that could be given out.
+        let open = |segment: &&Segment| segment.state != SegmentState::Destroying;
+        let Some(segment) = self.segments.get(&id).filter(open) else { return };
+        let (holes, largest) = (segment.ranges.hole_count() as u64, segment.ranges.largest_free());
+        if holes == 0 {
+            return;
+        }
+        if add {
+            self.hole_count += holes;
+            self.largest.insert((largest, id));
+        } else {
+            self.hole_count -= holes;
+            self.largest.remove(&(largest, id));
+        }
+    }
+
+    /// The segments that blocks of one kind can go into.
+    pub fn open_shared(&self, key: &Key) -> impl Iterator<Item = (SegmentId, &Segment)> {
         self.shared
-            .iter()
+            .get(key)
+            .into_iter()
+            .flatten()
             .filter_map(|id| self.segments.get(id).map(|segment| (*id, segment)))
             .filter(|(_, segment)| segment.state != SegmentState::Destroying)
     }
@@ -159,26 +282,45 @@ impl Book {
         self.room_without_spare() & !(self.facts.granularity_bytes - 1)
     }
 
-    /// What is open to one owner, in all and in one piece: new segments, and for small blocks the holes in the
-    /// owner's own segments.
-    pub fn open_to(&self, owner: &OwnerName, small: bool) -> (u64, u64) {
-        let own = self
-            .open_shared()
-            .map(|(_, segment)| segment)
-            .filter(|segment| small && matches!(&segment.sharing, Sharing::Shared(of) if of == owner));
+    /// What is open to blocks of one kind, in all and in one piece: new segments, and the holes in segments of that kind.
+    pub fn open_to(&self, key: Option<&Key>) -> (u64, u64) {
+        let own = key.into_iter().flat_map(|key| self.open_shared(key));
         let new = (self.room_without_spare(), self.largest_new());
-        own.fold(new, |(free, largest), segment| {
+        own.fold(new, |(free, largest), (_, segment)| {
             (free + segment.ranges.free(), largest.max(segment.ranges.largest_free()))
         })
+    }
+
+    /// Adds the indexes up anew.
+    pub fn check(&self) -> Result<(), String> {
+        let shared = |id: &SegmentId, segment: &Segment| match &segment.sharing {
+            Sharing::Shared(key) => self.shared.get(key).is_some_and(|ids| ids.contains(id)),
+            Sharing::Spare => self.spare == Some(*id),
+            Sharing::Exclusive => self.spare != Some(*id),
+        };
+        let listed: usize = self.shared.values().map(BTreeSet::len).sum();
+        let sharing = self.segments.values().filter(|one| matches!(one.sharing, Sharing::Shared(_))).count();
+        if listed != sharing || !self.segments.iter().all(|(id, segment)| shared(id, segment)) {
+            return Err("the index of shared segments is wrong".to_owned());
+        }
+        let with_holes = || {
+            let open = |segment: &Segment| segment.state != SegmentState::Destroying;
+            self.segments.iter().filter(move |(_, one)| open(one) && one.ranges.hole_count() > 0)
+        };
+        let holes: u64 = with_holes().map(|(_, segment)| segment.ranges.hole_count() as u64).sum();
+        let largest: BTreeSet<_> =
+            with_holes().map(|(id, segment)| (segment.ranges.largest_free(), *id)).collect();
+        if (holes, &largest) != (self.hole_count, &self.largest) {
+            return Err("the sums of the holes are wrong".to_owned());
+        }
+        Ok(())
     }
 
     pub fn usage(&self) -> Usage {
         let pool_free = self.held - self.allocated - self.reserved;
         let foreign =
             self.measured.map_or(0, |measured| measured.used_bytes.saturating_sub(measured.held_bytes));
-        let (largest_hole, hole_count) = self.open_shared().fold((0, 0), |(largest, count), (_, segment)| {
-            (segment.ranges.largest_free().max(largest), count + segment.ranges.hole_count() as u64)
-        });
+        let largest_hole = self.largest.last().map_or(0, |(bytes, _)| *bytes);
         let open = self.room_without_spare() + (pool_free - self.spare_bytes());
         Usage {
             allocated_bytes: self.allocated,
@@ -188,9 +330,10 @@ impl Book {
             used_bytes: self.held + foreign,
             available_bytes: if self.lost { 0 } else { open },
             largest_free_bytes: if self.lost { 0 } else { largest_hole.max(self.largest_new()) },
+            largest_new_bytes: self.largest_new(),
             limit_bytes: self.limit(),
             allocation_count: self.allocation_count,
-            hole_count,
+            hole_count: self.hole_count,
             segment_count: self.segments.len() as u64,
         }
     }

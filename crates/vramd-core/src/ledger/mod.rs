@@ -4,12 +4,13 @@
 //! and its outcome is told by [`Ledger::segment_created`], [`Ledger::segment_failed`], [`Ledger::released`] or
 //! [`Ledger::destroyed`]. A reservation is taken at once, so that two requests never count the same byte.
 //!
-//! Small blocks (up to [`SMALL_BYTES`]) of one owner share segments; larger ones and models get their own. The
-//! last empty shared segment stays as a spare, if nobody ever saw it, so that small allocations do not go to the
-//! driver each time.
+//! Small blocks of one owner and of about one size share segments; larger ones get their own. The last empty shared
+//! segment stays as a spare, if nobody ever touched it, so that small allocations do not go to the driver each time.
+//! How a block gets another place is in [`moves`].
 
 mod allocation;
 mod book;
+mod moves;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,16 +18,19 @@ use std::sync::Arc;
 use imbl::OrdMap;
 use vramd_api::{AllocationId, DeviceId, Holder, LeaseId, OwnerName, Placement};
 
-pub use allocation::{Allocation, Lease, Request, State};
-use book::{Book, Segment, SegmentState, Sharing};
+pub use allocation::{Allocation, Lease, Request, State, Task};
+use book::{Book, Key, Segment, SegmentState, Sharing};
 pub use book::{DeviceFacts, Measured, Usage};
+pub use moves::{Fixed, Group, Place as NewPlace};
 
 use crate::placement::{self, Offer, Standing};
 use crate::ranges::Ranges;
 use crate::{Now, Tick};
 
-/// Blocks up to this size share segments.
-pub const SMALL_BYTES: u64 = 1 << 20;
+/// Blocks up to this size share segments with others as small.
+pub const SMALL_BYTES: u64 = 64 << 10;
+/// Blocks up to this size share segments with others between.
+pub const MEDIUM_BYTES: u64 = 1 << 20;
 /// The size of a shared segment.
 pub const SHARED_SEGMENT_BYTES: u64 = 4 << 20;
 /// Blocks in shared segments are multiples of this.
@@ -73,11 +77,15 @@ pub enum Readiness {
 /// A request that was not admitted, with the figures of the device that came closest.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Shortage {
+    /// The device that came closest, which the figures are of.
+    pub closest: Option<DeviceId>,
     pub requested_bytes: u64,
     pub available_bytes: u64,
     pub largest_free_bytes: u64,
     /// What one block could get if every idle model were unloaded.
     pub largest_after_eviction_bytes: u64,
+    /// What one block could get if the shared segments were packed, at most.
+    pub largest_after_compaction_bytes: u64,
     /// Who holds the rest, largest first, five at most.
     pub holders: Vec<(OwnerName, u64)>,
     pub placement: Placement,
@@ -85,6 +93,16 @@ pub struct Shortage {
     pub could_fit: bool,
     /// Every device that was asked for is lost.
     pub lost: bool,
+}
+
+/// What came of a release.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Release {
+    /// This gives the bytes back.
+    Work(Work),
+    /// It goes as soon as the operations that are at work on it have ended.
+    Later,
+    NotActive,
 }
 
 /// A release that was refused: processes are attached.
@@ -161,14 +179,6 @@ impl Ledger {
         self.books.get(device).map(|book| (book.limit(), book.limit_override.is_some()))
     }
 
-    /// Whether sealed blocks of these sizes all fit on `device` together.
-    pub fn fits_sealed(&self, device: &DeviceId, sizes: &[u64]) -> bool {
-        self.books.get(device).is_some_and(|book| {
-            let need = sizes.iter().map(|size| segment_bytes(*size, book)).fold(0u64, u64::saturating_add);
-            need <= book.room_without_spare()
-        })
-    }
-
     /// How the devices stand towards `request`, in order of their ids: those of `on`, or all if it is empty.
     pub fn offers(&self, request: &Request, on: &[DeviceId]) -> Vec<Offer> {
         self.books
@@ -184,7 +194,7 @@ impl Ledger {
                     Standing::NotEnoughMemory
                 };
                 let used_after = usage.used_bytes.saturating_add(request.size_bytes);
-                let (available_bytes, largest_free_bytes) = book.open_to(&request.owner, is_small(request));
+                let (available_bytes, largest_free_bytes) = book.open_to(Key::of(request).as_ref());
                 Offer {
                     device: book.facts.device.clone(),
                     memory_type: book.facts.memory_type,
@@ -211,6 +221,25 @@ impl Ledger {
         };
         let readiness = self.put(request, &device, place, now);
         Ok(Grant { device, placement, readiness })
+    }
+
+    /// Admits all of `requests` on one device; None, and nothing has changed, if they do not all fit.
+    pub fn reserve_all(
+        &mut self,
+        requests: Vec<Request>,
+        device: &DeviceId,
+        now: Now,
+    ) -> Option<Vec<(AllocationId, Grant)>> {
+        let mut trial = self.clone();
+        let grants: Option<Vec<_>> = requests
+            .into_iter()
+            .map(|request| {
+                let id = request.id;
+                Some((id, trial.reserve(request, std::slice::from_ref(device), now).ok()?))
+            })
+            .collect();
+        *self = grants.is_some().then_some(trial)?;
+        grants
     }
 
     /// Why `request` cannot be admitted now, in figures.
@@ -244,28 +273,28 @@ impl Ledger {
             return None;
         }
         let block = request.size_bytes.checked_next_multiple_of(BLOCK_QUANTUM)?;
-        if is_small(request) {
-            let fitting = book.open_shared().find_map(|(id, segment)| {
-                let own = matches!(&segment.sharing, Sharing::Shared(owner) if *owner == request.owner);
-                let offset = own.then(|| segment.ranges.find(block, request.alignment))??;
+        if let Some(key) = Key::of(request) {
+            let fitting = book.open_shared(&key).find_map(|(id, segment)| {
+                let offset = segment.ranges.find(block, request.alignment)?;
                 Some(Place::In { segment: id, offset, block })
             });
             if fitting.is_some() {
                 return fitting;
             }
-            if let Some(spare) = book.spare {
+            // The spare was not made to be sealed.
+            if let Some(spare) = book.spare.filter(|_| !request.sealed) {
                 return Some(Place::In { segment: spare, offset: 0, block });
             }
             let shared = SHARED_SEGMENT_BYTES.next_multiple_of(book.facts.granularity_bytes);
             if shared <= book.room() {
-                return Some(Place::New { bytes: shared, block, shared: true, first: None });
+                return Some(Place::New { bytes: shared, block, key: Some(key), first: None });
             }
         }
         let bytes = segment_bytes(request.size_bytes, book);
         if bytes <= book.room() {
-            Some(Place::New { bytes, block: bytes, shared: false, first: None })
+            Some(Place::New { bytes, block: bytes, key: None, first: None })
         } else if bytes <= book.room_without_spare() {
-            Some(Place::New { bytes, block: bytes, shared: false, first: book.spare })
+            Some(Place::New { bytes, block: bytes, key: None, first: book.spare })
         } else {
             None
         }
@@ -275,41 +304,34 @@ impl Ledger {
         let book = self.books.get_mut(device).expect("the place was found in this book");
         let (segment_id, offset, block_bytes, readiness) = match place {
             Place::In { segment: id, offset, block } => {
-                let segment = book.segments.get_mut(&id).expect("the place was found in this segment");
-                let taken = segment.ranges.take(block, request.alignment);
-                assert_eq!(taken, Some(offset), "the place that was found is there");
-                segment.sharing = Sharing::Shared(request.owner.clone());
+                let taken = book.change(id, |ranges| ranges.take_at(offset, block));
+                assert_eq!(taken, Some(true), "the place that was found is there");
                 if book.spare == Some(id) {
-                    book.spare = None;
+                    let key = Key::of(&request).expect("only blocks that share segments take the spare");
+                    book.set_sharing(id, Sharing::Shared(key));
                 }
+                let segment = book.segments.get_mut(&id).expect("the place was found in this segment");
                 let ready = segment.state == SegmentState::Live;
                 if !ready {
                     segment.waiting.push(request.id);
                 }
                 (id, offset, block, if ready { Readiness::Ready } else { Readiness::Waits })
             }
-            Place::New { bytes, block, shared, first } => {
+            Place::New { bytes, block, key, first } => {
                 self.last_segment += 1;
                 let id = SegmentId(self.last_segment);
                 let mut ranges = Ranges::new(bytes);
                 let offset =
                     ranges.take(block, request.alignment).expect("a new segment has room for its block");
-                let sharing =
-                    if shared { Sharing::Shared(request.owner.clone()) } else { Sharing::Exclusive };
                 let segment = Segment {
                     state: SegmentState::Creating,
-                    sharing,
+                    sharing: key.map_or(Sharing::Exclusive, Sharing::Shared),
                     ranges,
-                    exported: false,
+                    touched: false,
                     waiting: vec![request.id],
                 };
-                book.segments.insert(id, segment);
-                if shared {
-                    book.shared.insert(id);
-                }
-                book.held += bytes;
+                book.insert(id, segment);
                 if let Some(first) = first {
-                    book.spare = None;
                     book.remove(first);
                 }
                 let work = Work::Create {
@@ -332,6 +354,7 @@ impl Ledger {
             leases: BTreeMap::new(),
             created_at: now.wall,
             history: std::collections::VecDeque::new(),
+            writes: 0,
             request,
         };
         self.allocations.insert(allocation.request.id, Arc::new(allocation));
@@ -358,10 +381,13 @@ impl Ledger {
         let largest = closest.map_or(0, |offer| offer.largest_free_bytes);
         let on: Vec<_> = offers.iter().map(|offer| offer.device.clone()).collect();
         Shortage {
+            closest: closest.map(|offer| offer.device.clone()),
             requested_bytes: request.size_bytes,
             available_bytes: closest.map_or(0, |offer| offer.available_bytes),
             largest_free_bytes: largest,
             largest_after_eviction_bytes: largest.saturating_add(idle),
+            largest_after_compaction_bytes: closest
+                .map_or(0, |offer| self.largest_after_compaction(&offer.device)),
             holders,
             placement,
             could_fit: self.could_fit(request, &on),
@@ -380,9 +406,7 @@ impl Ledger {
     /// The device could not make a segment. Its reservations are gone; answers them.
     pub fn segment_failed(&mut self, device: &DeviceId, id: SegmentId) -> Vec<AllocationId> {
         let Some(book) = self.books.get_mut(device) else { return Vec::new() };
-        book.shared.remove(&id);
-        let Some(segment) = book.segments.remove(&id) else { return Vec::new() };
-        book.held -= segment.ranges.bytes();
+        let Some(segment) = book.remove(id) else { return Vec::new() };
         for allocation in segment.waiting.iter().filter_map(|id| self.allocations.remove(id)) {
             book.reserved -= allocation.block_bytes;
         }
@@ -411,14 +435,14 @@ impl Ledger {
         if allocation.state != State::Active {
             return false;
         }
-        if let Lease::Connection { holder } = &lease {
+        if let Lease::Connection { holder, .. } = &lease {
             allocation.note(now, format!("attached by {} ({})", holder.command, holder.pid));
-            if let Some(segment) = self
-                .books
-                .get_mut(&allocation.device)
-                .and_then(|book| book.segments.get_mut(&allocation.segment))
-            {
-                segment.exported = true;
+        }
+        allocation.writes += u64::from(lease.writes());
+        if !matches!(lease, Lease::TimeToLive { .. } | Lease::Persistent) {
+            let book = self.books.get_mut(&allocation.device);
+            if let Some(segment) = book.and_then(|book| book.segments.get_mut(&allocation.segment)) {
+                segment.touched = true;
             }
         }
         self.deadlines.extend(lease.deadline().map(|deadline| (deadline, lease_id)));
@@ -454,11 +478,11 @@ impl Ledger {
             self.deadlines.remove(&(deadline, lease_id));
         }
         match &lease {
-            Lease::Connection { holder } => {
+            Lease::Connection { holder, .. } => {
                 allocation.note(now, format!("detached by {} ({})", holder.command, holder.pid));
             }
             Lease::TimeToLive { .. } => allocation.note(now, "lease ended"),
-            Lease::Persistent | Lease::Model => {}
+            Lease::Persistent | Lease::Model | Lease::Operation { .. } => {}
         }
         let last = allocation.leases.is_empty() && allocation.state == State::Active;
         Some((id, last.then(|| self.start_release(id, now)).flatten()))
@@ -469,16 +493,23 @@ impl Ledger {
         self.deadlines.iter().take_while(|(deadline, _)| *deadline <= tick).map(|(_, lease)| *lease).collect()
     }
 
-    /// Releases an active allocation, whatever lease it has, unless a process is attached.
-    pub fn release(&mut self, id: AllocationId, now: Now) -> Result<Option<Work>, InUse> {
-        let Some(allocation) = self.allocation(id) else { return Ok(None) };
+    /// Releases an active allocation, whatever lease it has, unless a process is attached. What an operation is at
+    /// work on goes when that ends.
+    pub fn release(&mut self, id: AllocationId, now: Now) -> Result<Release, InUse> {
+        let Some(allocation) = self.allocation(id).filter(|found| found.state == State::Active) else {
+            return Ok(Release::NotActive);
+        };
         if allocation.is_attached() {
             return Err(InUse { holders: allocation.holders().cloned().collect() });
         }
-        if allocation.state != State::Active {
-            return Ok(None);
+        if allocation.tasks().next().is_none() {
+            return Ok(self.start_release(id, now).map_or(Release::NotActive, Release::Work));
         }
-        Ok(self.start_release(id, now))
+        let kept = allocation.leases.iter().filter(|(_, lease)| !matches!(lease, Lease::Operation { .. }));
+        for lease in kept.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.end_lease(lease, now);
+        }
+        Ok(Release::Later)
     }
 
     fn start_release(&mut self, id: AllocationId, now: Now) -> Option<Work> {
@@ -492,9 +523,8 @@ impl Ledger {
             }
         }
         let book = self.books.get_mut(&allocation.device)?;
-        let segment = book.segments.get_mut(&allocation.segment)?;
-        if segment.sharing == Sharing::Exclusive {
-            segment.state = SegmentState::Destroying;
+        if book.segments.get(&allocation.segment)?.sharing == Sharing::Exclusive {
+            book.destroy(allocation.segment);
         }
         self.release_work(id)
     }
@@ -506,7 +536,7 @@ impl Ledger {
         let (device, segment_id) = (allocation.device.clone(), allocation.segment);
         Some(if segment.sharing == Sharing::Exclusive {
             Work::Release { device, segment: segment_id, allocation: id }
-        } else if segment.exported {
+        } else if segment.touched {
             let (offset, bytes) = (allocation.offset, allocation.block_bytes);
             Work::Zero { device, segment: segment_id, offset, bytes, allocation: id }
         } else {
@@ -526,16 +556,20 @@ impl Ledger {
             book.remove(allocation.segment);
             return Some((allocation, None));
         }
-        segment.ranges.give(allocation.offset, allocation.block_bytes);
-        if !segment.ranges.is_empty() {
+        let touched = segment.touched;
+        let (offset, bytes) = (allocation.offset, allocation.block_bytes);
+        let empty = book.change(allocation.segment, |ranges| {
+            ranges.give(offset, bytes);
+            ranges.is_empty()
+        })?;
+        if !empty {
             return Some((allocation, None));
         }
-        if book.spare.is_none() && !segment.exported && !book.lost {
-            segment.sharing = Sharing::Spare;
-            book.spare = Some(allocation.segment);
+        if book.spare.is_none() && !touched && !book.lost {
+            book.set_sharing(allocation.segment, Sharing::Spare);
             return Some((allocation, None));
         }
-        segment.state = SegmentState::Destroying;
+        book.destroy(allocation.segment);
         let work = Work::Destroy { device: allocation.device.clone(), segment: allocation.segment };
         Some((allocation, Some(work)))
     }
@@ -582,13 +616,7 @@ impl Ledger {
                     (held, allocated, reserved, count)
                 ));
             }
-            if book
-                .segments
-                .iter()
-                .any(|(id, segment)| book.shared.contains(id) == (segment.sharing == Sharing::Exclusive))
-            {
-                return Err(format!("{device}: the index of shared segments is wrong"));
-            }
+            book.check().map_err(|wrong| format!("{device}: {wrong}"))?;
             for id in book.segments.keys() {
                 let mut ranges = blocks.remove(&(device, *id)).unwrap_or_default();
                 ranges.sort_unstable();
@@ -605,15 +633,10 @@ impl Ledger {
 }
 
 /// Where a request would go.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Place {
     In { segment: SegmentId, offset: u64, block: u64 },
-    New { bytes: u64, block: u64, shared: bool, first: Option<SegmentId> },
-}
-
-/// Whether a request goes into a shared segment.
-fn is_small(request: &Request) -> bool {
-    !request.sealed && request.size_bytes <= SMALL_BYTES
+    New { bytes: u64, block: u64, key: Option<Key>, first: Option<SegmentId> },
 }
 
 fn segment_bytes(size: u64, book: &Book) -> u64 {

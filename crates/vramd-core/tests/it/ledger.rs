@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use proptest::prelude::*;
 use uuid::Uuid;
+use vramd_api::attach::Access;
 use vramd_api::{AllocationId, AllocationType, DeviceId, Holder, LeaseId, MemoryType, Priority};
 use vramd_core::ledger::{
-    BLOCK_QUANTUM, DeviceFacts, Lease, Ledger, Measured, Readiness, Request, SHARED_SEGMENT_BYTES, State,
-    Work,
+    BLOCK_QUANTUM, DeviceFacts, Lease, Ledger, Measured, NewPlace as Place, Readiness, Release, Request,
+    SHARED_SEGMENT_BYTES, SegmentId, State, Task, Work,
 };
 use vramd_core::queue::{Queue, Waiting};
 use vramd_core::{Now, Tick};
@@ -30,6 +31,7 @@ fn facts(n: u8, total_bytes: u64) -> DeviceFacts {
         memory_type: MemoryType::Vram,
         total_bytes,
         granularity_bytes: GRANULARITY,
+        page_bytes: 4096,
         limit_bytes: total_bytes,
     }
 }
@@ -50,8 +52,13 @@ fn request(id: u128, size_bytes: u64) -> Request {
     }
 }
 
-fn holder() -> Holder {
-    Holder { pid: 1, uid: 1, command: "python".into() }
+/// The lease of a process that is attached.
+fn attached(access: Access, moves: bool) -> Lease {
+    Lease::Connection { holder: Holder { pid: 1, uid: 1, command: "python".into() }, access, moves }
+}
+
+fn reader() -> Lease {
+    attached(Access::Read, true)
 }
 
 /// What the model remembers of an allocation.
@@ -63,10 +70,22 @@ struct Held {
     active: bool,
 }
 
+/// A move under way: the block, its other place, and the leases that the operation has on both.
+#[derive(Debug, Clone, Copy)]
+struct Moving {
+    id: AllocationId,
+    place: AllocationId,
+    lease: LeaseId,
+    /// None until the place is there.
+    place_lease: Option<LeaseId>,
+    writes: u64,
+}
+
 /// A ledger, its model, and a device that does its work in any order.
 struct World {
     ledger: Ledger,
     held: BTreeMap<AllocationId, Held>,
+    moves: Vec<Moving>,
     work: Vec<Work>,
     next: u128,
     tick: u64,
@@ -86,7 +105,22 @@ enum Step {
         which: usize,
         fails: bool,
     },
-    Attach(usize),
+    Attach {
+        which: usize,
+        writes: bool,
+        moves: bool,
+    },
+    /// A block begins to move: to a hole of its own device, or to any place on `on`.
+    Move {
+        which: usize,
+        on: Option<u8>,
+        hole: usize,
+    },
+    /// The bytes of a move were copied; the readers that do not `follow` keep the old ones.
+    Copied {
+        which: usize,
+        follow: bool,
+    },
     EndLease(usize),
     Release(usize),
     Expire(u64),
@@ -111,7 +145,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         6 => (size, 0u32..22, any::<bool>(), prop::bool::weighted(0.2), prop::option::of(0u8..2))
             .prop_map(|(size, alignment, owner, sealed, on)| Step::Reserve { size, alignment, owner, sealed, on }),
         8 => (any::<usize>(), prop::bool::weighted(0.1)).prop_map(|(which, fails)| Step::Work { which, fails }),
-        2 => any::<usize>().prop_map(Step::Attach),
+        2 => (any::<usize>(), prop::bool::weighted(0.2), prop::bool::weighted(0.8))
+            .prop_map(|(which, writes, moves)| Step::Attach { which, writes, moves }),
+        4 => (any::<usize>(), prop::option::of(0u8..2), any::<usize>())
+            .prop_map(|(which, on, hole)| Step::Move { which, on, hole }),
+        4 => (any::<usize>(), any::<bool>()).prop_map(|(which, follow)| Step::Copied { which, follow }),
         3 => any::<usize>().prop_map(Step::EndLease),
         3 => any::<usize>().prop_map(Step::Release),
         1 => (0u64..3000).prop_map(Step::Expire),
@@ -127,7 +165,7 @@ impl World {
         let mut ledger = Ledger::default();
         ledger.add_device(facts(0, 32 * MIB));
         ledger.add_device(facts(1, 16 * MIB));
-        Self { ledger, held: BTreeMap::new(), work: Vec::new(), next: 0, tick: 0 }
+        Self { ledger, held: BTreeMap::new(), moves: Vec::new(), work: Vec::new(), next: 0, tick: 0 }
     }
 
     fn lease(&mut self) -> LeaseId {
@@ -141,11 +179,19 @@ impl World {
     }
 
     fn activate(&mut self, id: AllocationId) {
-        let lease = self.lease();
-        self.ledger.activate(id, lease, Lease::time_to_live(1, now(self.tick)), now(self.tick));
+        let id_of_lease = self.lease();
+        let moving = self.moves.iter_mut().find(|moving| moving.place == id);
+        let lease = match moving {
+            Some(moving) => {
+                moving.place_lease = Some(id_of_lease);
+                Lease::Operation { task: Task::Place }
+            }
+            None => Lease::time_to_live(1, now(self.tick)),
+        };
+        self.ledger.activate(id, id_of_lease, lease, now(self.tick));
         let held = self.held.get_mut(&id).unwrap();
         held.active = true;
-        held.leases.insert(lease);
+        held.leases.insert(id_of_lease);
     }
 
     fn end_lease(&mut self, lease: LeaseId) {
@@ -155,6 +201,67 @@ impl World {
         assert_eq!(work.is_some(), held.leases.is_empty(), "the last lease releases, and no other");
         held.active = !held.leases.is_empty();
         self.work.extend(work);
+    }
+
+    fn of_operation(&self, lease: LeaseId) -> bool {
+        self.moves.iter().any(|moving| moving.lease == lease || moving.place_lease == Some(lease))
+    }
+
+    fn begin_move(&mut self, id: AllocationId, on: Option<u8>, hole: usize) {
+        let allocation = self.ledger.allocation(id).unwrap();
+        let (from, writes, size) =
+            (allocation.device.clone(), allocation.writes, allocation.request.size_bytes);
+        let at = on.is_none().then(|| {
+            let groups = self.ledger.groups(&from, |_| None);
+            let pools: Vec<_> = groups.iter().flat_map(|group| &group.pools).collect();
+            let segment = pools.get(hole % pools.len().max(1))?;
+            let offset = (hole as u64 % 64) << 16;
+            Some(Place { segment: SegmentId(segment.id), offset })
+        });
+        let (on, at) = match (on, at) {
+            (Some(n), _) => (device(n), None),
+            (None, Some(Some(at))) => (from, Some(at)),
+            (None, _) => return,
+        };
+        self.next += 1;
+        let place = AllocationId(Uuid::from_u128(self.next));
+        let Some(readiness) = self.ledger.reserve_place(place, id, &on, at, now(self.tick)) else { return };
+        let lease = self.lease();
+        assert!(self.ledger.grant(id, lease, Lease::Operation { task: Task::Move }, now(self.tick)));
+        self.held.get_mut(&id).unwrap().leases.insert(lease);
+        self.held.insert(place, Held { device: on, size, leases: BTreeSet::new(), active: false });
+        self.moves.push(Moving { id, place, lease, place_lease: None, writes });
+        match readiness {
+            Readiness::Ready => self.activate(place),
+            Readiness::Needs(work) => self.work.push(work),
+            Readiness::Waits => {}
+        }
+    }
+
+    fn copied(&mut self, moving: Moving, follow: bool) {
+        if self.ledger.stale(moving.id, moving.place, moving.writes).is_none() {
+            let before = self.ledger.allocation(moving.id).unwrap().clone();
+            self.ledger.swap_places(moving.id, moving.place, now(self.tick));
+            let after = self.ledger.allocation(moving.id).unwrap();
+            assert_eq!(after.request.generation, before.request.generation + 1);
+            assert_eq!(after.leases, before.leases, "a move ends no lease");
+            if after.is_attached() {
+                assert_eq!(after.offset % 4096, before.offset % 4096, "addresses stay");
+            }
+            let old = self.held[&moving.id].device.clone();
+            let new = std::mem::replace(&mut self.held.get_mut(&moving.place).unwrap().device, old);
+            self.held.get_mut(&moving.id).unwrap().device = new;
+            for (_, lease) in self.ledger.readers(moving.id) {
+                if !follow {
+                    let kept = self.lease();
+                    assert!(self.ledger.grant(moving.place, kept, lease, now(self.tick)));
+                    self.held.get_mut(&moving.place).unwrap().leases.insert(kept);
+                }
+            }
+        }
+        self.moves.retain(|other| other.place != moving.place);
+        self.end_lease(moving.lease);
+        self.end_lease(moving.place_lease.unwrap());
     }
 
     fn take(&mut self, step: Step) {
@@ -196,34 +303,54 @@ impl World {
                 let work = self.work.swap_remove(which % self.work.len());
                 self.perform(work, fails);
             }
-            Step::Attach(which) => {
-                if let Some(id) = self.pick(which, |held| held.active) {
+            Step::Attach { which, writes, moves } => {
+                let kept = |id: &AllocationId| self.ledger.allocation(*id).unwrap().is_kept();
+                if let Some(id) = self.pick(which, |held| held.active).filter(kept) {
                     let lease = self.lease();
-                    assert!(self.ledger.grant(
-                        id,
-                        lease,
-                        Lease::Connection { holder: holder() },
-                        now(self.tick)
-                    ));
+                    let access = if writes { Access::Write } else { Access::Read };
+                    assert!(self.ledger.grant(id, lease, attached(access, moves), now(self.tick)));
                     self.held.get_mut(&id).unwrap().leases.insert(lease);
+                }
+            }
+            Step::Move { which, on, hole } => {
+                let movable = |id: &AllocationId| self.ledger.fixed(*id).is_none();
+                if let Some(id) = self.pick(which, |held| held.active).filter(movable) {
+                    self.begin_move(id, on, hole);
+                }
+            }
+            Step::Copied { which, follow } => {
+                let ready: Vec<_> =
+                    self.moves.iter().filter(|moving| moving.place_lease.is_some()).copied().collect();
+                if !ready.is_empty() {
+                    self.copied(ready[which % ready.len()], follow);
                 }
             }
             Step::EndLease(which) => {
                 if let Some(id) = self.pick(which, |held| held.active) {
                     let leases: Vec<_> = self.held[&id].leases.iter().copied().collect();
-                    self.end_lease(leases[which % leases.len()]);
+                    let lease = leases[which % leases.len()];
+                    if !self.of_operation(lease) {
+                        self.end_lease(lease);
+                    }
                 }
             }
             Step::Release(which) => {
                 if let Some(id) = self.pick(which, |held| held.active) {
                     let attached = self.ledger.allocation(id).unwrap().is_attached();
                     match self.ledger.release(id, now(self.tick)) {
-                        Ok(work) => {
+                        Ok(released) => {
                             assert!(!attached, "what is attached cannot be released");
+                            let moves = self.moves.clone();
                             let held = self.held.get_mut(&id).unwrap();
-                            held.active = false;
-                            held.leases.clear();
-                            self.work.push(work.expect("an active allocation has bytes to give back"));
+                            held.leases.retain(|lease| {
+                                moves.iter().any(|one| one.lease == *lease || one.place_lease == Some(*lease))
+                            });
+                            held.active = !held.leases.is_empty();
+                            match released {
+                                Release::Work(work) => self.work.push(work),
+                                Release::Later => assert!(held.active, "the operation still has it"),
+                                Release::NotActive => panic!("it was active"),
+                            }
                         }
                         Err(in_use) => assert!(attached && !in_use.holders.is_empty()),
                     }
@@ -236,20 +363,26 @@ impl World {
                 }
             }
             Step::Parts { device: n, sizes } => {
-                if !self.ledger.fits_sealed(&device(n), &sizes) {
+                let requests: Vec<_> = sizes
+                    .iter()
+                    .map(|size| {
+                        self.next += 1;
+                        Request { sealed: true, ..request(self.next, *size) }
+                    })
+                    .collect();
+                let before = self.ledger.usage(&device(n));
+                let Some(grants) = self.ledger.reserve_all(requests, &device(n), now(self.tick)) else {
+                    assert_eq!(self.ledger.usage(&device(n)), before, "a refusal changes nothing");
                     return;
-                }
-                for size in sizes {
-                    self.next += 1;
-                    let request = Request { sealed: true, ..request(self.next, size) };
-                    let grant = self.ledger.reserve(request.clone(), &[device(n)], now(self.tick));
-                    let grant = grant.expect("what fits together fits one by one");
+                };
+                for ((id, grant), size) in grants.into_iter().zip(sizes) {
                     let held = Held { device: grant.device, size, leases: BTreeSet::new(), active: false };
-                    self.held.insert(request.id, held);
-                    let Readiness::Needs(work) = grant.readiness else {
-                        panic!("a sealed block has its segment")
-                    };
-                    self.work.push(work);
+                    self.held.insert(id, held);
+                    match grant.readiness {
+                        Readiness::Ready => self.activate(id),
+                        Readiness::Needs(work) => self.work.push(work),
+                        Readiness::Waits => {}
+                    }
                 }
             }
             Step::Limit { device: n, mib } => self.ledger.set_limit(&device(n), mib.map(|mib| mib * MIB)),
@@ -273,6 +406,10 @@ impl World {
                             !self.held.remove(&id).unwrap().active,
                             "only reservations fail with a segment"
                         );
+                        let given_up = self.moves.extract_if(.., |moving| moving.place == id).next();
+                        if let Some(moving) = given_up {
+                            self.end_lease(moving.lease);
+                        }
                     }
                 } else {
                     for id in self.ledger.segment_created(&device, segment) {
@@ -319,6 +456,9 @@ impl World {
             while let Some(work) = self.work.pop() {
                 self.perform(work, false);
             }
+            for moving in self.moves.clone() {
+                self.copied(moving, false);
+            }
             let leases: Vec<_> = self.held.values().flat_map(|held| held.leases.iter().copied()).collect();
             for lease in leases {
                 self.end_lease(lease);
@@ -358,39 +498,6 @@ proptest! {
         };
         prop_assert_eq!(run(), run());
     }
-
-    #[test]
-    fn ranges_agree_with_a_bitmap(
-        steps in prop::collection::vec((any::<bool>(), 1u64..40, 0u32..5, any::<usize>()), 1..300)
-    ) {
-        const BYTES: u64 = 512;
-        let mut ranges = vramd_core::Ranges::new(BYTES);
-        let mut bitmap = vec![false; BYTES as usize];
-        let mut taken: Vec<(u64, u64)> = Vec::new();
-        for (take, bytes, alignment, which) in steps {
-            if take {
-                let alignment = 1usize << alignment;
-                let lowest = (0..bitmap.len()).step_by(alignment).find(|&at| {
-                    bitmap.get(at..at + bytes as usize).is_some_and(|bits| bits.iter().all(|bit| !bit))
-                });
-                prop_assert_eq!(ranges.take(bytes, alignment as u64), lowest.map(|at| at as u64));
-                if let Some(at) = lowest {
-                    bitmap[at..at + bytes as usize].fill(true);
-                    taken.push((at as u64, bytes));
-                }
-            } else if !taken.is_empty() {
-                let (at, bytes) = taken.swap_remove(which % taken.len());
-                ranges.give(at, bytes);
-                bitmap[at as usize..(at + bytes) as usize].fill(false);
-            }
-            let runs: Vec<usize> =
-                bitmap.split(|taken| *taken).map(<[bool]>::len).filter(|length| *length > 0).collect();
-            prop_assert_eq!(ranges.free(), runs.iter().sum::<usize>() as u64);
-            prop_assert_eq!(ranges.largest_free(), runs.iter().copied().max().unwrap_or(0) as u64);
-            prop_assert_eq!(ranges.hole_count(), runs.len());
-            prop_assert_eq!(ranges.is_empty(), taken.is_empty());
-        }
-    }
 }
 
 /// Reserves and lets the device do its work; the id of the active allocation.
@@ -410,7 +517,7 @@ fn allocate(world: &mut World, size: u64) -> Option<AllocationId> {
 }
 
 fn release(world: &mut World, id: AllocationId) {
-    let work = world.ledger.release(id, now(0)).unwrap().unwrap();
+    let Ok(Release::Work(work)) = world.ledger.release(id, now(0)) else { panic!("it is active") };
     world.perform(work, false);
     while let Some(work) = world.work.pop() {
         world.perform(work, false);
@@ -445,7 +552,7 @@ fn a_segment_that_anybody_has_seen_is_never_reused() {
     let mut world = World::new();
     let id = allocate(&mut world, 1000).unwrap();
     let lease = world.lease();
-    world.ledger.grant(id, lease, Lease::Connection { holder: holder() }, now(0));
+    world.ledger.grant(id, lease, reader(), now(0));
     world.ledger.end_lease(lease, now(0));
     release(&mut world, id);
     assert_eq!(world.ledger.usage(&device(0)).unwrap().pool_free_bytes, 0);
@@ -515,7 +622,7 @@ fn reservations_are_not_listed_and_not_attached() {
     assert_eq!(allocation.state, State::Reserved);
     assert!(allocation.to_api().is_none());
     let lease = LeaseId(Uuid::from_u128(5));
-    assert!(!ledger.grant(wanted.id, lease, Lease::Connection { holder: holder() }, now(0)));
+    assert!(!ledger.grant(wanted.id, lease, reader(), now(0)));
 }
 
 #[test]
@@ -534,7 +641,8 @@ fn a_limit_below_what_is_held_promises_nothing_of_the_spare() {
     let small = allocate(&mut world, 1000).unwrap();
     release(&mut world, small);
     world.ledger.set_limit(&device(0), Some(1));
-    assert!(!world.ledger.fits_sealed(&device(0), &[GRANULARITY]));
+    let part = Request { sealed: true, ..request(98, GRANULARITY) };
+    assert!(world.ledger.reserve_all(vec![part], &device(0), now(0)).is_none());
     assert_eq!(world.ledger.usage(&device(0)).unwrap().available_bytes, 1, "what the limit allows");
     assert!(allocate(&mut world, 5 * MIB).is_none());
     assert!(world.ledger.could_fit(&request(99, 5 * MIB), &[device(0)]), "the limit may be raised");

@@ -7,11 +7,12 @@ use vramd_api::{
     Placement, Released,
 };
 use vramd_core::ledger::{
-    Allocation, Grant, Lease, Readiness, SegmentId, Shortage, State as AllocationState, Work,
+    Allocation, Grant, Lease, Readiness, Release, SegmentId, Shortage, State as AllocationState, Work,
 };
 use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
 use vramd_device::{DeviceError, Range, SegmentId as Segment, Writers};
 
+use super::copies::CopyId;
 use super::{Allocate, Caller, Event, OnStored, Reply, State};
 use crate::devices;
 use crate::store::{Change, StoredAllocation};
@@ -29,6 +30,7 @@ pub struct Waiting {
 pub enum OnReady {
     Client(Box<Waiting>),
     Load(OperationId),
+    Copy(CopyId),
     /// A persistent allocation of an earlier run, and whose it is.
     Restore(OwnerName),
 }
@@ -94,13 +96,24 @@ impl State {
                     .insert(id, OnReady::Client(Box::new(Waiting { allocate, placement: None, reply })));
                 self.granted(id, grant);
             }
-            Err(shortage) => match wait {
-                Some(seconds) if self.ledger.could_fit(&allocate.request, &on) => {
-                    self.line_up(allocate, on, seconds, reply);
+            Err(shortage) => {
+                let packing = self.pack_for(&shortage);
+                match wait {
+                    Some(seconds) if self.ledger.could_fit(&allocate.request, &on) => {
+                        self.line_up(allocate, on, seconds, reply);
+                    }
+                    _ => self.answer(reply, Err(refused(&shortage, packing))),
                 }
-                _ => self.answer(reply, Err(refusal(&shortage))),
-            },
+            }
         }
+    }
+
+    /// Begins to defragment where that could make the room that a request lacks.
+    fn pack_for(&mut self, shortage: &Shortage) -> Option<OperationId> {
+        let helps = shortage.largest_free_bytes < shortage.requested_bytes
+            && shortage.requested_bytes <= shortage.largest_after_compaction_bytes;
+        let device = shortage.closest.clone().filter(|_| helps)?;
+        self.defragment_for(&device)
     }
 
     fn line_up(
@@ -220,6 +233,7 @@ impl State {
             let shown = devices::error(device, &error);
             match self.waiting.remove(&id) {
                 Some(OnReady::Load(operation)) => self.part_failed(operation, id, shown),
+                Some(OnReady::Copy(copy)) => self.target_failed(copy, shown),
                 Some(OnReady::Restore(owner)) => {
                     self.unrestored.insert(id, (device.clone(), owner));
                     tracing::error!(%id, error = %shown, "a persistent allocation is not back");
@@ -232,7 +246,7 @@ impl State {
     }
 
     /// The bytes of a reservation are there.
-    fn ready(&mut self, id: AllocationId) {
+    pub(super) fn ready(&mut self, id: AllocationId) {
         match self.waiting.remove(&id) {
             // The client went away while it waited: nobody knows the id.
             Some(OnReady::Client(waiting)) if waiting.reply.is_closed() => self.discard(id),
@@ -252,6 +266,7 @@ impl State {
                 self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Model, self.now);
                 self.part_ready(operation);
             }
+            Some(OnReady::Copy(copy)) => self.target_ready(copy),
             Some(OnReady::Restore(_)) => {
                 self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Persistent, self.now);
                 self.emit_created(id);
@@ -263,7 +278,7 @@ impl State {
     /// Gives back what nobody waits for any more.
     fn discard(&mut self, id: AllocationId) {
         self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Persistent, self.now);
-        if let Ok(Some(work)) = self.ledger.release(id, self.now) {
+        if let Ok(Release::Work(work)) = self.ledger.release(id, self.now) {
             self.perform(work);
         }
     }
@@ -293,7 +308,7 @@ impl State {
         self.answer(reply, shown.ok_or_else(|| ApiError::not_found("allocation", id)));
     }
 
-    fn emit_created(&mut self, id: AllocationId) {
+    pub(super) fn emit_created(&mut self, id: AllocationId) {
         let Some(allocation) = self.ledger.allocation(id) else { return };
         let request = &allocation.request;
         let created = Created {
@@ -359,11 +374,15 @@ impl State {
             return self.answer(reply, Err(error));
         }
         match self.ledger.release(id, self.now) {
-            Ok(Some(work)) => {
+            Ok(Release::Work(work)) => {
                 self.releasing.insert(id, OnReleased::Reply(reply));
                 self.perform(work);
             }
-            Ok(None) => self.answer(reply, Err(ApiError::not_found("allocation", id))),
+            Ok(Release::Later) => {
+                self.releasing.insert(id, OnReleased::Reply(reply));
+                self.cancel_copies_of(id);
+            }
+            Ok(Release::NotActive) => self.answer(reply, Err(ApiError::not_found("allocation", id))),
             Err(in_use) => self.answer(reply, Err(attached(&format!("allocation {id}"), &in_use.holders))),
         }
     }
@@ -479,6 +498,7 @@ impl State {
         let Some((id, work)) = self.ledger.end_lease(lease, self.now) else { return };
         self.emit(EventKind::LeaseEnded, serde_json::json!({ "leaseId": lease, "allocationId": id }));
         self.detached(id, lease);
+        self.cancel_copies_of(id);
         if let Some(work) = work {
             self.perform(work);
         }
@@ -538,6 +558,17 @@ pub(super) fn attached(what: &str, holders: &[vramd_api::Holder]) -> ApiError {
         .detail("holders", serde_json::json!(holders))
 }
 
+/// A refusal that began a defragmentation.
+fn refused(shortage: &Shortage, packing: Option<OperationId>) -> ApiError {
+    let error = refusal(shortage);
+    match packing {
+        None => error,
+        Some(operation) => error
+            .hint("the device is being defragmented for it: try again in a moment, or wait with onShortage=wait")
+            .detail("operationId", operation.to_string()),
+    }
+}
+
 /// A request that was not admitted, in words and figures.
 pub(super) fn refusal(shortage: &Shortage) -> ApiError {
     use vramd_api::Bytes;
@@ -555,6 +586,8 @@ pub(super) fn refusal(shortage: &Shortage) -> ApiError {
         "no device could hold it, even empty: ask for less, or raise the limit"
     } else if shortage.requested_bytes <= shortage.largest_after_eviction_bytes {
         "it would fit once idle models are unloaded: `vramd ps` shows which, `vramd unload` unloads"
+    } else if shortage.requested_bytes <= shortage.largest_after_compaction_bytes {
+        "it would fit once the device is defragmented: `vramd defrag`"
     } else if shortage.requested_bytes <= shortage.available_bytes {
         "there is enough in all, but not in one piece"
     } else {
@@ -574,6 +607,7 @@ pub(super) fn refusal(shortage: &Shortage) -> ApiError {
     .detail("availableBytes", shortage.available_bytes)
     .detail("largestFreeBytes", largest)
     .detail("largestAfterEvictionBytes", shortage.largest_after_eviction_bytes)
+    .detail("largestAfterDefragmentationBytes", shortage.largest_after_compaction_bytes)
     .detail("holders", holders)
     .detail("considered", serde_json::json!(shortage.placement.considered))
 }

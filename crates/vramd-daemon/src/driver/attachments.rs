@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::value::RawValue;
+use tokio::sync::mpsc;
 use uuid::Uuid;
 use vramd_api::attach::Access;
 use vramd_api::{
@@ -46,6 +47,38 @@ impl Attachment {
     }
 }
 
+/// What a reader is told when its bytes have another place.
+#[derive(Debug)]
+pub struct Moved {
+    pub device: DeviceId,
+    pub segment: SegmentId,
+    pub segment_bytes: u64,
+    pub block_offset: u64,
+    pub block_bytes: u64,
+    pub generation: u64,
+}
+
+/// An open attachment.
+#[derive(Debug)]
+pub(super) struct Reader {
+    pub allocation: AllocationId,
+    /// The model that it is used through.
+    model: Option<ModelName>,
+    moves: Option<mpsc::UnboundedSender<Moved>>,
+    /// The answer that it owes.
+    pub pending: Option<Pending>,
+}
+
+/// A move that a reader has not followed.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub generation: u64,
+    /// Its lease on the old place.
+    pub old: LeaseId,
+    /// It said why it cannot follow.
+    pub refused: Option<String>,
+}
+
 /// Where the bytes to attach are.
 struct Found {
     allocation: AllocationId,
@@ -78,7 +111,7 @@ impl State {
                 let allocation = self
                     .ledger
                     .allocation(*id)
-                    .filter(|allocation| allocation.state == AllocationState::Active)
+                    .filter(|allocation| allocation.state == AllocationState::Active && allocation.is_kept())
                     .ok_or_else(|| ApiError::not_found("allocation", id))?;
                 if request.device.as_ref().is_some_and(|device| *device != allocation.device) {
                     return Err(ApiError::new(
@@ -191,7 +224,7 @@ impl State {
             model: found.model,
             plan: found.plan,
         };
-        let AttachRequest { holder, .. } = request;
+        let AttachRequest { holder, access, moves, .. } = request;
         self.emit(
             EventKind::AttachmentOpened,
             serde_json::json!({
@@ -200,10 +233,12 @@ impl State {
                 "component": attachment.model.as_ref().map(|(_, component)| component),
             }),
         );
-        self.ledger.grant(found.allocation, lease, Lease::Connection { holder }, self.now);
+        let kept = Lease::Connection { holder, access, moves: moves.is_some() };
+        self.ledger.grant(found.allocation, lease, kept, self.now);
         let name = attachment.model.as_ref().map(|(name, _)| name.clone());
         self.used(name.as_ref());
-        self.attachments.insert(lease, name);
+        let reader = Reader { allocation: found.allocation, model: name, moves, pending: None };
+        self.attachments.insert(lease, reader);
         Ok(attachment)
     }
 
@@ -216,10 +251,54 @@ impl State {
 
     /// A lease has ended; if it was an attachment's, its model was used until now.
     pub(super) fn detached(&mut self, allocation: AllocationId, lease: LeaseId) {
-        if let Some(name) = self.attachments.remove(&lease) {
+        if let Some(Reader { model: name, pending, .. }) = self.attachments.remove(&lease) {
+            if let Some(pending) = pending {
+                self.finish_lease(pending.old);
+            }
             self.used(name.as_ref());
             let data = serde_json::json!({ "leaseId": lease, "allocationId": allocation, "model": name });
             self.emit(EventKind::AttachmentClosed, data);
         }
+    }
+
+    /// Tells a reader where its bytes are now; `pending` keeps the old ones until it answers.
+    pub(super) fn tell_reader(&mut self, lease: LeaseId, allocation: &Allocation, pending: Pending) {
+        let segment_bytes =
+            self.ledger.segment_bytes(allocation.request.id).unwrap_or(allocation.block_bytes);
+        let Some(reader) = self.attachments.get_mut(&lease) else { return };
+        let moved = Moved {
+            device: allocation.device.clone(),
+            segment: SegmentId(allocation.segment.0),
+            segment_bytes,
+            block_offset: allocation.offset,
+            block_bytes: if reader.model.is_some() {
+                allocation.block_bytes
+            } else {
+                allocation.request.size_bytes
+            },
+            generation: pending.generation,
+        };
+        reader.pending = Some(pending);
+        if let Some(moves) = reader.moves.clone() {
+            self.outbox.push(Box::new(move || {
+                // The connection may be gone: then its lease ends, and with it what it kept.
+                let _ = moves.send(moved);
+            }));
+        }
+    }
+
+    pub(super) fn move_answered(&mut self, lease: LeaseId, generation: u64, refused: Option<String>) {
+        let Some(reader) = self.attachments.get_mut(&lease) else { return };
+        let Some(pending) = reader.pending.as_mut().filter(|pending| pending.generation == generation) else {
+            return;
+        };
+        if let Some(reason) = refused {
+            tracing::info!(%lease, allocation = %reader.allocation, %reason, "a reader cannot follow a move");
+            pending.refused = Some(reason);
+            return;
+        }
+        let old = pending.old;
+        reader.pending = None;
+        self.finish_lease(old);
     }
 }

@@ -6,10 +6,13 @@
 
 mod allocations;
 mod attachments;
+mod copies;
+mod defragment;
 mod models;
 mod operations;
 mod restore;
 mod snapshot;
+mod transfers;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -18,8 +21,9 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use vramd_api::attach::Access;
 use vramd_api::{
-    AllocateRequest, AllocationId, ApiError, ComponentName, DeviceId, DeviceLimits, ErrorCode, EventKind,
-    Holder, KeepAlive, LeaseId, ModelName, Operation, OperationId, OwnerName, PressureLevel, Released,
+    AllocateRequest, AllocationId, ApiError, ComponentName, CopyRequest, DefragmentPlans, DefragmentRequest,
+    DeviceId, DeviceLimits, ErrorCode, EventKind, Holder, KeepAlive, LeaseId, ModelName, Operation,
+    OperationId, OwnerName, PressureLevel, Released, TransferRequest,
 };
 use vramd_core::Now;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
@@ -30,10 +34,11 @@ use vramd_device::{Device, DeviceError, Sample};
 use crate::clock::Clock;
 use crate::devices::Devices;
 use crate::event_log::EventLog;
+use crate::mover::{self, Mover};
 use crate::source::Prepared;
 use crate::store::{Change, Store, StoreError, Stored};
 
-pub use attachments::Attachment;
+pub use attachments::{Attachment, Moved};
 pub use operations::{Entry, Progress};
 pub use snapshot::{DeviceView, Snapshot, memory_status};
 
@@ -90,6 +95,8 @@ pub struct AttachRequest {
     pub device: Option<DeviceId>,
     pub access: Access,
     pub holder: Holder,
+    /// Where moves are told; None for a client that does not follow them.
+    pub moves: Option<mpsc::UnboundedSender<Moved>>,
 }
 
 /// Who calls: over TCP the daemon's own user, on the Unix socket the peer.
@@ -112,11 +119,32 @@ pub enum Event {
     Pin(ModelName, bool, Reply<vramd_api::Model>),
     Touch(ModelName, Option<KeepAlive>, Reply<vramd_api::Model>),
     Cancel(OperationId, Reply<Operation>),
+    Pause(OperationId, bool, Reply<Operation>),
+    Transfer(Box<TransferRequest>, Caller, Reply<Operation>),
+    Copy(Box<CopyRequest>, Caller, Reply<Operation>),
+    Defragment(DefragmentRequest, Option<DeviceId>, Reply<Operation>),
+    PlanDefragment(DefragmentRequest, Option<DeviceId>, Reply<DefragmentPlans>),
     Attach(Box<AttachRequest>, Reply<Attachment>),
     /// The files of a model that was known from an earlier run were looked at.
     Inspected(ModelName, BTreeMap<ComponentName, Result<Arc<Plan>, Box<ApiError>>>),
     /// A connection closed.
     LeaseEnded(LeaseId),
+    /// A reader has mapped the new place of what it has attached, or says why it cannot.
+    MoveAnswered {
+        lease: LeaseId,
+        generation: u64,
+        refused: Option<String>,
+    },
+    /// A copy has ended.
+    Copied {
+        copy: copies::CopyId,
+        outcome: mover::Outcome,
+    },
+    /// The next pass of a defragmentation is planned.
+    Planned {
+        operation: OperationId,
+        plan: defragment::PassPlan,
+    },
     SegmentCreated {
         device: DeviceId,
         segment: SegmentId,
@@ -164,6 +192,7 @@ pub enum OnStored {
     Remove(ModelName, Reply<vramd_api::Model>),
     Pin(ModelName, bool, Reply<vramd_api::Model>),
     Touch(ModelName, KeepAlive, Reply<vramd_api::Model>),
+    Copied(copies::CopyId, Option<u64>),
     /// Written for a restart only; a failure is logged.
     Nothing,
 }
@@ -184,7 +213,8 @@ impl Driver {
         store: Store,
         stored: Stored,
         run: String,
-    ) -> (Self, tokio::task::JoinHandle<()>) {
+    ) -> std::io::Result<(Self, tokio::task::JoinHandle<()>)> {
+        let mover = Mover::start()?;
         let (sender, inbox) = mpsc::channel(MAILBOX);
         let devices = Arc::new(devices);
         let log = EventLog::new(run);
@@ -197,6 +227,12 @@ impl Driver {
             waiting: HashMap::new(),
             releasing: HashMap::new(),
             attachments: HashMap::new(),
+            copies: HashMap::new(),
+            last_copy: 0,
+            to_go_on: BTreeSet::new(),
+            rates: BTreeMap::new(),
+            defragmented_at: BTreeMap::new(),
+            mover,
             unreleased: BTreeSet::new(),
             undestroyed: BTreeSet::new(),
             unrestored: BTreeMap::new(),
@@ -218,7 +254,7 @@ impl Driver {
         state.begin(stored);
         let (publish, snapshots) = watch::channel(Arc::new(state.snapshot()));
         let task = tokio::spawn(state.run(inbox, publish));
-        (Self { sender, snapshots, log, devices }, task)
+        Ok((Self { sender, snapshots, log, devices }, task))
     }
 
     /// The state after the last batch of events.
@@ -261,8 +297,17 @@ struct State {
     waiting: HashMap<AllocationId, allocations::OnReady>,
     /// What happens when an allocation's bytes are back.
     releasing: HashMap<AllocationId, allocations::OnReleased>,
-    /// The open attachments, and the models that they are used through.
-    attachments: HashMap<LeaseId, Option<ModelName>>,
+    /// The open attachments.
+    attachments: HashMap<LeaseId, attachments::Reader>,
+    copies: HashMap<copies::CopyId, copies::Copy>,
+    last_copy: copies::CopyId,
+    /// Operations that can take their next step.
+    to_go_on: BTreeSet<OperationId>,
+    /// Bytes per second that copies on a device were last measured at.
+    rates: BTreeMap<DeviceId, f64>,
+    /// When a device was last defragmented without a gain.
+    defragmented_at: BTreeMap<DeviceId, vramd_core::Tick>,
+    mover: Mover,
     /// Allocations whose bytes the device failed to give back; it is asked again at each tick.
     unreleased: BTreeSet<AllocationId>,
     /// Empty segments likewise.
@@ -304,6 +349,10 @@ impl State {
             self.now = self.clock.now();
             for event in batch.drain(..) {
                 self.take(event);
+                while let Some(operation) = self.to_go_on.pop_first() {
+                    self.go_on(operation);
+                    self.end_transfer(operation);
+                }
             }
             debug_assert_eq!(self.ledger.check(), Ok(()));
             publish.send_replace(Arc::new(self.snapshot()));
@@ -326,9 +375,25 @@ impl State {
             Event::Pin(name, pinned, reply) => self.pin(name, pinned, reply),
             Event::Touch(name, keep_alive, reply) => self.touch(name, keep_alive, reply),
             Event::Cancel(id, reply) => self.cancel(id, reply),
+            Event::Pause(id, paused, reply) => self.pause(id, paused, reply),
+            Event::Transfer(request, caller, reply) => self.transfer(&request, caller, reply),
+            Event::Copy(request, caller, reply) => self.copy_into(&request, caller, reply),
+            Event::Defragment(request, device, reply) => self.defragment(request, device, reply),
+            Event::PlanDefragment(request, device, reply) => self.plan_defragment(&request, device, reply),
             Event::Attach(request, reply) => self.attach(*request, reply),
             Event::Inspected(name, plans) => self.inspected(&name, plans),
             Event::LeaseEnded(lease) => self.lease_ended(lease),
+            Event::MoveAnswered { lease, generation, refused } => {
+                self.move_answered(lease, generation, refused)
+            }
+            Event::Copied { copy, outcome } => {
+                self.jobs -= 1;
+                self.copied(copy, outcome);
+            }
+            Event::Planned { operation, plan } => {
+                self.jobs -= 1;
+                self.planned(operation, plan);
+            }
             Event::SegmentCreated { device, segment, outcome } => {
                 self.jobs -= 1;
                 self.segment_created(&device, segment, outcome);
@@ -366,6 +431,8 @@ impl State {
         self.expire_waiting();
         self.expire_models();
         self.operations.prune();
+        // Readers may have had their time.
+        self.to_go_on.extend(self.operations.running.keys());
         if !self.stopping {
             self.measure();
         }
@@ -456,6 +523,7 @@ impl State {
             OnStored::Remove(name, reply) => self.removed(&name, reply, outcome),
             OnStored::Pin(name, pinned, reply) => self.pinned(&name, pinned, reply, outcome),
             OnStored::Touch(name, keep_alive, reply) => self.touched(&name, Some(keep_alive), reply, outcome),
+            OnStored::Copied(id, checksum) => self.copy_stored(id, checksum, outcome),
             OnStored::Nothing => {}
         }
     }

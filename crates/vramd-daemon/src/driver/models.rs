@@ -11,7 +11,7 @@ use vramd_api::{
     AllocationId, AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, KeepAlive,
     ModelName, Operation, OperationId, OperationKind, Priority,
 };
-use vramd_core::ledger::{Request, State as AllocationState};
+use vramd_core::ledger::{Release, Request, State as AllocationState};
 use vramd_core::models::{Busy, MAX_MODELS, Model, Plan, Residency};
 
 use super::allocations::{OnReady, OnReleased, attached, refusal};
@@ -303,9 +303,13 @@ impl State {
             let (chosen, _) = vramd_core::placement::choose(&offers, AllocationType::Weights, None);
             chosen.ok_or_else(|| self.shortage(&whole, &[]))?
         };
-        if !self.ledger.fits_sealed(&device, &sizes) {
+        let requests = prepared
+            .iter()
+            .map(|(component, one)| Self::weights(load, Some(component), one.plan.layout.block_bytes))
+            .collect();
+        let Some(grants) = self.ledger.reserve_all(requests, &device, self.now) else {
             return Err(self.shortage(&whole, &[device]));
-        }
+        };
         let payload =
             prepared.values().fold(0, |sum, part| u64::saturating_add(sum, part.plan.layout.payload_bytes));
         let subject = format!("{} on {device}", load.model);
@@ -319,16 +323,8 @@ impl State {
             releasing: 0,
             failed: None,
         };
-        let mut grants = Vec::new();
-        for (component, prepared) in prepared {
-            let request = Self::weights(load, Some(&component), prepared.plan.layout.block_bytes);
-            let allocation = request.id;
-            let grant = self
-                .ledger
-                .reserve(request, std::slice::from_ref(&device), self.now)
-                .expect("all parts fit together, so each of them fits");
-            grants.push((allocation, grant));
-            let plan = prepared.plan.clone();
+        for ((component, prepared), (allocation, _)) in prepared.into_iter().zip(&grants) {
+            let (allocation, plan) = (*allocation, prepared.plan.clone());
             let model = self.models.get_mut(&load.model).expect("it was found above");
             let entry = model.components.get_mut(&component).expect("it was found above");
             entry.plan = Ok(plan.clone());
@@ -466,7 +462,7 @@ impl State {
         for allocation in parts {
             let work =
                 self.ledger.release(allocation, self.now).expect("nobody attaches to a part that is loading");
-            if let Some(work) = work {
+            if let Release::Work(work) = work {
                 releasing += 1;
                 self.releasing.insert(allocation, OnReleased::Operation(id));
                 self.perform(work);
@@ -485,6 +481,8 @@ impl State {
             Some(Running::Load(Loading { releasing, .. }) | Running::Unload(Unloading { releasing, .. })) => {
                 *releasing -= 1;
             }
+            Some(Running::Transfer(_)) => return self.item_released(id, allocation),
+            Some(Running::Defragment(_)) => return self.place_freed(id, allocation),
             None => return,
         }
         self.end_if_given_back(id);
@@ -514,7 +512,7 @@ impl State {
         let name = match self.operations.running.get(&id) {
             Some(Running::Load(loading)) => loading.model.clone(),
             Some(Running::Unload(unloading)) => unloading.model.clone(),
-            None => return,
+            Some(Running::Transfer(_) | Running::Defragment(_)) | None => return,
         };
         if let Some(model) = self.models.get_mut(&name) {
             for component in model.components.values_mut() {
@@ -586,7 +584,10 @@ impl State {
             }
             let work = self.ledger.release(allocation, self.now).expect("nobody is attached, as was checked");
             self.releasing.insert(allocation, OnReleased::Operation(operation));
-            self.perform(work.expect("a resident part is an active allocation"));
+            // What an operation still reads goes when that has ended.
+            if let Release::Work(work) = work {
+                self.perform(work);
+            }
         }
         self.operations.show(operation)
     }

@@ -16,6 +16,9 @@ use vramd_api::{
 };
 use vramd_core::Now;
 
+use super::copies::flow;
+use super::defragment::Defragmenting;
+use super::transfers::Transferring;
 use super::{Part, Reply, State};
 use crate::clock;
 use crate::source::Prepared;
@@ -64,6 +67,8 @@ pub(super) struct Unloading {
 pub(super) enum Running {
     Load(Loading),
     Unload(Unloading),
+    Transfer(Transferring),
+    Defragment(Defragmenting),
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +115,7 @@ impl Operations {
             kind,
             subject,
             state: OperationState::Running,
+            paused: false,
             bytes_done: 0,
             bytes_total,
             bytes_per_second: None,
@@ -144,6 +150,7 @@ impl Operations {
         let entry = Arc::make_mut(self.entries.get_mut(&id)?);
         let operation = &mut entry.operation;
         operation.finished_at = Some(now.wall);
+        operation.paused = false;
         match outcome {
             Ok(result) => {
                 operation.state = OperationState::Completed;
@@ -165,6 +172,23 @@ impl Operations {
 
     pub fn cancelled(&self, id: OperationId) -> bool {
         self.progress(id).is_some_and(|progress| progress.cancelled.load(Ordering::Relaxed))
+    }
+
+    /// What an operation will move turned out to be another number of bytes.
+    pub fn set_total(&mut self, id: OperationId, bytes: u64) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            Arc::make_mut(entry).operation.bytes_total = bytes;
+        }
+    }
+
+    pub fn set_paused(&mut self, id: OperationId, paused: bool) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            Arc::make_mut(entry).operation.paused = paused;
+        }
+    }
+
+    pub fn is_paused(&self, id: OperationId) -> bool {
+        self.entries.get(&id).is_some_and(|entry| entry.operation.paused)
     }
 
     pub fn cancel_all(&self) {
@@ -211,8 +235,40 @@ impl State {
             if let Some(progress) = self.operations.progress(id) {
                 progress.cancelled.store(true, Ordering::Relaxed);
             }
+            // What is paused has to run to its end.
+            self.mover.pause(flow(id), false);
+            self.to_go_on.insert(id);
             Ok(operation)
         });
+        self.answer(reply, answer);
+    }
+
+    /// Holds an operation that moves bytes, or lets it go on.
+    pub(super) fn pause(&mut self, id: OperationId, paused: bool, reply: Reply<Operation>) {
+        let answer = self.operations.show(id).and_then(|operation| {
+            let ended = operation.state.ended();
+            match self.operations.running.get(&id) {
+                Some(Running::Transfer(_) | Running::Defragment(_)) => {}
+                _ if ended => {
+                    return Err(ApiError::new(
+                        ErrorCode::Conflict,
+                        format!("operation {id} has ended already"),
+                    )
+                    .detail("state", serde_json::json!(operation.state)));
+                }
+                _ => {
+                    return Err(ApiError::new(ErrorCode::Conflict, "a load or unload cannot be paused")
+                        .hint("cancel it, and begin it again later"));
+                }
+            }
+            self.mover.pause(flow(id), paused);
+            self.operations.set_paused(id, paused);
+            self.to_go_on.insert(id);
+            self.operations.show(id)
+        });
+        if let Ok(operation) = &answer {
+            self.emit(EventKind::OperationChanged, serde_json::json!(operation));
+        }
         self.answer(reply, answer);
     }
 }

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use axum::extract::State;
-use axum::http::StatusCode;
 use vramd_api::{
     ApiError, Bytes, LoadRequest, Model, ModelName, ModelPage, Operation, RegisterModel, Success,
     TouchRequest, UnloadRequest,
@@ -12,8 +11,8 @@ use vramd_core::models;
 
 use super::extract::{Body, NoParams, OptionalBody, Params, Path};
 use super::idempotency::IdempotencyKey;
-use super::operations::{WaitParams, wait_for};
-use super::reply::{Answer, Errors, Reply, created, ok};
+use super::operations::{self, WaitParams};
+use super::reply::{Answer, Errors, created, ok};
 use super::{App, bad_path};
 use crate::clock;
 use crate::driver::{Event, Load};
@@ -130,7 +129,7 @@ pub async fn load(
     };
     let load = Load { model: name(&text)?, device, components: body.components, keep_alive: body.keep_alive };
     let operation = loader::begin(&app.driver, &app.roots, &load).await?;
-    answer(&app, operation, wait).await
+    operations::answer(&app, operation, wait).await
 }
 
 /// Unload a model
@@ -154,13 +153,7 @@ pub async fn unload(
     };
     let name = name(&text)?;
     let operation = app.driver.ask(|reply| Event::Unload(name, device, reply)).await?;
-    answer(&app, operation, wait).await
-}
-
-async fn answer(app: &App, operation: Operation, wait: std::time::Duration) -> Answer<Operation> {
-    let operation = wait_for(app, operation.operation_id, wait).await?;
-    let status = if operation.state.ended() { StatusCode::OK } else { StatusCode::ACCEPTED };
-    Ok(Reply(status, operation))
+    operations::answer(&app, operation, wait).await
 }
 
 /// Keep a model resident until it is unpinned

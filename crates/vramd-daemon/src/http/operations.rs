@@ -8,7 +8,8 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 use vramd_api::{ApiError, Operation, OperationId, OperationPage, OperationState, Success};
 
-use super::extract::{Params, Path};
+use super::extract::{NoParams, Params, Path};
+use super::idempotency::IdempotencyKey;
 use super::reply::{Answer, Errors, Reply, ok};
 use super::{App, bad_path};
 use crate::driver::Event;
@@ -60,6 +61,13 @@ pub async fn wait_for(app: &App, id: OperationId, wait: Duration) -> Result<Oper
     entry.map(|entry| entry.operation()).ok_or_else(|| ApiError::not_found("operation", id))
 }
 
+/// The operation as it is once it has ended, or after `wait`.
+pub async fn answer(app: &App, operation: Operation, wait: std::time::Duration) -> Answer<Operation> {
+    let operation = wait_for(app, operation.operation_id, wait).await?;
+    let status = if operation.state.ended() { StatusCode::OK } else { StatusCode::ACCEPTED };
+    Ok(Reply(status, operation))
+}
+
 /// The operations that run, and those that ended within a day
 #[utoipa::path(get, path = "/api/operations", tag = "operations", params(ListParams),
     responses((status = 200, body = Success<OperationPage>), Errors))]
@@ -95,8 +103,26 @@ pub async fn cancel(
     Params(params): Params<WaitParams>,
 ) -> Answer<Operation> {
     let (id, wait) = (id(&text)?, params.seconds()?);
-    app.driver.ask(|reply| Event::Cancel(id, reply)).await?;
-    let operation = wait_for(&app, id, wait).await?;
-    let status = if operation.state.ended() { StatusCode::OK } else { StatusCode::ACCEPTED };
-    Ok(Reply(status, operation))
+    let operation = app.driver.ask(|reply| Event::Cancel(id, reply)).await?;
+    answer(&app, operation, wait).await
+}
+
+/// Hold an operation that moves bytes
+///
+/// What is in flight ends, nothing new begins. Transfers, copies and defragmentations can be paused.
+#[utoipa::path(post, path = "/api/operations/{operationId}/pause", tag = "operations",
+    params(("operationId" = OperationId, Path), IdempotencyKey),
+    responses((status = 200, body = Success<Operation>), Errors))]
+pub async fn pause(State(app): State<App>, Path(text): Path, _: Params<NoParams>) -> Answer<Operation> {
+    let id = id(&text)?;
+    ok(app.driver.ask(|reply| Event::Pause(id, true, reply)).await?)
+}
+
+/// Let a paused operation go on
+#[utoipa::path(post, path = "/api/operations/{operationId}/resume", tag = "operations",
+    params(("operationId" = OperationId, Path), IdempotencyKey),
+    responses((status = 200, body = Success<Operation>), Errors))]
+pub async fn resume(State(app): State<App>, Path(text): Path, _: Params<NoParams>) -> Answer<Operation> {
+    let id = id(&text)?;
+    ok(app.driver.ask(|reply| Event::Pause(id, false, reply)).await?)
 }

@@ -1,5 +1,7 @@
 //! `/api/memory`.
 
 pub mod allocations;
+pub mod defragment;
 pub mod limits;
 pub mod status;
+pub mod transfers;

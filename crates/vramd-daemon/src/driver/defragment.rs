@@ -1,0 +1,589 @@
+//! Defragmentation: passes over one device after another.
+//!
+//! A pass plans on a snapshot (on a thread), moves what the plan names, several blocks at once, and waits until the old
+//! places are free, or until the readers that keep them have had [`SETTLE_MS`] to answer. The next pass plans anew, so a
+//! plan is never older than one pass, and a block that changed meanwhile is only left out. It ends when a pass has moved
+//! nothing, or at a bound. What has moved stays moved, however it ends.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use vramd_api::{
+    AllocationId, ApiError, DefragmentPlan, DefragmentPlans, DefragmentRequest, Defragmented,
+    DeviceDefragmented, DeviceId, EndedBy, ErrorCode, EventKind, FixedBlock, FixedReason,
+    FragmentationFigures, Operation, OperationId, OperationKind, Priority,
+};
+use vramd_core::Tick;
+use vramd_core::compaction::{self, Bounds};
+use vramd_core::ledger::{Fixed, Group, Lease, NewPlace, SegmentId, Usage};
+use vramd_core::models::Residency;
+
+use super::copies::{Copy, CopyError, CopyId, flow};
+use super::operations::Running;
+use super::{Event, Reply, State};
+
+/// How long readers may take to answer to a move.
+const SETTLE_MS: u64 = 1500;
+/// Blocks that move at the same time.
+const WINDOW: usize = 16;
+/// The most blocks that an answer lists.
+const LISTED: usize = 1000;
+/// After a shortage started one in vain, the next does not start another for this long.
+const AGAIN_MS: u64 = 10_000;
+
+/// A defragmentation under way.
+#[derive(Debug)]
+pub(super) struct Defragmenting {
+    request: DefragmentRequest,
+    began: Tick,
+    devices: VecDeque<DeviceId>,
+    current: Option<Pass>,
+    ended: Vec<DeviceDefragmented>,
+    moves: u64,
+    bytes: u64,
+    ended_by: EndedBy,
+}
+
+/// What it does on one device now.
+#[derive(Debug)]
+struct Pass {
+    device: DeviceId,
+    before: FragmentationFigures,
+    planning: bool,
+    planned: VecDeque<Planned>,
+    copying: BTreeSet<CopyId>,
+    /// Old places that are not free yet.
+    left: BTreeSet<AllocationId>,
+    settle_by: Tick,
+    began: Tick,
+    /// In this pass.
+    moved_bytes: u64,
+    moves: u64,
+    bytes: u64,
+    passes: u64,
+    fixed: BTreeMap<AllocationId, FixedReason>,
+}
+
+/// One move of a plan.
+#[derive(Debug, Clone, Copy)]
+pub struct Planned {
+    id: AllocationId,
+    from: NewPlace,
+    to: NewPlace,
+    bytes: u64,
+}
+
+/// What a thread has planned for a pass.
+#[derive(Debug)]
+pub struct PassPlan {
+    moves: Vec<Planned>,
+    /// Nothing was left out because of a bound.
+    complete: bool,
+}
+
+impl State {
+    pub(super) fn defragment(
+        &mut self,
+        request: DefragmentRequest,
+        device: Option<DeviceId>,
+        reply: Reply<Operation>,
+    ) {
+        let devices = device.map_or_else(
+            || self.ledger.devices().map(|facts| facts.device.clone()).collect(),
+            |one| vec![one],
+        );
+        let answer = self.begin_defragment(request, devices, "asked for");
+        self.answer(reply, answer);
+    }
+
+    fn begin_defragment(
+        &mut self,
+        request: DefragmentRequest,
+        devices: Vec<DeviceId>,
+        why: &str,
+    ) -> Result<Operation, ApiError> {
+        if self.stopping {
+            return Err(ApiError::new(ErrorCode::Unavailable, "the daemon is stopping"));
+        }
+        for device in &devices {
+            if let Some(id) = self.defragmenting(device) {
+                return Err(ApiError::new(
+                    ErrorCode::Conflict,
+                    format!("{device} is being defragmented already"),
+                )
+                .hint("wait for that operation, or cancel it: `vramd cancel ID`")
+                .detail("operationId", id.to_string()));
+            }
+        }
+        let names: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
+        let subject = format!("{}, {why}", names.join(", "));
+        let id = self.operations.begin(OperationKind::Defragment, subject, 0, self.now);
+        let rate = request.max_bytes_per_second.map(vramd_api::Bytes::get);
+        self.mover.join(flow(id), request.priority.unwrap_or(Priority::Low), rate);
+        let running = Defragmenting {
+            request,
+            began: self.now.tick,
+            devices: devices.into(),
+            current: None,
+            ended: Vec::new(),
+            moves: 0,
+            bytes: 0,
+            ended_by: EndedBy::Done,
+        };
+        self.operations.running.insert(id, Running::Defragment(running));
+        let shown = self.operations.show(id)?;
+        self.emit(EventKind::OperationChanged, serde_json::json!(shown));
+        self.go_on(id);
+        Ok(shown)
+    }
+
+    /// The defragmentation under way that has this device before it.
+    fn defragmenting(&self, device: &DeviceId) -> Option<OperationId> {
+        self.operations.running.iter().find_map(|(id, running)| match running {
+            Running::Defragment(running) => {
+                let current = running.current.as_ref().map(|pass| &pass.device);
+                (current == Some(device) || running.devices.contains(device)).then_some(*id)
+            }
+            Running::Load(_) | Running::Unload(_) | Running::Transfer(_) => None,
+        })
+    }
+
+    /// A request was refused that would fit if the device were packed: pack it.
+    pub(super) fn defragment_for(&mut self, device: &DeviceId) -> Option<OperationId> {
+        if let Some(running) = self.defragmenting(device) {
+            return Some(running);
+        }
+        let again = self.defragmented_at.get(device).is_none_or(|at| at.0 + AGAIN_MS <= self.now.tick.0);
+        if !again {
+            return None;
+        }
+        let request = DefragmentRequest { priority: Some(Priority::High), ..DefragmentRequest::default() };
+        let begun = self.begin_defragment(request, vec![device.clone()], "for a request that needs room");
+        begun.ok().map(|operation| operation.operation_id)
+    }
+
+    /// Answers what a defragmentation would do; the planning is done on a thread.
+    pub(super) fn plan_defragment(
+        &mut self,
+        request: &DefragmentRequest,
+        device: Option<DeviceId>,
+        reply: Reply<DefragmentPlans>,
+    ) {
+        let devices: Vec<DeviceId> = device.map_or_else(
+            || self.ledger.devices().map(|facts| facts.device.clone()).collect(),
+            |one| vec![one],
+        );
+        let snapshots: Vec<_> = devices
+            .into_iter()
+            .map(|device| {
+                let fixed = self.fixed_on(&device);
+                let blocks =
+                    fixed.iter().map(|(id, reason)| self.fixed_block(*id, *reason)).collect::<Vec<_>>();
+                let groups = self.ledger.groups(&device, |id| fixed.contains_key(&id).then_some(Fixed::Busy));
+                let usage = self.ledger.usage(&device).unwrap_or_default();
+                (self.rates.get(&device).copied(), device, groups, usage, blocks)
+            })
+            .collect();
+        let bounds = bounds(request, 0, 0);
+        tokio::task::spawn_blocking(move || {
+            let plans = snapshots
+                .into_iter()
+                .map(|(rate, device, groups, usage, fixed)| {
+                    dry_plan(device, &groups, usage, bounds, rate, fixed)
+                })
+                .collect();
+            let _ = reply.send(Ok(DefragmentPlans { plans }));
+        });
+    }
+
+    /// What cannot move on a device, and why.
+    fn fixed_on(&self, device: &DeviceId) -> BTreeMap<AllocationId, FixedReason> {
+        let mut fixed = BTreeMap::new();
+        let groups = self.ledger.groups(device, |_| None);
+        fixed.extend(groups.iter().flat_map(|group| &group.fixed).map(|(id, why)| (*id, reason(*why))));
+        let shared: BTreeSet<_> = groups.iter().flat_map(|group| &group.allocations).copied().collect();
+        for model in self.models.iter().filter(|model| model.pinned) {
+            let residencies =
+                model.components.values().filter_map(|component| component.residency.get(device));
+            let pinned = residencies.map(Residency::allocation).filter(|id| shared.contains(id));
+            fixed.extend(pinned.map(|id| (id, FixedReason::Pinned)));
+        }
+        for (lease, reader) in self.attachments.iter().filter(|(_, reader)| reader.pending.is_some()) {
+            let holds = reader.allocation;
+            if shared.contains(&holds) {
+                tracing::debug!(%lease, allocation = %holds, "a reader has not answered to a move");
+                fixed.insert(holds, FixedReason::ReaderNotAnswering);
+            }
+        }
+        fixed
+    }
+
+    /// With the processes because of which it stays.
+    fn fixed_block(&self, id: AllocationId, reason: FixedReason) -> FixedBlock {
+        let is_why = |lease: &vramd_api::LeaseId, kept: &Lease| match reason {
+            FixedReason::Written => kept.writes(),
+            FixedReason::ReaderDoesNotFollow => matches!(kept, Lease::Connection { moves: false, .. }),
+            FixedReason::ReaderNotAnswering => {
+                self.attachments.get(lease).is_some_and(|reader| reader.pending.is_some())
+            }
+            FixedReason::Pinned | FixedReason::Busy | FixedReason::Stale | FixedReason::Failed => false,
+        };
+        let holders = self.ledger.allocation(id).into_iter().flat_map(|allocation| {
+            allocation.leases.iter().filter_map(|(lease, kept)| match kept {
+                Lease::Connection { holder, .. } if is_why(lease, kept) => Some(holder.clone()),
+                _ => None,
+            })
+        });
+        FixedBlock { allocation_id: id, reason, holders: holders.collect() }
+    }
+
+    fn figures(&self, device: &DeviceId) -> FragmentationFigures {
+        self.ledger.usage(device).map(figures).unwrap_or_default()
+    }
+
+    /// Plans the next pass on a thread.
+    fn plan_pass(&mut self, id: OperationId, device: &DeviceId) {
+        let fixed = self.fixed_on(device);
+        let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
+        let bounds = bounds(&running.request, running.bytes, running.moves);
+        if let Some(pass) = &mut running.current {
+            pass.planning = true;
+            pass.fixed.retain(|_, reason| matches!(reason, FixedReason::Stale | FixedReason::Failed));
+            pass.fixed.extend(fixed.iter().map(|(id, reason)| (*id, *reason)));
+        }
+        let groups = self.ledger.groups(device, |id| fixed.contains_key(&id).then_some(Fixed::Busy));
+        let sender = self.sender.clone();
+        self.jobs += 1;
+        tokio::task::spawn_blocking(move || {
+            let plan = pass_plan(&groups, bounds);
+            let _ = sender.blocking_send(Event::Planned { operation: id, plan });
+        });
+    }
+
+    pub(super) fn planned(&mut self, id: OperationId, plan: PassPlan) {
+        let tick = self.now.tick;
+        let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
+        let Some(pass) = &mut running.current else { return };
+        pass.planning = false;
+        let bytes: u64 = plan.moves.iter().map(|planned| planned.bytes).sum();
+        if plan.moves.is_empty() && !plan.complete {
+            let moves = running.request.max_moves.is_some_and(|most| running.moves >= most);
+            running.ended_by = if moves { EndedBy::MaxMoves } else { EndedBy::MaxBytes };
+        }
+        (pass.began, pass.moved_bytes) = (tick, 0);
+        pass.passes += u64::from(!plan.moves.is_empty());
+        pass.planned = plan.moves.into();
+        let total = running.bytes + bytes;
+        self.operations.set_total(id, total);
+        if bytes == 0 {
+            return self.end_device(id);
+        }
+        self.go_on(id);
+    }
+
+    /// Does what can be done now.
+    pub(super) fn go_on(&mut self, id: OperationId) {
+        loop {
+            let cancelled = self.operations.cancelled(id);
+            let paused = self.operations.is_paused(id);
+            let tick = self.now.tick;
+            let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
+            let late = running.request.max_milliseconds.is_some_and(|most| tick.0 - running.began.0 >= most);
+            let Some(pass) = &mut running.current else {
+                match running.devices.pop_front().filter(|_| !cancelled && !late) {
+                    Some(device) => return self.begin_device(id, device),
+                    None => return self.end_defragment(id),
+                }
+            };
+            if pass.planning {
+                return;
+            }
+            if late && !pass.planned.is_empty() {
+                running.ended_by = EndedBy::MaxMilliseconds;
+            }
+            if cancelled || late {
+                pass.planned.clear();
+            }
+            if pass.copying.len() < WINDOW
+                && !paused
+                && let Some(planned) = pass.planned.pop_front()
+            {
+                self.begin_planned(id, planned);
+                continue;
+            }
+            if !pass.copying.is_empty() || !pass.planned.is_empty() {
+                return;
+            }
+            let waits = !pass.left.is_empty() && tick < pass.settle_by;
+            if waits {
+                return;
+            }
+            let (device, moved) = (pass.device.clone(), pass.moved_bytes);
+            let took = (tick.0 - pass.began.0).max(1);
+            if moved >= 8 << 20 && running.request.max_bytes_per_second.is_none() {
+                self.rates.insert(device.clone(), moved as f64 * 1000.0 / took as f64);
+            }
+            if cancelled || late || moved == 0 {
+                return self.end_device(id);
+            }
+            return self.plan_pass(id, &device);
+        }
+    }
+
+    fn begin_device(&mut self, id: OperationId, device: DeviceId) {
+        let before = self.figures(&device);
+        let tick = self.now.tick;
+        let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
+        running.current = Some(Pass {
+            device: device.clone(),
+            before,
+            planning: false,
+            planned: VecDeque::new(),
+            copying: BTreeSet::new(),
+            left: BTreeSet::new(),
+            settle_by: tick,
+            began: tick,
+            moved_bytes: 0,
+            moves: 0,
+            bytes: 0,
+            passes: 0,
+            fixed: BTreeMap::new(),
+        });
+        self.plan_pass(id, &device);
+    }
+
+    /// Begins one move of a plan, if the plan still holds.
+    fn begin_planned(&mut self, id: OperationId, planned: Planned) {
+        let stands = self.ledger.allocation(planned.id).is_some_and(|allocation| {
+            (allocation.segment, allocation.offset) == (planned.from.segment, planned.from.offset)
+        });
+        let why = self.fixed_now(planned.id);
+        let copy = if stands && why.is_none() { self.begin_move(id, planned.id, planned.to) } else { None };
+        let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
+        let Some(pass) = &mut running.current else { return };
+        match copy {
+            Some(copy) => {
+                pass.copying.insert(copy);
+            }
+            // One that is gone is no block that stays.
+            None if !stands && self.ledger.allocation(planned.id).is_none() => {}
+            None => {
+                pass.fixed.insert(planned.id, why.unwrap_or(FixedReason::Stale));
+            }
+        }
+    }
+
+    fn fixed_now(&self, id: AllocationId) -> Option<FixedReason> {
+        let waits =
+            self.attachments.values().any(|reader| reader.allocation == id && reader.pending.is_some());
+        if waits { Some(FixedReason::ReaderNotAnswering) } else { self.ledger.fixed(id).map(reason) }
+    }
+
+    /// A block has its new place, or keeps its old one.
+    pub(super) fn block_moved(
+        &mut self,
+        id: OperationId,
+        copy: CopyId,
+        outcome: Result<(&Copy, Option<u64>), (&Copy, CopyError)>,
+    ) {
+        let settle_by = Tick(self.now.tick.0 + SETTLE_MS);
+        let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
+        let Some(pass) = &mut running.current else { return };
+        pass.copying.remove(&copy);
+        match outcome {
+            Ok((copy, _)) => {
+                pass.moves += 1;
+                pass.bytes += copy.bytes;
+                pass.moved_bytes += copy.bytes;
+                running.moves += 1;
+                running.bytes += copy.bytes;
+                pass.left.insert(copy.target);
+                pass.settle_by = settle_by;
+                let left = copy.target;
+                self.await_release(id, left);
+            }
+            Err((copy, CopyError::Stale(fixed))) => {
+                pass.fixed.insert(copy.source, reason(fixed));
+            }
+            Err((copy, CopyError::Failed(error))) => {
+                if error.code != ErrorCode::Cancelled {
+                    tracing::warn!(allocation = %copy.source, %error, "a block could not be moved");
+                }
+                pass.fixed.insert(copy.source, FixedReason::Failed);
+            }
+        }
+        self.now_or_later(id);
+    }
+
+    /// Goes on once this batch's event has been dealt with: the copy that just ended still holds its leases.
+    fn now_or_later(&mut self, id: OperationId) {
+        self.to_go_on.insert(id);
+    }
+
+    /// The bytes that a move has left behind are free.
+    pub(super) fn place_freed(&mut self, id: OperationId, place: AllocationId) {
+        if let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id)
+            && let Some(pass) = &mut running.current
+        {
+            pass.left.remove(&place);
+            self.now_or_later(id);
+        }
+    }
+
+    fn end_device(&mut self, id: OperationId) {
+        let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
+        let Some(pass) = running.current.take() else { return };
+        let after = self.figures(&pass.device);
+        if after.largest_free_bytes <= pass.before.largest_free_bytes {
+            self.defragmented_at.insert(pass.device.clone(), self.now.tick);
+        }
+        let fixed: Vec<_> = pass
+            .fixed
+            .iter()
+            .filter(|(id, _)| self.ledger.allocation(**id).is_some())
+            .map(|(id, reason)| self.fixed_block(*id, *reason))
+            .collect();
+        let fixed_count = fixed.len() as u64;
+        let ended = DeviceDefragmented {
+            device_id: pass.device,
+            moves: pass.moves,
+            bytes: pass.bytes,
+            passes: pass.passes,
+            before: pass.before,
+            after,
+            fixed: fixed.into_iter().take(LISTED).collect(),
+            fixed_count,
+        };
+        if let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) {
+            running.ended.push(ended);
+        }
+        self.admit();
+        self.go_on(id);
+    }
+
+    fn end_defragment(&mut self, id: OperationId) {
+        let Some(Running::Defragment(running)) = self.operations.running.remove(&id) else { return };
+        self.mover.leave(flow(id));
+        if self.operations.cancelled(id) {
+            let moved = running.moves;
+            let error = ApiError::new(
+                ErrorCode::Cancelled,
+                format!(
+                    "the defragmentation was cancelled; the {moved} blocks that had moved stay where they are"
+                ),
+            );
+            return self.end_operation(id, Err(error));
+        }
+        let result = Defragmented {
+            devices: running.ended,
+            moves: running.moves,
+            bytes: running.bytes,
+            milliseconds: self.now.tick.0 - running.began.0,
+            ended_by: running.ended_by,
+        };
+        self.operations.set_total(id, result.bytes);
+        self.end_operation(id, Ok(serde_json::json!(result)));
+    }
+}
+
+fn reason(fixed: Fixed) -> FixedReason {
+    match fixed {
+        Fixed::Written => FixedReason::Written,
+        Fixed::Reader => FixedReason::ReaderDoesNotFollow,
+        Fixed::Busy => FixedReason::Busy,
+    }
+}
+
+fn figures(usage: Usage) -> FragmentationFigures {
+    FragmentationFigures {
+        largest_free_bytes: usage.largest_free_bytes,
+        pool_free_bytes: usage.pool_free_bytes,
+        hole_count: usage.hole_count,
+        segment_count: usage.segment_count,
+    }
+}
+
+/// What is left of a request's bounds.
+fn bounds(request: &DefragmentRequest, bytes: u64, moves: u64) -> Bounds {
+    Bounds {
+        bytes: request.max_bytes.map(|most| most.get().saturating_sub(bytes)),
+        moves: request
+            .max_moves
+            .map(|most| usize::try_from(most.saturating_sub(moves)).unwrap_or(usize::MAX)),
+    }
+}
+
+/// Plans group after group within what is left of the bounds.
+fn plan_groups(groups: &[Group], mut bounds: Bounds) -> Vec<compaction::Plan> {
+    groups
+        .iter()
+        .map(|group| {
+            let plan = compaction::plan(&group.pools, bounds);
+            bounds.bytes = bounds.bytes.map(|left| left - plan.bytes);
+            bounds.moves = bounds.moves.map(|left| left - plan.moves.len());
+            plan
+        })
+        .collect()
+}
+
+/// The first pass of a plan.
+fn pass_plan(groups: &[Group], bounds: Bounds) -> PassPlan {
+    let plans = plan_groups(groups, bounds);
+    let complete = bounds == Bounds::default() || plans == plan_groups(groups, Bounds::default());
+    let place = |(segment, offset): (u64, u64)| NewPlace { segment: SegmentId(segment), offset };
+    let moves = groups
+        .iter()
+        .zip(&plans)
+        .flat_map(|(group, plan)| {
+            plan.moves.iter().filter(|one| one.pass == 1).map(|one| Planned {
+                id: group.allocations[one.block as usize],
+                from: place(one.from),
+                to: place(one.to),
+                bytes: one.bytes,
+            })
+        })
+        .collect();
+    PassPlan { moves, complete }
+}
+
+fn dry_plan(
+    device: DeviceId,
+    groups: &[Group],
+    usage: Usage,
+    bounds: Bounds,
+    rate: Option<f64>,
+    fixed: Vec<FixedBlock>,
+) -> DefragmentPlan {
+    let plans = plan_groups(groups, bounds);
+    let before = figures(usage);
+    let sum = |of: fn(&compaction::Plan) -> u64| plans.iter().map(of).sum::<u64>();
+    let bytes = sum(|plan| plan.bytes);
+    let emptied: u64 = groups
+        .iter()
+        .zip(&plans)
+        .map(|(group, plan)| {
+            let size = group.pools.first().map_or(0, |pool| pool.bytes);
+            size * plan.after.empty_pools.saturating_sub(plan.before.empty_pools)
+        })
+        .sum();
+    let emptied_count: u64 =
+        plans.iter().map(|plan| plan.after.empty_pools.saturating_sub(plan.before.empty_pools)).sum();
+    let after = FragmentationFigures {
+        largest_free_bytes: before.largest_free_bytes.max(usage.largest_new_bytes + emptied),
+        pool_free_bytes: before.pool_free_bytes - emptied,
+        hole_count: (before.hole_count + sum(|plan| plan.after.hole_count))
+            .saturating_sub(sum(|plan| plan.before.hole_count) + emptied_count),
+        segment_count: before.segment_count - emptied_count,
+    };
+    DefragmentPlan {
+        device_id: device,
+        moves: sum(|plan| plan.moves.len() as u64),
+        bytes,
+        expected_seconds: rate.filter(|rate| *rate > 0.0).map(|rate| bytes as f64 / rate),
+        passes: plans.iter().flat_map(|plan| &plan.moves).map(|one| u64::from(one.pass)).max().unwrap_or(0),
+        reclaimed_bytes: emptied,
+        before,
+        after,
+        fixed_count: fixed.len() as u64,
+        fixed: fixed.into_iter().take(LISTED).collect(),
+    }
+}

@@ -1,0 +1,287 @@
+//! Copies: a few threads that move bytes between blocks, piece by piece, in fair turns.
+//!
+//! A [`Job`] is one block's copy and belongs to a flow, its operation. While one piece is read from one device another is
+//! written to the next, so a copy between two devices overlaps by itself. What is cancelled stops before its next
+//! piece. A job ends by calling back, exactly once; on an error the target's contents are undefined and the source is
+//! as it was.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crc_fast::CrcAlgorithm::Crc64Nvme;
+use vramd_api::{DeviceId, Priority};
+use vramd_core::turns::{Turn, Turns};
+use vramd_device::{Device, DeviceError, Range};
+
+use crate::driver::Progress;
+
+/// What is moved in one turn: large enough that turns cost nothing, small enough to stay in a cache on its way.
+const PIECE_BYTES: u64 = 1 << 20;
+/// Two keep both ends of a copy busy; a few more let several devices work at once.
+const THREADS: usize = 4;
+
+/// The name of the checksum in answers.
+pub const CHECKSUM: &str = "CRC-64/NVME";
+
+/// One block to copy.
+#[derive(Debug)]
+pub struct Job {
+    pub flow: u64,
+    pub from: (Arc<Opened>, Range),
+    pub to: (Arc<Opened>, Range),
+    /// Compare what arrived with what was sent.
+    pub checksum: bool,
+    /// The operation's: counts bytes, and stops all of its jobs.
+    pub progress: Arc<Progress>,
+    /// Stops this one.
+    pub cancelled: Arc<AtomicBool>,
+}
+
+/// A device by its own name for `Debug`.
+pub struct Opened(pub Arc<dyn Device>);
+
+impl std::fmt::Debug for Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0.facts().device.as_str())
+    }
+}
+
+/// What is called when a job has ended.
+type Done = Box<dyn FnOnce(Outcome) + Send>;
+
+/// The checksum of the bytes, if it was asked for.
+pub type Outcome = Result<Option<u64>, CopyFailure>;
+
+/// Why the bytes did not arrive.
+#[derive(Debug)]
+pub enum CopyFailure {
+    Cancelled,
+    Device(DeviceId, DeviceError),
+    /// What arrived is not what was sent.
+    Checksum(DeviceId),
+}
+
+/// The threads; dropped, they end once they have finished their pieces.
+pub struct Mover(Arc<Shared>);
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    began: Instant,
+}
+
+#[derive(Default)]
+struct State {
+    turns: Turns,
+    jobs: BTreeMap<u64, Active>,
+    /// The jobs of each flow that have pieces nobody has taken.
+    waiting: BTreeMap<u64, VecDeque<u64>>,
+    last_job: u64,
+    stopping: bool,
+}
+
+struct Active {
+    job: Arc<Job>,
+    done: Done,
+    /// The first byte that nobody has taken.
+    next: u64,
+    in_flight: usize,
+    failed: Option<CopyFailure>,
+    /// By offset: the checksums of the pieces.
+    sums: BTreeMap<u64, (u64, u64)>,
+}
+
+impl Mover {
+    pub fn start() -> std::io::Result<Self> {
+        let state = Mutex::new(State::default());
+        let shared = Arc::new(Shared { state, changed: Condvar::new(), began: Instant::now() });
+        for number in 0..THREADS {
+            let shared = shared.clone();
+            std::thread::Builder::new().name(format!("vramd-mover-{number}")).spawn(move || shared.run())?;
+        }
+        Ok(Self(shared))
+    }
+
+    /// A flow whose jobs take turns with those of others.
+    pub fn join(&self, flow: u64, priority: Priority, bytes_per_second: Option<u64>) {
+        self.0.state().turns.join(flow, priority, bytes_per_second);
+    }
+
+    pub fn leave(&self, flow: u64) {
+        self.0.state().turns.leave(flow);
+    }
+
+    pub fn pause(&self, flow: u64, paused: bool) {
+        self.0.state().turns.pause(flow, paused);
+        self.0.changed.notify_all();
+    }
+
+    /// Lines a job up behind the others of its flow; `done` is called once it has ended.
+    pub fn submit(&self, job: Job, done: Done) {
+        let mut guard = self.0.state();
+        let state = &mut *guard;
+        state.last_job += 1;
+        let (id, flow) = (state.last_job, job.flow);
+        let (job, sums) = (Arc::new(job), BTreeMap::new());
+        state.jobs.insert(id, Active { job, done, next: 0, in_flight: 0, failed: None, sums });
+        if !state.waiting.contains_key(&flow) {
+            state.turns.wake(flow, |other| state.waiting.contains_key(&other));
+        }
+        state.waiting.entry(flow).or_default().push_back(id);
+        drop(guard);
+        self.0.changed.notify_all();
+    }
+}
+
+impl Drop for Mover {
+    fn drop(&mut self) {
+        self.0.state().stopping = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// A piece that a thread has taken: an offset in the job's block, and its bytes.
+struct Piece {
+    id: u64,
+    job: Arc<Job>,
+    offset: u64,
+    bytes: u64,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self) {
+        let mut buffer = Vec::new();
+        while let Some(piece) = self.take() {
+            let stopped = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+            let outcome = if stopped(&piece.job.progress.cancelled) || stopped(&piece.job.cancelled) {
+                Err(CopyFailure::Cancelled)
+            } else {
+                piece.copy(&mut buffer)
+            };
+            self.finish(&piece, outcome);
+        }
+    }
+
+    /// Waits for a piece; None at the end.
+    fn take(&self) -> Option<Piece> {
+        let mut state = self.state();
+        loop {
+            let now = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            let turn = state.turns.next(now, |flow| state.waiting.contains_key(&flow));
+            state = match turn {
+                Turn::Flow(flow) => return Some(state.piece_of(flow, now)),
+                _ if state.stopping => return None,
+                Turn::Nobody => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Turn::NotBefore(then) => {
+                    let wait = Duration::from_nanos(then - now);
+                    self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    fn finish(&self, piece: &Piece, outcome: Result<Option<u64>, CopyFailure>) {
+        let mut state = self.state();
+        let active = state.jobs.get_mut(&piece.id).expect("a job stays until its last piece is back");
+        active.in_flight -= 1;
+        match outcome {
+            Ok(sum) => {
+                piece.job.progress.done.fetch_add(piece.bytes, Ordering::Relaxed);
+                active.sums.extend(sum.map(|sum| (piece.offset, (sum, piece.bytes))));
+            }
+            Err(failure) => {
+                active.failed.get_or_insert(failure);
+                let whole = active.job.from.1.bytes;
+                if std::mem::replace(&mut active.next, whole) < whole {
+                    let flow = active.job.flow;
+                    state.unwait(flow, piece.id);
+                }
+            }
+        }
+        let active = state.jobs.get(&piece.id).expect("it was there above");
+        if active.in_flight > 0 || active.next < active.job.from.1.bytes {
+            return;
+        }
+        let ended = state.jobs.remove(&piece.id).expect("it was there above");
+        drop(state);
+        ended.end();
+    }
+}
+
+impl State {
+    fn piece_of(&mut self, flow: u64, now: u64) -> Piece {
+        let id = self.waiting[&flow][0];
+        let active = self.jobs.get_mut(&id).expect("what waits is there");
+        let (offset, whole) = (active.next, active.job.from.1.bytes);
+        let bytes = PIECE_BYTES.min(whole - offset);
+        active.next += bytes;
+        active.in_flight += 1;
+        let job = active.job.clone();
+        if offset + bytes == whole {
+            self.unwait(flow, id);
+        }
+        self.turns.charge(flow, bytes, now);
+        Piece { id, job, offset, bytes }
+    }
+
+    /// A job has no pieces left to take.
+    fn unwait(&mut self, flow: u64, id: u64) {
+        if let Some(waiting) = self.waiting.get_mut(&flow) {
+            waiting.retain(|other| *other != id);
+            if waiting.is_empty() {
+                self.waiting.remove(&flow);
+            }
+        }
+    }
+}
+
+impl Active {
+    fn end(self) {
+        let outcome = match self.failed {
+            Some(failure) => Err(failure),
+            None => {
+                let join = |(sum, bytes), (next, more)| {
+                    (crc_fast::checksum_combine(Crc64Nvme, sum, next, more), bytes + more)
+                };
+                Ok(self.sums.into_values().reduce(join).map(|(sum, _)| sum))
+            }
+        };
+        (self.done)(outcome);
+    }
+}
+
+impl Piece {
+    fn copy(&self, buffer: &mut Vec<u8>) -> Outcome {
+        let ((from, source), (to, target)) = (&self.job.from, &self.job.to);
+        let on = |device: &Arc<Opened>| {
+            let id = device.0.facts().device.clone();
+            move |error| CopyFailure::Device(id, error)
+        };
+        buffer.resize(self.bytes as usize, 0);
+        let (source_at, target_at) = (source.offset + self.offset, target.offset + self.offset);
+        let staged = from.0.facts().device != to.0.facts().device;
+        if staged || self.job.checksum {
+            from.0.read(source.segment, source_at, buffer).map_err(on(from))?;
+        }
+        let sent = self.job.checksum.then(|| crc_fast::checksum(Crc64Nvme, buffer));
+        if staged {
+            to.0.write(target.segment, target_at, buffer).map_err(on(to))?;
+        } else {
+            let range = Range { segment: source.segment, offset: source_at, bytes: self.bytes };
+            to.0.copy(range, target.segment, target_at).map_err(on(to))?;
+        }
+        if sent.is_some() {
+            to.0.read(target.segment, target_at, buffer).map_err(on(to))?;
+            if sent != Some(crc_fast::checksum(Crc64Nvme, buffer)) {
+                return Err(CopyFailure::Checksum(to.0.facts().device.clone()));
+            }
+        }
+        Ok(sent)
+    }
+}
