@@ -250,6 +250,11 @@ pub struct Released {
     pub device_id: DeviceId,
     /// What the ledger got back.
     pub released_bytes: u64,
+    /// Its memory is back with the device: no process that had it attached has it mapped or open any more.
+    pub verified: bool,
+    /// Otherwise those that have, 1.2 seconds after the release: until they let go, the memory counts as foreign.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held_by: Vec<Holder>,
 }
 
 /// What a device is; none of it changes while the daemon runs.

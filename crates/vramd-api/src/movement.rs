@@ -195,6 +195,8 @@ pub enum FixedReason {
     ReaderDoesNotFollow,
     /// A process has not answered to an earlier move, or refused it.
     ReaderNotAnswering,
+    /// A process has it attached.
+    Attached,
     /// An operation is at work on it, or it is on its way in or out.
     Busy,
     /// Its new place was taken, or it changed, since the plan was made.

@@ -19,7 +19,7 @@ use vramd_api::attach::{
 use vramd_api::{ApiError, DeviceId, ErrorCode, Holder, LeaseId};
 use vramd_device::{DeviceError, ExportAccess, SegmentId};
 
-use crate::driver::{AttachRequest, AttachTarget, Attachment, Driver, Event, Moved};
+use crate::driver::{AttachRequest, AttachTarget, Attachment, Driver, Event, Moved, Told};
 
 /// A connection that has not sent its whole request after this long is closed.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,9 +29,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Serves one connection until it ends.
 pub async fn serve(mut stream: UnixStream, driver: Driver, holder: Holder, stopping: CancellationToken) {
-    let (told, moved) = mpsc::unbounded_channel();
+    let (tell, told) = mpsc::unbounded_channel();
     let attachment = match tokio::time::timeout(REQUEST_TIMEOUT, read_request(&mut stream)).await {
-        Ok(Ok(request)) => open(&driver, request, holder, told).await,
+        Ok(Ok(request)) => open(&driver, request, holder, tell).await,
         Ok(Err(Malformed::Gone)) => return,
         Ok(Err(Malformed::Refused(error))) => Err(error),
         Err(_) => Err(ApiError::new(
@@ -54,7 +54,7 @@ pub async fn serve(mut stream: UnixStream, driver: Driver, holder: Holder, stopp
     if matches!(answered, Ok(Ok(()))) {
         tokio::select! {
             // Whatever ends it, the peer or a byte that the protocol has no place for: the lease is over.
-            _ = follow(&mut stream, &driver, lease, access, moved) => {}
+            _ = follow(&mut stream, &driver, lease, access, told) => {}
             () = stopping.cancelled() => {}
         }
     }
@@ -68,7 +68,7 @@ async fn follow(
     driver: &Driver,
     lease: LeaseId,
     access: Access,
-    mut moved: mpsc::UnboundedReceiver<Moved>,
+    mut told: mpsc::UnboundedReceiver<Told>,
 ) -> Result<(), Malformed> {
     let mut header = [0; HEADER_BYTES];
     let mut filled = 0;
@@ -90,7 +90,8 @@ async fn follow(
                     driver.tell(Event::MoveAnswered { lease, generation: answer.generation, refused }).await;
                 }
             }
-            Some(moved) = moved.recv() => {
+            Some(told) = told.recv() => {
+                let Told::Moved(moved) = told else { return Ok(()) };
                 tokio::time::timeout(ANSWER_TIMEOUT, tell(stream, driver, moved, access))
                     .await
                     .map_err(|_| Malformed::Gone)?
@@ -152,7 +153,7 @@ async fn open(
     driver: &Driver,
     request: Attach,
     holder: Holder,
-    moved: mpsc::UnboundedSender<Moved>,
+    tell: mpsc::UnboundedSender<Told>,
 ) -> Result<(Attachment, Access), ApiError> {
     let target = match (request.model, request.component, request.allocation_id) {
         (Some(model), component, None) => AttachTarget::Model { model, component },
@@ -167,8 +168,8 @@ async fn open(
         None => None,
     };
     let access = request.access;
-    let moves = request.moves.then_some(moved);
-    let request = AttachRequest { target, device, access, holder, moves };
+    let moves = request.moves;
+    let request = AttachRequest { target, device, access, holder, moves, tell };
     let attachment = driver.ask(|reply| Event::Attach(Box::new(request), reply)).await?;
     Ok((attachment, access))
 }

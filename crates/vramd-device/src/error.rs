@@ -15,6 +15,7 @@ pub enum Call {
     Read,
     FillFromFile,
     Copy,
+    Importers,
     Export,
 }
 

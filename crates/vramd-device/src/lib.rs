@@ -119,6 +119,10 @@ pub trait Device: Send + Sync {
     /// range's contents are undefined.
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError>;
 
+    /// Which of `processes` still have a segment's memory mapped or open: its bytes are not back with the system before
+    /// these are gone too. This process is not meant.
+    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Vec<u32>, DeviceError>;
+
     /// A descriptor through which another process maps the whole segment. The segment stays the device's: the
     /// descriptor only keeps the memory itself alive.
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError>;

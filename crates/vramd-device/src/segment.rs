@@ -206,6 +206,18 @@ impl Segment {
         unsafe { source.read_into(target, bytes as usize, source_offset) }
     }
 
+    /// Those of `processes`, but for this one, that have the file mapped or open.
+    pub(crate) fn importers(&self, processes: &[u32]) -> Result<Vec<u32>, DeviceError> {
+        let failed = |errno: Errno| DeviceError::Native {
+            call: Call::Importers,
+            native: "fstat",
+            source: errno.into(),
+        };
+        let inode = rustix::fs::fstat(&self.file).map_err(failed)?.st_ino;
+        let others = processes.iter().filter(|process| **process != std::process::id());
+        Ok(others.copied().filter(|process| imports(*process, inode)).collect())
+    }
+
     /// A descriptor for another process.
     pub(crate) fn export(&self, id: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError> {
         let native = |native| {
@@ -228,6 +240,24 @@ impl Segment {
             }),
         }
     }
+}
+
+/// Whether a process has the memory file of that inode mapped or open. One that is gone, or that we may not look into,
+/// has not, as far as we can tell.
+fn imports(process: u32, inode: u64) -> bool {
+    let is_mapped = |line: &str| {
+        // address perms offset dev inode path
+        line.contains("/memfd:") && line.split_ascii_whitespace().nth(4) == Some(&inode.to_string())
+    };
+    let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).unwrap_or_default();
+    if maps.lines().any(is_mapped) {
+        return true;
+    }
+    let open = std::fs::read_dir(format!("/proc/{process}/fd")).into_iter().flatten().flatten();
+    open.filter_map(|entry| std::fs::metadata(entry.path()).ok()).any(|file| {
+        use std::os::unix::fs::MetadataExt;
+        file.ino() == inode && file.nlink() == 0
+    })
 }
 
 fn memory_file(name: &str, backing: Backing) -> Result<OwnedFd, Failed> {

@@ -14,6 +14,8 @@ use vramd_api::{
 use super::SegmentId;
 use crate::{Now, Tick};
 
+/// The most processes that one allocation remembers.
+const SEEN_BY: usize = 32;
 /// The most history entries that one allocation keeps; the oldest go first.
 const HISTORY: usize = 32;
 
@@ -49,6 +51,10 @@ pub struct Allocation {
     pub history: VecDeque<AllocationHistoryEntry>,
     /// How often somebody began to write to it. A move that sees it change has copied old bytes.
     pub writes: u64,
+    /// The processes that have had it attached, the last ones: who may have its memory mapped still.
+    pub seen_by: VecDeque<Holder>,
+    /// The allocation whose other place this holds: the new one until it has moved, the old one afterwards.
+    pub place_of: Option<AllocationId>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,6 +156,11 @@ impl Allocation {
         self.leases.values().any(|lease| !matches!(lease, Lease::Operation { .. }))
     }
 
+    /// It is there, somebody keeps it who is no operation, and it is nobody's other place.
+    pub fn is_open(&self) -> bool {
+        self.state == State::Active && self.place_of.is_none() && self.is_kept()
+    }
+
     /// Somebody may write to it now.
     pub fn is_written(&self) -> bool {
         self.leases.values().any(Lease::writes)
@@ -157,6 +168,17 @@ impl Allocation {
 
     pub fn is_attached(&self) -> bool {
         self.holders().next().is_some()
+    }
+
+    /// Remembers a process that has its memory now.
+    pub(super) fn seen(&mut self, holder: &Holder) {
+        if self.seen_by.contains(holder) {
+            return;
+        }
+        if self.seen_by.len() == SEEN_BY {
+            self.seen_by.pop_front();
+        }
+        self.seen_by.push_back(holder.clone());
     }
 
     pub fn note(&mut self, now: Now, what: impl Into<String>) {
@@ -170,7 +192,7 @@ impl Allocation {
     pub fn to_api(&self) -> Option<vramd_api::Allocation> {
         let status = match self.state {
             State::Reserved => return None,
-            State::Active if self.tasks().any(|task| matches!(task, Task::Move | Task::Place)) => {
+            State::Active if self.place_of.is_some() || self.tasks().any(|task| task == Task::Move) => {
                 AllocationStatus::Moving
             }
             State::Active => AllocationStatus::Active,

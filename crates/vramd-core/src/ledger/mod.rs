@@ -50,8 +50,8 @@ pub enum Work {
     Zero { device: DeviceId, segment: SegmentId, offset: u64, bytes: u64, allocation: AllocationId },
     /// Nothing: nobody has ever seen the block's segment, so it is still zero. Its bytes are free at once.
     Free { allocation: AllocationId },
-    /// Give the segment of an allocation back.
-    Release { device: DeviceId, segment: SegmentId, allocation: AllocationId },
+    /// Give the segment of an allocation back, once those who had it attached have it mapped no more.
+    Release { device: DeviceId, segment: SegmentId, allocation: AllocationId, seen_by: Vec<Holder> },
     /// Give an empty segment back.
     Destroy { device: DeviceId, segment: SegmentId },
 }
@@ -355,6 +355,8 @@ impl Ledger {
             created_at: now.wall,
             history: std::collections::VecDeque::new(),
             writes: 0,
+            seen_by: std::collections::VecDeque::new(),
+            place_of: None,
             request,
         };
         self.allocations.insert(allocation.request.id, Arc::new(allocation));
@@ -437,6 +439,7 @@ impl Ledger {
         }
         if let Lease::Connection { holder, .. } = &lease {
             allocation.note(now, format!("attached by {} ({})", holder.command, holder.pid));
+            allocation.seen(holder);
         }
         allocation.writes += u64::from(lease.writes());
         if !matches!(lease, Lease::TimeToLive { .. } | Lease::Persistent) {
@@ -535,7 +538,8 @@ impl Ledger {
         let segment = self.books.get(&allocation.device)?.segments.get(&allocation.segment)?;
         let (device, segment_id) = (allocation.device.clone(), allocation.segment);
         Some(if segment.sharing == Sharing::Exclusive {
-            Work::Release { device, segment: segment_id, allocation: id }
+            let seen_by = allocation.seen_by.iter().cloned().collect();
+            Work::Release { device, segment: segment_id, allocation: id, seen_by }
         } else if segment.touched {
             let (offset, bytes) = (allocation.offset, allocation.block_bytes);
             Work::Zero { device, segment: segment_id, offset, bytes, allocation: id }
@@ -572,6 +576,21 @@ impl Ledger {
         book.destroy(allocation.segment);
         let work = Work::Destroy { device: allocation.device.clone(), segment: allocation.segment };
         Some((allocation, Some(work)))
+    }
+
+    /// The empty segment that is kept for the next small block, and its size.
+    pub fn spare(&self, device: &DeviceId) -> Option<(SegmentId, u64)> {
+        let book = self.books.get(device)?;
+        let id = book.spare?;
+        Some((id, book.segments.get(&id)?.ranges.bytes()))
+    }
+
+    /// Gives the spare segment back, if it still is one.
+    pub fn release_spare(&mut self, device: &DeviceId, id: SegmentId) -> Option<Work> {
+        let book = self.books.get_mut(device).filter(|book| book.spare == Some(id))?;
+        book.set_sharing(id, Sharing::Exclusive);
+        book.destroy(id);
+        Some(Work::Destroy { device: device.clone(), segment: id })
     }
 
     /// An empty segment is gone.

@@ -57,7 +57,10 @@ impl Ledger {
             Lease::Connection { moves, .. } => *moves,
             Lease::TimeToLive { .. } | Lease::Persistent | Lease::Model | Lease::Operation { .. } => true,
         };
-        if allocation.is_written() {
+        if allocation.place_of.is_some() {
+            // A reader of the one that has moved still has it mapped.
+            Some(Fixed::Reader)
+        } else if allocation.is_written() {
             Some(Fixed::Written)
         } else if allocation.tasks().next().is_some() || !allocation.is_kept() {
             Some(Fixed::Busy)
@@ -91,7 +94,7 @@ impl Ledger {
                         movable: why.is_none(),
                     });
                     group.allocations.push(request.id);
-                    group.fixed.extend(why.map(|why| (request.id, why)));
+                    group.fixed.extend(why.map(|why| (allocation.place_of.unwrap_or(request.id), why)));
                 }
                 group.pools.push(pool);
             }
@@ -132,7 +135,11 @@ impl Ledger {
             None => Self::find(book, &request)?,
             Some(at) => Self::place_in(book, &request, at)?,
         };
-        Some(self.put(request, device, place, now))
+        let readiness = self.put(request, device, place, now);
+        if let Some(reserved) = self.allocations.get_mut(&id) {
+            Arc::make_mut(reserved).place_of = Some(of);
+        }
+        Some(readiness)
     }
 
     fn place_in(book: &Book, request: &Request, at: Place) -> Option<Found> {

@@ -1,16 +1,18 @@
 //! Allocations: admitted or lined up, made ready by the device, kept by leases, released.
 
+use std::time::{Duration, Instant};
+
 use serde::Serialize;
 use uuid::Uuid;
 use vramd_api::{
-    AllocationId, ApiError, DeviceId, DeviceLimits, ErrorCode, EventKind, LeaseId, OperationId, OwnerName,
-    Placement, Released,
+    AllocationId, ApiError, DeviceId, DeviceLimits, ErrorCode, EventKind, Holder, LeaseId, OperationId,
+    OwnerName, Placement, Released,
 };
 use vramd_core::ledger::{
     Allocation, Grant, Lease, Readiness, Release, SegmentId, Shortage, State as AllocationState, Work,
 };
 use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
-use vramd_device::{DeviceError, Range, SegmentId as Segment, Writers};
+use vramd_device::{Device, DeviceError, Range, SegmentId as Segment, Writers};
 
 use super::copies::CopyId;
 use super::{Allocate, Caller, Event, OnStored, Reply, State};
@@ -200,11 +202,12 @@ impl State {
             }
             Work::Zero { device, segment, offset, bytes, allocation } => self.spawn(&device, move |on| {
                 let outcome = on.zero(Range { segment: Segment(segment.0), offset, bytes });
-                Event::BlockReleased { allocation, outcome }
+                Event::BlockReleased { allocation, outcome: outcome.map(|()| Vec::new()) }
             }),
-            Work::Free { allocation } => self.bytes_back(allocation),
-            Work::Release { device, segment, allocation } => self.spawn(&device, move |on| {
-                Event::BlockReleased { allocation, outcome: on.destroy(Segment(segment.0)) }
+            Work::Free { allocation } => self.bytes_back(allocation, Vec::new()),
+            Work::Release { device, segment, allocation, seen_by } => self.spawn(&device, move |on| {
+                let held_by = importers(on, Segment(segment.0), seen_by);
+                Event::BlockReleased { allocation, outcome: on.destroy(Segment(segment.0)).map(|()| held_by) }
             }),
             Work::Destroy { device, segment } => {
                 let id = device.clone();
@@ -397,27 +400,36 @@ impl State {
         let answer = stored.and_then(|()| {
             let (device_id, _) =
                 self.unrestored.remove(&id).ok_or_else(|| ApiError::not_found("allocation", id))?;
-            Ok(Released { allocation_id: id, device_id, released_bytes: 0 })
+            Ok(Released {
+                allocation_id: id,
+                device_id,
+                released_bytes: 0,
+                verified: true,
+                held_by: Vec::new(),
+            })
         });
         self.answer(reply, answer);
     }
 
     /// The device has given bytes back, or failed at it: then they stay charged and are given back again later.
-    pub(super) fn block_released(&mut self, id: AllocationId, outcome: &Result<(), DeviceError>) {
+    pub(super) fn block_released(&mut self, id: AllocationId, outcome: Result<Vec<Holder>, DeviceError>) {
         let Some(device) = self.ledger.allocation(id).map(|allocation| allocation.device.clone()) else {
             return;
         };
-        let Err(error) = outcome else { return self.bytes_back(id) };
-        self.note_failure(&device, Some(error));
+        let error = match outcome {
+            Ok(held_by) => return self.bytes_back(id, held_by),
+            Err(error) => error,
+        };
+        self.note_failure(&device, Some(&error));
         if self.ledger.is_lost(&device) {
             // There is nothing left to give back, and nobody gets these bytes any more.
-            return self.bytes_back(id);
+            return self.bytes_back(id, Vec::new());
         }
         self.unreleased.insert(id);
         if let Some(OnReleased::Reply(_)) = self.releasing.get(&id)
             && let Some(OnReleased::Reply(reply)) = self.releasing.remove(&id)
         {
-            let shown = devices::error(&device, error)
+            let shown = devices::error(&device, &error)
                 .hint("its bytes stay charged; the daemon goes on trying to give them back");
             self.answer(reply, Err(shown));
         }
@@ -435,6 +447,7 @@ impl State {
             return;
         }
         self.ledger.destroyed(&device, segment);
+        self.pool_freed(segment);
         self.admit();
     }
 
@@ -450,7 +463,7 @@ impl State {
         }
     }
 
-    fn bytes_back(&mut self, id: AllocationId) {
+    fn bytes_back(&mut self, id: AllocationId, held_by: Vec<Holder>) {
         let Some((allocation, left)) = self.ledger.released(id) else { return };
         if let Some(work) = left {
             self.perform(work);
@@ -459,6 +472,8 @@ impl State {
             allocation_id: id,
             device_id: allocation.device.clone(),
             released_bytes: allocation.block_bytes,
+            verified: held_by.is_empty(),
+            held_by,
         };
         let data = ReleasedEvent {
             released: &released,
@@ -468,7 +483,7 @@ impl State {
         self.emit(EventKind::AllocationReleased, data);
         match self.releasing.remove(&id) {
             Some(OnReleased::Reply(reply)) => self.answer(reply, Ok(released)),
-            Some(OnReleased::Operation(operation)) => self.part_released(operation, id),
+            Some(OnReleased::Operation(operation)) => self.part_released(operation, id, &released.held_by),
             None => {}
         }
         self.admit();
@@ -525,6 +540,29 @@ impl State {
         self.answer(reply, answer);
         self.admit();
     }
+}
+
+/// How long processes that had a segment attached may take to let go of it before they are named.
+const LET_GO: Duration = Duration::from_millis(1200);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// Which of those that had a segment attached still have its memory, after a while in which they may let go of it.
+/// Blocks.
+fn importers(on: &dyn Device, segment: Segment, mut seen_by: Vec<Holder>) -> Vec<Holder> {
+    let begun = Instant::now();
+    while !seen_by.is_empty() {
+        let processes: Vec<_> = seen_by.iter().map(|holder| holder.pid).collect();
+        // What the device cannot tell holds up no release.
+        let left = on.importers(segment, &processes).unwrap_or_default();
+        seen_by.retain(|holder| left.contains(&holder.pid));
+        if begun.elapsed() >= LET_GO {
+            break;
+        }
+        if !seen_by.is_empty() {
+            std::thread::park_timeout(LOOK_AGAIN);
+        }
+    }
+    seen_by
 }
 
 /// On the Unix socket an ordinary user frees, renews and attaches only what carries their own uid.

@@ -10,7 +10,7 @@ use vramd_api::attach::Access;
 use vramd_api::{
     AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, LeaseId, ModelName, ResidencyState,
 };
-use vramd_core::ledger::{Allocation, Lease, State as AllocationState};
+use vramd_core::ledger::{Allocation, Lease};
 use vramd_core::models::{Plan, Residency};
 use vramd_device::SegmentId;
 
@@ -47,7 +47,15 @@ impl Attachment {
     }
 }
 
-/// What a reader is told when its bytes have another place.
+/// What a connection is told.
+#[derive(Debug)]
+pub enum Told {
+    Moved(Moved),
+    /// Its lease was ended by force.
+    Close,
+}
+
+/// Where a reader's bytes are now.
 #[derive(Debug)]
 pub struct Moved {
     pub device: DeviceId,
@@ -64,7 +72,7 @@ pub(super) struct Reader {
     pub allocation: AllocationId,
     /// The model that it is used through.
     model: Option<ModelName>,
-    moves: Option<mpsc::UnboundedSender<Moved>>,
+    tell: mpsc::UnboundedSender<Told>,
     /// The answer that it owes.
     pub pending: Option<Pending>,
 }
@@ -111,7 +119,7 @@ impl State {
                 let allocation = self
                     .ledger
                     .allocation(*id)
-                    .filter(|allocation| allocation.state == AllocationState::Active && allocation.is_kept())
+                    .filter(|allocation| allocation.is_open())
                     .ok_or_else(|| ApiError::not_found("allocation", id))?;
                 if request.device.as_ref().is_some_and(|device| *device != allocation.device) {
                     return Err(ApiError::new(
@@ -224,7 +232,7 @@ impl State {
             model: found.model,
             plan: found.plan,
         };
-        let AttachRequest { holder, access, moves, .. } = request;
+        let AttachRequest { holder, access, moves, tell, .. } = request;
         self.emit(
             EventKind::AttachmentOpened,
             serde_json::json!({
@@ -233,11 +241,11 @@ impl State {
                 "component": attachment.model.as_ref().map(|(_, component)| component),
             }),
         );
-        let kept = Lease::Connection { holder, access, moves: moves.is_some() };
+        let kept = Lease::Connection { holder, access, moves };
         self.ledger.grant(found.allocation, lease, kept, self.now);
         let name = attachment.model.as_ref().map(|(name, _)| name.clone());
         self.used(name.as_ref());
-        let reader = Reader { allocation: found.allocation, model: name, moves, pending: None };
+        let reader = Reader { allocation: found.allocation, model: name, tell, pending: None };
         self.attachments.insert(lease, reader);
         Ok(attachment)
     }
@@ -279,11 +287,26 @@ impl State {
             generation: pending.generation,
         };
         reader.pending = Some(pending);
-        if let Some(moves) = reader.moves.clone() {
-            self.outbox.push(Box::new(move || {
-                // The connection may be gone: then its lease ends, and with it what it kept.
-                let _ = moves.send(moved);
-            }));
+        let tell = reader.tell.clone();
+        self.outbox.push(Box::new(move || {
+            // The connection may be gone: then its lease ends, and with it what it kept.
+            let _ = tell.send(Told::Moved(moved));
+        }));
+    }
+
+    /// Ends the leases of all that have an allocation attached. Their mappings stay theirs.
+    pub(super) fn detach_all(&mut self, id: AllocationId) {
+        let leases: Vec<_> = self
+            .attachments
+            .iter()
+            .filter(|(_, reader)| reader.allocation == id)
+            .map(|(lease, _)| *lease)
+            .collect();
+        for lease in leases {
+            if let Some(reader) = self.attachments.get(&lease) {
+                let _ = reader.tell.send(Told::Close);
+            }
+            self.lease_ended(lease);
         }
     }
 

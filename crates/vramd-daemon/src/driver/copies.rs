@@ -213,6 +213,8 @@ impl State {
         };
         let stale = match &copy.purpose {
             Purpose::Move => self.ledger.stale(source, target, writes),
+            // Both ranges are of the one allocation, which the copy itself writes to.
+            Purpose::Into if source == target => None,
             Purpose::Keep(_) | Purpose::Component | Purpose::Into => self
                 .ledger
                 .allocation(source)
@@ -359,7 +361,7 @@ impl State {
         match self.operations.running.get(&operation) {
             Some(Running::Defragment(_)) => self.block_moved(operation, id, outcome),
             Some(Running::Transfer(_)) => self.item_ended(operation, id, outcome),
-            Some(Running::Load(_) | Running::Unload(_)) | None => {}
+            Some(Running::Load(_) | Running::Unload(_) | Running::Clear(_)) | None => {}
         }
     }
 

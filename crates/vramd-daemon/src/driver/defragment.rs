@@ -143,7 +143,7 @@ impl State {
                 let current = running.current.as_ref().map(|pass| &pass.device);
                 (current == Some(device) || running.devices.contains(device)).then_some(*id)
             }
-            Running::Load(_) | Running::Unload(_) | Running::Transfer(_) => None,
+            Running::Load(_) | Running::Unload(_) | Running::Transfer(_) | Running::Clear(_) => None,
         })
     }
 
@@ -225,6 +225,7 @@ impl State {
             FixedReason::ReaderNotAnswering => {
                 self.attachments.get(lease).is_some_and(|reader| reader.pending.is_some())
             }
+            FixedReason::Attached => true,
             FixedReason::Pinned | FixedReason::Busy | FixedReason::Stale | FixedReason::Failed => false,
         };
         let holders = self.ledger.allocation(id).into_iter().flat_map(|allocation| {
@@ -325,7 +326,10 @@ impl State {
             if cancelled || late || moved == 0 {
                 return self.end_device(id);
             }
-            return self.plan_pass(id, &device);
+            if !paused {
+                self.plan_pass(id, &device);
+            }
+            return;
         }
     }
 

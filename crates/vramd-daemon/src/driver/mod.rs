@@ -6,6 +6,7 @@
 
 mod allocations;
 mod attachments;
+mod clear;
 mod copies;
 mod defragment;
 mod models;
@@ -21,9 +22,9 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use vramd_api::attach::Access;
 use vramd_api::{
-    AllocateRequest, AllocationId, ApiError, ComponentName, CopyRequest, DefragmentPlans, DefragmentRequest,
-    DeviceId, DeviceLimits, ErrorCode, EventKind, Holder, KeepAlive, LeaseId, ModelName, Operation,
-    OperationId, OwnerName, PressureLevel, Released, TransferRequest,
+    AllocateRequest, AllocationId, ApiError, ClearRequest, Cleared, ComponentName, CopyRequest,
+    DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, Holder, KeepAlive,
+    LeaseId, ModelName, Operation, OperationId, OwnerName, PressureLevel, Released, TransferRequest,
 };
 use vramd_core::Now;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
@@ -38,7 +39,7 @@ use crate::mover::{self, Mover};
 use crate::source::Prepared;
 use crate::store::{Change, Store, StoreError, Stored};
 
-pub use attachments::{Attachment, Moved};
+pub use attachments::{Attachment, Moved, Told};
 pub use operations::{Entry, Progress};
 pub use snapshot::{DeviceView, Snapshot, memory_status};
 
@@ -95,8 +96,9 @@ pub struct AttachRequest {
     pub device: Option<DeviceId>,
     pub access: Access,
     pub holder: Holder,
-    /// Where moves are told; None for a client that does not follow them.
-    pub moves: Option<mpsc::UnboundedSender<Moved>>,
+    /// It follows moves.
+    pub moves: bool,
+    pub tell: mpsc::UnboundedSender<Told>,
 }
 
 /// Who calls: over TCP the daemon's own user, on the Unix socket the peer.
@@ -127,6 +129,20 @@ pub enum Event {
     Attach(Box<AttachRequest>, Reply<Attachment>),
     /// The files of a model that was known from an earlier run were looked at.
     Inspected(ModelName, BTreeMap<ComponentName, Result<Arc<Plan>, Box<ApiError>>>),
+    Clear(Box<ClearRequest>, Option<DeviceId>, Caller, Reply<Operation>),
+    PlanClear(Box<ClearRequest>, Option<DeviceId>, Caller, Reply<Cleared>),
+    /// One allocation of those that are cleared has been released.
+    PartCleared {
+        operation: OperationId,
+        allocation: AllocationId,
+        outcome: Result<Released, ApiError>,
+    },
+    Zeroed {
+        operation: OperationId,
+        allocation: AllocationId,
+        device: DeviceId,
+        outcome: Result<(), DeviceError>,
+    },
     /// A connection closed.
     LeaseEnded(LeaseId),
     /// A reader has mapped the new place of what it has attached, or says why it cannot.
@@ -158,7 +174,8 @@ pub enum Event {
     /// A block was zeroed, or its segment given back.
     BlockReleased {
         allocation: AllocationId,
-        outcome: Result<(), DeviceError>,
+        /// Who still has its memory.
+        outcome: Result<Vec<Holder>, DeviceError>,
     },
     LoadRead {
         operation: OperationId,
@@ -239,7 +256,7 @@ impl Driver {
             removing: BTreeSet::new(),
             changing: BTreeSet::new(),
             pressure: BTreeMap::new(),
-            measuring: BTreeSet::new(),
+            measuring: BTreeMap::new(),
             samples: BTreeMap::new(),
             jobs: 0,
             outbox: Vec::new(),
@@ -320,7 +337,8 @@ struct State {
     /// Models that the journal is writing a change of.
     changing: BTreeSet<ModelName>,
     pressure: BTreeMap<DeviceId, PressureLevel>,
-    measuring: BTreeSet<DeviceId>,
+    /// The measurements under way, and when they began.
+    measuring: BTreeMap<DeviceId, vramd_core::Tick>,
     samples: BTreeMap<DeviceId, jiff::Timestamp>,
     /// Device calls and journal writes under way.
     jobs: usize,
@@ -352,6 +370,7 @@ impl State {
                 while let Some(operation) = self.to_go_on.pop_first() {
                     self.go_on(operation);
                     self.end_transfer(operation);
+                    self.go_on_clearing(operation);
                 }
             }
             debug_assert_eq!(self.ledger.check(), Ok(()));
@@ -380,6 +399,18 @@ impl State {
             Event::Copy(request, caller, reply) => self.copy_into(&request, caller, reply),
             Event::Defragment(request, device, reply) => self.defragment(request, device, reply),
             Event::PlanDefragment(request, device, reply) => self.plan_defragment(&request, device, reply),
+            Event::Clear(request, device, caller, reply) => self.clear(&request, device, caller, reply),
+            Event::PlanClear(request, device, caller, reply) => {
+                self.plan_clear(&request, device, caller, reply);
+            }
+            Event::PartCleared { operation, allocation, outcome } => {
+                self.jobs -= 1;
+                self.part_cleared(operation, allocation, outcome);
+            }
+            Event::Zeroed { operation, allocation, device, outcome } => {
+                self.jobs -= 1;
+                self.zeroed(operation, allocation, &device, outcome);
+            }
             Event::Attach(request, reply) => self.attach(*request, reply),
             Event::Inspected(name, plans) => self.inspected(&name, plans),
             Event::LeaseEnded(lease) => self.lease_ended(lease),
@@ -404,7 +435,7 @@ impl State {
             }
             Event::BlockReleased { allocation, outcome } => {
                 self.jobs -= 1;
-                self.block_released(allocation, &outcome);
+                self.block_released(allocation, outcome);
             }
             Event::LoadRead { operation, outcome } => {
                 self.jobs -= 1;
@@ -443,23 +474,24 @@ impl State {
             .devices
             .iter()
             .map(|device| device.facts().device.clone())
-            .filter(|device| !self.measuring.contains(device) && !self.ledger.is_lost(device))
+            .filter(|device| !self.measuring.contains_key(device) && !self.ledger.is_lost(device))
             .collect();
         for id in idle {
-            self.measuring.insert(id.clone());
+            self.measuring.insert(id.clone(), self.now.tick);
             let device = id.clone();
             self.spawn(&id, move |on| Event::Measured { device, outcome: on.sample() });
         }
     }
 
     fn measured(&mut self, device: &DeviceId, outcome: Result<Sample, DeviceError>) {
-        self.measuring.remove(device);
+        let began = self.measuring.remove(device).unwrap_or_default();
         match outcome {
             Ok(Sample { used_bytes, available_bytes, held_bytes }) => {
                 let measured = vramd_core::ledger::Measured { used_bytes, available_bytes, held_bytes };
                 self.ledger.observe(device, measured);
                 self.samples.insert(device.clone(), self.now.wall);
                 self.watch_pressure(device);
+                self.measured_since(device, began);
             }
             Err(error) => self.note_failure(device, Some(&error)),
         }

@@ -3,12 +3,12 @@
 //! A load reserves the blocks of all its parts at once, has them made, reads the files into them on a thread of
 //! its own, and then either all parts are resident or none is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use uuid::Uuid;
 use vramd_api::{
-    AllocationId, AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, KeepAlive,
+    AllocationId, AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, Holder, KeepAlive,
     ModelName, Operation, OperationId, OperationKind, Priority,
 };
 use vramd_core::ledger::{Release, Request, State as AllocationState};
@@ -475,15 +475,17 @@ impl State {
     }
 
     /// The bytes of one part are back.
-    pub(super) fn part_released(&mut self, id: OperationId, allocation: AllocationId) {
+    pub(super) fn part_released(&mut self, id: OperationId, allocation: AllocationId, held_by: &[Holder]) {
         self.forget_part(id, allocation);
         match self.operations.running.get_mut(&id) {
-            Some(Running::Load(Loading { releasing, .. }) | Running::Unload(Unloading { releasing, .. })) => {
+            Some(Running::Load(Loading { releasing, .. })) => *releasing -= 1,
+            Some(Running::Unload(Unloading { releasing, held_by: holders, .. })) => {
                 *releasing -= 1;
+                holders.extend(held_by.iter().cloned());
             }
             Some(Running::Transfer(_)) => return self.item_released(id, allocation),
             Some(Running::Defragment(_)) => return self.place_freed(id, allocation),
-            None => return,
+            Some(Running::Clear(_)) | None => return,
         }
         self.end_if_given_back(id);
     }
@@ -495,8 +497,11 @@ impl State {
                     failed.take().unwrap_or_else(|| ApiError::new(ErrorCode::Internal, "the load failed"));
                 self.end_operation(id, Err(error));
             }
-            Some(Running::Unload(Unloading { releasing: 0, model, devices, bytes })) => {
-                let data = serde_json::json!({ "model": model, "devices": devices, "releasedBytes": bytes });
+            Some(Running::Unload(Unloading { releasing: 0, model, devices, bytes, held_by })) => {
+                let data = serde_json::json!({
+                    "model": model, "devices": devices, "releasedBytes": bytes,
+                    "verified": held_by.is_empty(), "heldBy": held_by,
+                });
                 let gone =
                     devices.drain(..).map(|device| Change::RemoveResident(model.clone(), device)).collect();
                 self.store_all(gone, OnStored::Nothing);
@@ -512,7 +517,7 @@ impl State {
         let name = match self.operations.running.get(&id) {
             Some(Running::Load(loading)) => loading.model.clone(),
             Some(Running::Unload(unloading)) => unloading.model.clone(),
-            Some(Running::Transfer(_) | Running::Defragment(_)) | None => return,
+            Some(Running::Transfer(_) | Running::Defragment(_) | Running::Clear(_)) | None => return,
         };
         if let Some(model) = self.models.get_mut(&name) {
             for component in model.components.values_mut() {
@@ -548,7 +553,11 @@ impl State {
         self.begin_unload(name, devices)
     }
 
-    fn begin_unload(&mut self, name: &ModelName, devices: Vec<DeviceId>) -> Result<Operation, ApiError> {
+    pub(super) fn begin_unload(
+        &mut self,
+        name: &ModelName,
+        devices: Vec<DeviceId>,
+    ) -> Result<Operation, ApiError> {
         let places: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
         let subject = format!("{name} on {}", places.join(", "));
         let parts: Vec<(ComponentName, DeviceId, AllocationId)> = self
@@ -574,7 +583,13 @@ impl State {
             .map(|allocation| allocation.block_bytes)
             .sum();
         let operation = self.operations.begin(OperationKind::Unload, subject, bytes, self.now);
-        let unloading = Unloading { model: name.clone(), devices, releasing: parts.len(), bytes };
+        let unloading = Unloading {
+            model: name.clone(),
+            devices,
+            releasing: parts.len(),
+            bytes,
+            held_by: BTreeSet::new(),
+        };
         self.operations.running.insert(operation, Running::Unload(unloading));
         for (component, device, allocation) in parts {
             if let Some(entry) =

@@ -4,18 +4,19 @@
 //! [`Progress`] that readers look at without asking the driver. Ended operations are kept for a day, a thousand
 //! at most.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use imbl::OrdMap;
 use uuid::Uuid;
 use vramd_api::{
-    ApiError, DeviceId, ErrorCode, EventKind, ModelName, Operation, OperationId, OperationKind,
+    ApiError, DeviceId, ErrorCode, EventKind, Holder, ModelName, Operation, OperationId, OperationKind,
     OperationState,
 };
 use vramd_core::Now;
 
+use super::clear::Clearing;
 use super::copies::flow;
 use super::defragment::Defragmenting;
 use super::transfers::Transferring;
@@ -61,6 +62,8 @@ pub(super) struct Unloading {
     pub devices: Vec<DeviceId>,
     pub releasing: usize,
     pub bytes: u64,
+    /// Processes that still have its memory.
+    pub held_by: BTreeSet<Holder>,
 }
 
 #[derive(Debug)]
@@ -69,6 +72,7 @@ pub(super) enum Running {
     Unload(Unloading),
     Transfer(Transferring),
     Defragment(Defragmenting),
+    Clear(Clearing),
 }
 
 #[derive(Debug, Default)]
@@ -218,6 +222,10 @@ impl State {
         if let Some(operation) = self.operations.end(id, outcome, self.now) {
             self.emit(EventKind::OperationChanged, serde_json::json!(operation));
         }
+        // A clearing may have waited for it.
+        let clears =
+            self.operations.running.iter().filter(|(_, running)| matches!(running, Running::Clear(_)));
+        self.to_go_on.extend(clears.map(|(id, _)| *id));
     }
 
     /// Asks an operation to stop. It ends once what it had is back.
@@ -228,9 +236,9 @@ impl State {
                     .hint("what it brought is there: unload it instead")
                     .detail("state", serde_json::json!(operation.state)));
             }
-            if matches!(self.operations.running.get(&id), Some(Running::Unload(_))) {
-                return Err(ApiError::new(ErrorCode::Conflict, "an unload cannot be cancelled")
-                    .hint("load the model again once it has ended"));
+            if matches!(self.operations.running.get(&id), Some(Running::Unload(_) | Running::Clear(_))) {
+                return Err(ApiError::new(ErrorCode::Conflict, "what gives memory back cannot be cancelled")
+                    .hint("it ends in a moment; load the model or allocate again afterwards"));
             }
             if let Some(progress) = self.operations.progress(id) {
                 progress.cancelled.store(true, Ordering::Relaxed);

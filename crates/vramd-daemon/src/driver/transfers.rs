@@ -11,7 +11,7 @@ use vramd_api::{
     AllocationId, ApiError, Checksum, ComponentName, CopyRequest, DeviceId, ErrorCode, EventKind, ModelName,
     Operation, OperationId, OperationKind, TransferItem, TransferMode, TransferRequest, Transferred,
 };
-use vramd_core::ledger::{Fixed, Lease, Readiness, Release, Request, State as AllocationState};
+use vramd_core::ledger::{Fixed, Lease, Readiness, Release, Request};
 use vramd_core::models::{Plan, Residency};
 
 use super::allocations::{attached, owned, refusal};
@@ -136,7 +136,7 @@ impl State {
                 let allocation = self
                     .ledger
                     .allocation(id)
-                    .filter(|one| one.state == AllocationState::Active && one.is_kept())
+                    .filter(|one| one.is_open())
                     .ok_or_else(|| ApiError::not_found("allocation", id))?;
                 owned(id, &allocation.request.owner, caller)?;
                 if allocation.request.sealed {
@@ -468,7 +468,7 @@ impl State {
             let allocation = self
                 .ledger
                 .allocation(id)
-                .filter(|one| one.state == AllocationState::Active && one.is_kept())
+                .filter(|one| one.is_open())
                 .ok_or_else(|| ApiError::not_found("allocation", id).detail("field", field))?;
             owned(id, &allocation.request.owner, caller)?;
             if self.ledger.is_lost(&allocation.device) {

@@ -101,6 +101,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(memory::transfers::begin))
         .routes(routes!(memory::transfers::get, memory::transfers::cancel))
         .routes(routes!(memory::transfers::copy))
+        .routes(routes!(memory::clear::all))
+        .routes(routes!(memory::clear::one))
         .routes(routes!(memory::defragment::all))
         .routes(routes!(memory::defragment::one))
         .routes(routes!(memory::limits::list))

@@ -56,6 +56,10 @@ impl Device for Breakable {
         self.device.copy(from, to, to_offset)
     }
 
+    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Vec<u32>, DeviceError> {
+        self.device.importers(segment, processes)
+    }
+
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError> {
         self.device.export(segment, access)
     }

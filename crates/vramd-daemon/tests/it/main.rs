@@ -8,6 +8,7 @@ mod faults;
 mod files;
 mod idempotency;
 mod models;
+mod moves;
 mod parts;
 mod restart;
 mod support;

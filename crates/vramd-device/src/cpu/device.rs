@@ -274,6 +274,11 @@ impl crate::Device for Device {
             .map_err(DeviceError::Source)
     }
 
+    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Vec<u32>, DeviceError> {
+        let segment = self.segments.get(Call::Importers, segment)?;
+        segment.importers(processes)
+    }
+
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError> {
         self.segments.get(Call::Export, segment)?.export(segment, access)
     }

@@ -209,6 +209,12 @@ impl crate::Device for Device {
         })
     }
 
+    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Vec<u32>, DeviceError> {
+        let segment = self.segments.get(Call::Importers, segment)?;
+        self.faults.enter(Call::Importers, 0)?;
+        segment.importers(processes)
+    }
+
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError> {
         let source = self.segments.get(Call::Export, segment)?;
         self.faults.enter(Call::Export, 0)?;

@@ -48,6 +48,7 @@ on_every_backend![
     creates_at_the_same_time_never_take_more_than_there_is,
     many_threads_leave_nothing_behind,
     an_importer_sees_the_bytes,
+    a_process_that_has_a_segment_open_is_named_until_it_is_gone,
     importers_write_where_they_may,
     a_device_only_segment_is_never_writable_for_importers,
     nobody_changes_the_size,
@@ -296,6 +297,19 @@ fn an_importer_sees_the_bytes(device: &dyn Device) {
         device.zero(Range { segment: id, offset: 1, bytes: SIZE - 1 }).unwrap();
         assert!(import.bytes()[1..].iter().all(|byte| *byte == 0));
     }
+}
+
+fn a_process_that_has_a_segment_open_is_named_until_it_is_gone(device: &dyn Device) {
+    let id = create(device, Writers::Importers);
+    let read = export(device, id, ExportAccess::Read);
+    // It has the descriptor as its input, and is ended below.
+    let mut child = std::process::Command::new("sleep").arg("60").stdin(read).spawn().unwrap();
+    let processes = [std::process::id(), child.id(), u32::MAX];
+    assert_eq!(device.importers(id, &processes).unwrap(), [child.id()]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(device.importers(id, &processes).unwrap().is_empty());
+    assert_misuse(&device.importers(fresh(), &processes));
 }
 
 fn importers_write_where_they_may(device: &dyn Device) {

@@ -41,11 +41,12 @@ fn call(device: &sim::Device, id: SegmentId, call: Call) -> Result<(), DeviceErr
         Call::Read => device.read(id, 0, &mut [0]),
         Call::FillFromFile => device.fill_from_file(range, &buffered(&file(b"x")), 0),
         Call::Copy => device.copy(range, id, 1),
+        Call::Importers => device.importers(id, &[]).map(drop),
         Call::Export => device.export(id, ExportAccess::Read).map(drop),
     }
 }
 
-const CALLS: [Call; 9] = [
+const CALLS: [Call; 10] = [
     Call::Sample,
     Call::Create,
     Call::Zero,
@@ -53,6 +54,7 @@ const CALLS: [Call; 9] = [
     Call::Read,
     Call::FillFromFile,
     Call::Copy,
+    Call::Importers,
     Call::Export,
     Call::Destroy,
 ];

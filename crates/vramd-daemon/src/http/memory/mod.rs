@@ -1,6 +1,7 @@
 //! `/api/memory`.
 
 pub mod allocations;
+pub mod clear;
 pub mod defragment;
 pub mod limits;
 pub mod status;
