@@ -358,39 +358,6 @@ proptest! {
         };
         prop_assert_eq!(run(), run());
     }
-
-    #[test]
-    fn ranges_agree_with_a_bitmap(
-        steps in prop::collection::vec((any::<bool>(), 1u64..40, 0u32..5, any::<usize>()), 1..300)
-    ) {
-        const BYTES: u64 = 512;
-        let mut ranges = vramd_core::Ranges::new(BYTES);
-        let mut bitmap = vec![false; BYTES as usize];
-        let mut taken: Vec<(u64, u64)> = Vec::new();
-        for (take, bytes, alignment, which) in steps {
-            if take {
-                let alignment = 1usize << alignment;
-                let lowest = (0..bitmap.len()).step_by(alignment).find(|&at| {
-                    bitmap.get(at..at + bytes as usize).is_some_and(|bits| bits.iter().all(|bit| !bit))
-                });
-                prop_assert_eq!(ranges.take(bytes, alignment as u64), lowest.map(|at| at as u64));
-                if let Some(at) = lowest {
-                    bitmap[at..at + bytes as usize].fill(true);
-                    taken.push((at as u64, bytes));
-                }
-            } else if !taken.is_empty() {
-                let (at, bytes) = taken.swap_remove(which % taken.len());
-                ranges.give(at, bytes);
-                bitmap[at as usize..(at + bytes) as usize].fill(false);
-            }
-            let runs: Vec<usize> =
-                bitmap.split(|taken| *taken).map(<[bool]>::len).filter(|length| *length > 0).collect();
-            prop_assert_eq!(ranges.free(), runs.iter().sum::<usize>() as u64);
-            prop_assert_eq!(ranges.largest_free(), runs.iter().copied().max().unwrap_or(0) as u64);
-            prop_assert_eq!(ranges.hole_count(), runs.len());
-            prop_assert_eq!(ranges.is_empty(), taken.is_empty());
-        }
-    }
 }
 
 /// Reserves and lets the device do its work; the id of the active allocation.

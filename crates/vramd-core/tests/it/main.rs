@@ -4,3 +4,4 @@
 
 mod layout;
 mod ledger;
+mod ranges;
