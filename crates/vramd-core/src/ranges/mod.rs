@@ -30,11 +30,11 @@ pub struct Ranges {
 impl Ranges {
     /// One free range of `bytes`.
     pub fn new(bytes: u64) -> Self {
+        assert!(bytes <= tree::MOST, "a segment of {bytes} bytes is more than any machine has");
         let holes = Tree::new();
         let mut ranges = Self { bytes, free: 0, hole_count: 0, offset_bits: 0, histogram: [0; 64], holes };
         if bytes > 0 {
-            let (path, slot) = ranges.holes.locate(0);
-            ranges.holes.insert(&path, slot, Hole { offset: 0, length: bytes });
+            ranges.holes.insert(&Path::default(), 0, Hole { offset: 0, length: bytes });
             ranges.note(0, bytes);
             ranges.free = bytes;
         }
@@ -49,7 +49,7 @@ impl Ranges {
     /// The lowest offset that leaves `remainder` when divided by `modulus` (a power of two), at which `bytes` are
     /// free.
     pub fn find_congruent(&self, bytes: u64, modulus: u64, remainder: u64) -> Option<u64> {
-        self.search(bytes, modulus, remainder).map(|(_, _, offset)| offset)
+        self.search(bytes, modulus, remainder, &mut Path::default()).map(|(_, offset)| offset)
     }
 
     /// Takes what [`Self::find`] finds.
@@ -57,7 +57,8 @@ impl Ranges {
         if !self.starts_at_multiples(alignment) {
             self.holes.index(alignment, MOST_INDEXES);
         }
-        let (path, slot, offset) = self.search(bytes, alignment, 0)?;
+        let mut path = Path::default();
+        let (slot, offset) = self.search(bytes, alignment, 0, &mut path)?;
         self.cut(&path, slot, offset, bytes);
         Some(offset)
     }
@@ -65,13 +66,14 @@ impl Ranges {
     /// Takes `bytes` at `offset`, if they are free.
     #[must_use]
     pub fn take_at(&mut self, offset: u64, bytes: u64) -> bool {
-        let Some((path, slot)) = self.hole_with(offset, bytes) else { return false };
+        let mut path = Path::default();
+        let Some(slot) = self.hole_with(offset, bytes, &mut path) else { return false };
         self.cut(&path, slot, offset, bytes);
         true
     }
 
     pub fn is_free(&self, offset: u64, bytes: u64) -> bool {
-        self.hole_with(offset, bytes).is_some()
+        self.hole_with(offset, bytes, &mut Path::default()).is_some()
     }
 
     /// Gives a range back that `take` had given.
@@ -81,7 +83,8 @@ impl Ranges {
         if bytes == 0 {
             return;
         }
-        let (path, slot) = self.holes.locate(offset);
+        let mut path = Path::default();
+        let slot = self.holes.locate(offset, &mut path);
         let (previous, next);
         let before = if let Some(slot) = slot.checked_sub(1) {
             Some((&path, slot))
@@ -180,21 +183,22 @@ impl Ranges {
         self.free == self.bytes
     }
 
-    /// The hole, and the offset in it.
+    /// The hole's slot, and the offset in it.
     #[inline]
-    fn search(&self, bytes: u64, modulus: u64, remainder: u64) -> Option<(Path, usize, u64)> {
+    fn search(&self, bytes: u64, modulus: u64, remainder: u64, path: &mut Path) -> Option<(usize, u64)> {
         let remainder = remainder & (modulus - 1);
-        if bytes == 0 {
+        if bytes == 0 || bytes > self.free {
             return None;
         }
-        let (path, slot) = if self.starts_at_multiples(modulus) {
-            self.holes.search(1, bytes.checked_add(remainder)?, |_| true)
+        let slot = if self.starts_at_multiples(modulus) {
+            let least = bytes.checked_add(remainder).filter(|least| *least <= self.free)?;
+            self.holes.search(1, least, path, |_| true)
         } else {
             let fits = |hole: Hole| hole.usable(modulus, remainder) >= bytes;
-            self.holes.search(if remainder == 0 { modulus } else { 1 }, bytes, fits)
+            self.holes.search(if remainder == 0 { modulus } else { 1 }, bytes, path, fits)
         }?;
-        let hole = self.holes.hole(&path, slot);
-        Some((path, slot, hole.offset + hole.padding(modulus, remainder)))
+        let hole = self.holes.hole(path, slot);
+        Some((slot, hole.offset + hole.padding(modulus, remainder)))
     }
 
     /// Every hole starts at a multiple of `modulus`.
@@ -203,11 +207,10 @@ impl Ranges {
         self.offset_bits & (modulus - 1) == 0
     }
 
-    fn hole_with(&self, offset: u64, bytes: u64) -> Option<(Path, usize)> {
-        let end = offset.checked_add(bytes).filter(|_| bytes > 0)?;
-        let (path, slot) = self.holes.locate(offset);
-        let slot = slot.checked_sub(1)?;
-        (end <= self.holes.hole(&path, slot).end()).then_some((path, slot))
+    fn hole_with(&self, offset: u64, bytes: u64, path: &mut Path) -> Option<usize> {
+        let end = offset.checked_add(bytes).filter(|end| bytes > 0 && *end <= self.bytes)?;
+        let slot = self.holes.locate(offset, path).checked_sub(1)?;
+        (end <= self.holes.hole(path, slot).end()).then_some(slot)
     }
 
     /// Takes a part of a hole, or all of it.

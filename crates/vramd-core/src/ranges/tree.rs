@@ -4,8 +4,10 @@
 //! used again, so that a steady history asks for no memory.
 //!
 //! A node's `keys` are separators, not first offsets: child `i` has the holes from `keys[i]` up to `keys[i + 1]`,
-//! and `keys[0]` is never looked at. No hole reaches over a separator, so a hole that loses its front stays
+//! and `keys[0]` is below all. No hole reaches over a separator, so a hole that loses its front stays
 //! where it is; who makes a hole longer keeps this with [`Tree::separate`].
+
+use wide::f64x2;
 
 /// Holes of a leaf, children of an inner node: 32 keys are four lines of the cache.
 const WIDTH: usize = 32;
@@ -15,6 +17,31 @@ const FEW: usize = WIDTH / 4;
 const MERGED: usize = WIDTH * 3 / 4;
 /// Two neighbours have at least [`FEW`] between them: 4 to the 12th nodes are more than fit in memory.
 const MAX_HEIGHT: usize = 12;
+
+/// A number of 63 bits that stands in an array as a float of the same order: x86-64 without extensions compares
+/// two floats at a time and integers one by one, and comparing whole nodes is most of the work here.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+struct Key(f64);
+
+impl Key {
+    /// Below every number and above every number.
+    const LOW: Self = Self(0.0);
+    const HIGH: Self = Self(f64::INFINITY);
+    /// What subnormal floats look like is left out: they can be slow.
+    const FIRST: u64 = 1 << 52;
+
+    fn new(number: u64) -> Self {
+        Self(f64::from_bits(number + Self::FIRST))
+    }
+
+    /// [`Self::LOW`] is 0.
+    fn get(self) -> u64 {
+        self.0.to_bits().saturating_sub(Self::FIRST)
+    }
+}
+
+/// Numbers up to this have a key.
+pub const MOST: u64 = f64::MAX.to_bits() - Key::FIRST;
 
 /// A free range, its first byte and its length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,14 +69,17 @@ impl Hole {
 #[derive(Debug, Clone)]
 struct Leaf {
     count: usize,
-    offsets: [u64; WIDTH],
-    lengths: [u64; WIDTH],
+    /// Slots without a hole are [`Key::HIGH`],
+    offsets: [Key; WIDTH],
+    /// and [`Key::LOW`] here.
+    lengths: [Key; WIDTH],
 }
 
 #[derive(Debug, Clone)]
 struct Inner {
     count: usize,
-    keys: [u64; WIDTH],
+    /// Slots without a child are [`Key::HIGH`].
+    keys: [Key; WIDTH],
     children: [u32; WIDTH],
 }
 
@@ -57,13 +87,13 @@ struct Inner {
 #[derive(Debug, Clone)]
 struct Longest {
     modulus: u64,
-    all: u64,
-    /// By inner node, then by child. Slots without a child are 0.
-    children: Vec<[u64; WIDTH]>,
+    all: Key,
+    /// By inner node, then by child. Slots without a child are [`Key::LOW`].
+    children: Vec<[Key; WIDTH]>,
 }
 
 /// From the root to a leaf. Any insertion or removal ends it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Path {
     steps: [Step; MAX_HEIGHT],
     leaf: u32,
@@ -89,41 +119,36 @@ pub struct Tree {
 }
 
 impl Leaf {
-    const EMPTY: Self = Self { count: 0, offsets: [0; WIDTH], lengths: [0; WIDTH] };
+    const EMPTY: Self = Self { count: 0, offsets: [Key::HIGH; WIDTH], lengths: [Key::LOW; WIDTH] };
 
     fn hole(&self, slot: usize) -> Hole {
-        Hole { offset: self.offsets[slot], length: self.lengths[slot] }
+        Hole { offset: self.offsets[slot].get(), length: self.lengths[slot].get() }
     }
 
     fn holes(&self) -> impl Iterator<Item = Hole> {
-        let pairs = self.offsets.iter().zip(&self.lengths).take(self.count);
-        pairs.map(|(&offset, &length)| Hole { offset, length })
+        (0..self.count).map(|slot| self.hole(slot))
     }
 }
 
 impl Inner {
-    const EMPTY: Self = Self { count: 0, keys: [0; WIDTH], children: [0; WIDTH] };
-
-    fn slot_of(&self, offset: u64) -> usize {
-        self.keys[1..self.count].partition_point(|key| *key <= offset)
-    }
+    const EMPTY: Self = Self { count: 0, keys: [Key::HIGH; WIDTH], children: [0; WIDTH] };
 }
 
 impl Longest {
     fn new(modulus: u64) -> Self {
-        Self { modulus, all: 0, children: Vec::new() }
+        Self { modulus, all: Key::LOW, children: Vec::new() }
     }
 
-    fn of_leaf(&self, leaf: &Leaf) -> u64 {
+    #[inline]
+    fn of_leaf(&self, leaf: &Leaf) -> Key {
         if self.modulus == 1 {
-            // Slots without a hole are 0.
             return longest(&leaf.lengths);
         }
-        leaf.holes().map(|hole| hole.usable(self.modulus, 0)).max().unwrap_or(0)
+        Key::new(leaf.holes().map(|hole| hole.usable(self.modulus, 0)).max().unwrap_or(0))
     }
 
     /// Where the longest of the node at `depth` of the path is kept.
-    fn kept(&mut self, path: &Path, depth: usize) -> &mut u64 {
+    fn kept(&mut self, path: &Path, depth: usize) -> &mut Key {
         match depth.checked_sub(1) {
             None => &mut self.all,
             Some(above) => {
@@ -135,7 +160,8 @@ impl Longest {
 
     /// A hole of the path's leaf was this long and now is that long; 0 for none.
     #[inline]
-    fn change(&mut self, leaf: &Leaf, path: &Path, height: usize, (mut was, mut is): (u64, u64)) {
+    fn change(&mut self, leaf: &Leaf, path: &Path, height: usize, (was, is): (u64, u64)) {
+        let (mut was, mut is) = (Key::new(was), Key::new(is));
         for depth in (0..=height).rev() {
             let kept = *self.kept(path, depth);
             let longest = if is >= kept {
@@ -156,12 +182,37 @@ impl Longest {
     }
 }
 
-fn longest(lengths: &[u64; WIDTH]) -> u64 {
-    lengths.iter().copied().max().unwrap_or(0)
+fn longer(one: Key, other: Key) -> Key {
+    if one > other { one } else { other }
 }
 
-fn first_of_at_least(lengths: &[u64; WIDTH], from: usize, least: u64) -> Option<usize> {
-    lengths[from..].iter().position(|length| *length >= least).map(|slot| from + slot)
+#[inline]
+fn longest(lengths: &[Key; WIDTH]) -> Key {
+    let mut longest = [f64x2::ZERO; 4];
+    for pairs in lengths.as_chunks::<8>().0 {
+        for (longest, pair) in longest.iter_mut().zip(pairs.as_chunks::<2>().0) {
+            *longest = longest.fast_max(f64x2::new([pair[0].0, pair[1].0]));
+        }
+    }
+    let [one, two, three, four] = longest;
+    let [even, odd] = one.fast_max(two).fast_max(three.fast_max(four)).to_array();
+    longer(Key(even), Key(odd))
+}
+
+#[inline]
+fn first_of_at_least(lengths: &[Key; WIDTH], from: usize, least: Key) -> Option<usize> {
+    let mut slots = 0u64;
+    for (slot, length) in lengths.iter().enumerate() {
+        slots |= if *length >= least { 1 << slot } else { 0 };
+    }
+    slots &= u64::MAX << from;
+    (slots != 0).then_some(slots.trailing_zeros() as usize)
+}
+
+/// How many of the keys, which ascend, are no more than `key`.
+#[inline]
+fn up_to(keys: &[Key; WIDTH], key: Key) -> usize {
+    keys.iter().map(|other| u64::from(*other <= key)).sum::<u64>() as usize
 }
 
 impl Tree {
@@ -179,7 +230,7 @@ impl Tree {
     }
 
     pub fn longest(&self) -> u64 {
-        self.lengths.all
+        self.lengths.all.get()
     }
 
     pub fn hole(&self, path: &Path, slot: usize) -> Hole {
@@ -201,17 +252,19 @@ impl Tree {
         .flat_map(Leaf::holes)
     }
 
-    /// The leaf where `offset` belongs, and how many of its holes start at or before it.
-    pub fn locate(&self, offset: u64) -> (Path, usize) {
-        let mut path = self.start();
+    /// Makes the path lead to the leaf where `offset` belongs. How many of its holes start at or before it.
+    #[inline]
+    pub fn locate(&self, offset: u64, path: &mut Path) -> usize {
+        let offset = Key::new(offset);
+        let mut node = self.root;
         for step in &mut path.steps[..self.height] {
-            let inner = &self.inners[path.leaf as usize];
-            let slot = inner.slot_of(offset);
-            *step = Step { node: path.leaf, slot: slot as u32 };
-            path.leaf = inner.children[slot];
+            let inner = &self.inners[node as usize];
+            let slot = up_to(&inner.keys, offset) - 1;
+            *step = Step { node, slot: slot as u32 };
+            node = inner.children[slot];
         }
-        let leaf = &self.leaves[path.leaf as usize];
-        (path, leaf.offsets[..leaf.count].partition_point(|start| *start <= offset))
+        path.leaf = node;
+        up_to(&self.leaves[node as usize].offsets, offset)
     }
 
     /// Makes searches for multiples of `modulus` one descent, at some cost for each change. Without effect where
@@ -222,7 +275,7 @@ impl Tree {
             return;
         }
         let mut longest = Longest::new(modulus);
-        longest.children = vec![[0; WIDTH]; self.inners.len()];
+        longest.children = vec![[Key::LOW; WIDTH]; self.inners.len()];
         longest.all = self.measure(&mut longest, self.root, 0);
         self.aligned.insert(at, longest);
     }
@@ -231,42 +284,47 @@ impl Tree {
         self.aligned.clear();
     }
 
-    /// The lowest hole that has `least` bytes from its first multiple of `modulus` on and that `fits` likes. The
-    /// longest of the indexed moduli up to `modulus` guides it; with an indexed one and no more to ask of a hole,
-    /// the first hole looked at is the answer.
+    /// Makes the path lead to the lowest hole that has `least` bytes from its first multiple of `modulus` on and
+    /// that `fits` likes, and answers with its slot. The longest of the indexed moduli up to `modulus` guides it;
+    /// with an indexed one and no more to ask of a hole, the first hole looked at is the answer.
     #[inline]
-    pub fn search(&self, modulus: u64, least: u64, fits: impl Fn(Hole) -> bool) -> Option<(Path, usize)> {
+    pub fn search(
+        &self,
+        modulus: u64,
+        least: u64,
+        path: &mut Path,
+        fits: impl Fn(Hole) -> bool,
+    ) -> Option<usize> {
         let guide = self.aligned.iter().rfind(|known| known.modulus <= modulus).unwrap_or(&self.lengths);
-        if guide.all < least {
+        let key = Key::new(least);
+        if guide.all < key {
             return None;
         }
-        let mut path = self.start();
+        let mut node = self.root;
         let mut depth = 0;
         let mut from = 0;
         loop {
-            // Down from `path.leaf`, which names the node at `depth`, along its first slot of `from` or more.
+            // Down from the node at `depth`, along its first slot of `from` or more.
             while depth < self.height {
-                let node = path.leaf;
-                let Some(slot) = first_of_at_least(&guide.children[node as usize], from, least) else {
-                    break;
-                };
+                let Some(slot) = first_of_at_least(&guide.children[node as usize], from, key) else { break };
                 path.steps[depth] = Step { node, slot: slot as u32 };
-                path.leaf = self.inners[node as usize].children[slot];
+                node = self.inners[node as usize].children[slot];
                 depth += 1;
                 from = 0;
             }
             if depth == self.height {
-                let leaf = &self.leaves[path.leaf as usize];
-                while let Some(slot) = first_of_at_least(&leaf.lengths, from, least) {
+                path.leaf = node;
+                let leaf = &self.leaves[node as usize];
+                while let Some(slot) = first_of_at_least(&leaf.lengths, from, key) {
                     let hole = leaf.hole(slot);
                     if hole.usable(guide.modulus, 0) >= least && fits(hole) {
-                        return Some((path, slot));
+                        return Some(slot);
                     }
                     from = slot + 1;
                 }
             }
             depth = depth.checked_sub(1)?;
-            path.leaf = path.steps[depth].node;
+            node = path.steps[depth].node;
             from = path.steps[depth].slot as usize + 1;
         }
     }
@@ -287,7 +345,7 @@ impl Tree {
     /// Makes `offset` the separator between the path's leaf and what is before it.
     pub fn separate(&mut self, path: &Path, offset: u64) {
         if let Some(step) = path.steps[..self.height].iter().rev().find(|step| step.slot > 0) {
-            self.inners[step.node as usize].keys[step.slot as usize] = offset;
+            self.inners[step.node as usize].keys[step.slot as usize] = Key::new(offset);
         }
     }
 
@@ -296,19 +354,20 @@ impl Tree {
     pub fn replace(&mut self, path: &Path, slot: usize, hole: Hole) {
         let leaf = &mut self.leaves[path.leaf as usize];
         let old = leaf.hole(slot);
-        (leaf.offsets[slot], leaf.lengths[slot]) = (hole.offset, hole.length);
+        (leaf.offsets[slot], leaf.lengths[slot]) = (Key::new(hole.offset), Key::new(hole.length));
         self.changed(path, old, hole);
     }
 
     pub fn insert(&mut self, path: &Path, slot: usize, hole: Hole) {
         if self.count(path) == WIDTH {
             self.make_room(hole.offset);
-            let (path, slot) = self.locate(hole.offset);
+            let mut path = Path::default();
+            let slot = self.locate(hole.offset, &mut path);
             return self.insert(&path, slot, hole);
         }
         let leaf = &mut self.leaves[path.leaf as usize];
-        insert_at(&mut leaf.offsets, slot, leaf.count, hole.offset);
-        insert_at(&mut leaf.lengths, slot, leaf.count, hole.length);
+        insert_at(&mut leaf.offsets, slot, leaf.count, Key::new(hole.offset));
+        insert_at(&mut leaf.lengths, slot, leaf.count, Key::new(hole.length));
         leaf.count += 1;
         self.changed(path, Hole { length: 0, ..hole }, hole);
     }
@@ -316,8 +375,8 @@ impl Tree {
     pub fn remove(&mut self, path: &Path, slot: usize) {
         let leaf = &mut self.leaves[path.leaf as usize];
         let hole = leaf.hole(slot);
-        remove_at(&mut leaf.offsets, slot, leaf.count);
-        remove_at(&mut leaf.lengths, slot, leaf.count);
+        remove_at(&mut leaf.offsets, slot, leaf.count, Key::HIGH);
+        remove_at(&mut leaf.lengths, slot, leaf.count, Key::LOW);
         leaf.count -= 1;
         let few = leaf.count < FEW;
         self.changed(path, hole, Hole { length: 0, ..hole });
@@ -336,12 +395,8 @@ impl Tree {
         }
     }
 
-    fn start(&self) -> Path {
-        Path { steps: [Step::default(); MAX_HEIGHT], leaf: self.root }
-    }
-
     fn first_path(&self) -> Path {
-        self.fill(self.start(), 0, |_| 0)
+        self.fill(Path { leaf: self.root, ..Path::default() }, 0, |_| 0)
     }
 
     fn descend(&self, path: &Path, depth: usize, slot: u32, choose: impl Fn(&Inner) -> usize) -> Path {
@@ -363,7 +418,7 @@ impl Tree {
     }
 
     /// Fills in what `longest` holds for the node and all below it; the answer is the node's own.
-    fn measure(&self, longest: &mut Longest, node: u32, depth: usize) -> u64 {
+    fn measure(&self, longest: &mut Longest, node: u32, depth: usize) -> Key {
         if depth == self.height {
             return longest.of_leaf(&self.leaves[node as usize]);
         }
@@ -376,8 +431,9 @@ impl Tree {
 
     /// Splits full nodes on the way to `offset`, from the lowest whose parent is not full, until its leaf is not.
     fn make_room(&mut self, offset: u64) {
+        let mut path = Path::default();
         loop {
-            let (path, _) = self.locate(offset);
+            self.locate(offset, &mut path);
             if self.count(&path) < WIDTH {
                 return;
             }
@@ -394,7 +450,7 @@ impl Tree {
     fn grow(&mut self) {
         let root = self.new_inner();
         let inner = &mut self.inners[root as usize];
-        (inner.count, inner.children[0]) = (1, self.root);
+        (inner.count, inner.keys[0], inner.children[0]) = (1, Key::LOW, self.root);
         for longest in self.indexes() {
             longest.children[root as usize][0] = longest.all;
         }
@@ -428,34 +484,32 @@ impl Tree {
         }
     }
 
-    fn split_leaf(&mut self, left: u32) -> (u32, u64) {
+    fn split_leaf(&mut self, left: u32) -> (u32, Key) {
         let right = self.spare_leaves.pop().unwrap_or_else(|| {
             self.leaves.push(Leaf::EMPTY);
             self.leaves.len() as u32 - 1
         });
         let mut new = Leaf::EMPTY;
         let old = &mut self.leaves[left as usize];
-        move_back_half(&mut old.offsets, &mut new.offsets);
-        move_back_half(&mut old.lengths, &mut new.lengths);
+        new.offsets = back_half(&mut old.offsets, Key::HIGH);
+        new.lengths = back_half(&mut old.lengths, Key::LOW);
         (old.count, new.count) = (WIDTH / 2, WIDTH / 2);
         let key = new.offsets[0];
         self.leaves[right as usize] = new;
         (right, key)
     }
 
-    fn split_inner(&mut self, left: u32) -> (u32, u64) {
+    fn split_inner(&mut self, left: u32) -> (u32, Key) {
         let right = self.new_inner();
         let mut new = Inner::EMPTY;
         let old = &mut self.inners[left as usize];
-        move_back_half(&mut old.keys, &mut new.keys);
-        move_back_half(&mut old.children, &mut new.children);
+        new.keys = back_half(&mut old.keys, Key::HIGH);
+        new.children = back_half(&mut old.children, 0);
         (old.count, new.count) = (WIDTH / 2, WIDTH / 2);
-        let key = new.keys[0];
+        let key = std::mem::replace(&mut new.keys[0], Key::LOW);
         self.inners[right as usize] = new;
         for longest in self.indexes() {
-            let mut back = [0; WIDTH];
-            move_back_half(&mut longest.children[left as usize], &mut back);
-            longest.children[right as usize] = back;
+            longest.children[right as usize] = back_half(&mut longest.children[left as usize], Key::LOW);
         }
         (right, key)
     }
@@ -464,7 +518,7 @@ impl Tree {
         self.spare_inners.pop().unwrap_or_else(|| {
             self.inners.push(Inner::EMPTY);
             for longest in self.indexes() {
-                longest.children.push([0; WIDTH]);
+                longest.children.push([Key::LOW; WIDTH]);
             }
             self.inners.len() as u32 - 1
         })
@@ -532,7 +586,8 @@ impl Tree {
         }
         for longest in self.indexes() {
             let children = &mut longest.children[parent as usize];
-            children[slot] = children[slot].max(children[slot + 1]);
+            let right = children[slot + 1];
+            children[slot] = if right > children[slot] { right } else { children[slot] };
         }
         self.drop_child(parent, slot + 1, low);
     }
@@ -541,12 +596,15 @@ impl Tree {
     fn drop_child(&mut self, parent: u32, slot: usize, low: bool) {
         let inner = &mut self.inners[parent as usize];
         let child = inner.children[slot];
-        remove_at(&mut inner.keys, slot, inner.count);
-        remove_at(&mut inner.children, slot, inner.count);
+        remove_at(&mut inner.keys, slot, inner.count, Key::HIGH);
+        remove_at(&mut inner.children, slot, inner.count, 0);
+        let count = inner.count;
         inner.count -= 1;
-        let count = inner.count + 1;
+        if inner.count > 0 {
+            inner.keys[0] = Key::LOW;
+        }
         for longest in self.indexes() {
-            remove_at(&mut longest.children[parent as usize], slot, count);
+            remove_at(&mut longest.children[parent as usize], slot, count, Key::LOW);
         }
         if low {
             self.leaves[child as usize] = Leaf::EMPTY;
@@ -559,7 +617,7 @@ impl Tree {
     fn recycle_inner(&mut self, node: u32) {
         self.inners[node as usize] = Inner::EMPTY;
         for longest in self.indexes() {
-            longest.children[node as usize] = [0; WIDTH];
+            longest.children[node as usize] = [Key::LOW; WIDTH];
         }
         self.spare_inners.push(node);
     }
@@ -570,13 +628,14 @@ fn insert_at<T: Copy>(slots: &mut [T; WIDTH], slot: usize, count: usize, value: 
     slots[slot] = value;
 }
 
-/// Slots from the count on stay at 0.
-fn remove_at<T: Copy + Default>(slots: &mut [T; WIDTH], slot: usize, count: usize) {
+fn remove_at<T: Copy>(slots: &mut [T; WIDTH], slot: usize, count: usize, none: T) {
     slots.copy_within(slot + 1..count, slot);
-    slots[count - 1] = T::default();
+    slots[count - 1] = none;
 }
 
-fn move_back_half<T: Copy + Default>(from: &mut [T; WIDTH], to: &mut [T; WIDTH]) {
-    to[..WIDTH / 2].copy_from_slice(&from[WIDTH / 2..]);
-    from[WIDTH / 2..].fill(T::default());
+fn back_half<T: Copy>(slots: &mut [T; WIDTH], none: T) -> [T; WIDTH] {
+    let mut back = [none; WIDTH];
+    back[..WIDTH / 2].copy_from_slice(&slots[WIDTH / 2..]);
+    slots[WIDTH / 2..].fill(none);
+    back
 }

@@ -211,17 +211,20 @@ fn more_alignments_than_have_an_index_are_answered_exactly() {
 }
 
 #[test]
-fn the_largest_of_all_segments_is_given_out_to_its_last_byte() {
-    let mut ranges = Ranges::new(u64::MAX);
-    assert_eq!(ranges.find(u64::MAX, 2), Some(0));
-    assert_eq!(ranges.find_congruent(u64::MAX, 2, 1), None);
+fn a_segment_larger_than_any_device_is_given_out_to_its_last_byte() {
+    const HALF: u64 = 1 << 61;
+    let mut ranges = Ranges::new(2 * HALF);
+    assert_eq!(ranges.find(2 * HALF, 2), Some(0));
+    assert_eq!(ranges.find_congruent(2 * HALF, 2, 1), None);
+    assert_eq!((ranges.find(u64::MAX, 2), ranges.find_congruent(u64::MAX, 2, 1)), (None, None));
     assert_eq!(ranges.take(1, 1), Some(0));
-    assert_eq!(ranges.take(1 << 63, 1 << 63), None);
-    assert_eq!(ranges.take((1 << 63) - 1, 1 << 63), Some(1 << 63));
-    assert_eq!(ranges.take((1 << 63) - 1, 1), Some(1));
-    assert_eq!((ranges.free(), ranges.fragmentation()), (0, 0.0));
-    ranges.give(1 << 63, (1 << 63) - 1);
-    ranges.give(1, (1 << 63) - 1);
+    assert_eq!(ranges.take(HALF + 1, HALF), None);
+    assert_eq!(ranges.take(HALF, HALF), Some(HALF));
+    assert_eq!(ranges.take(HALF - 1, 1), Some(1));
+    assert_eq!((ranges.free(), ranges.largest_free()), (0, 0));
+    assert!(ranges.fragmentation() < f64::EPSILON);
+    ranges.give(HALF, HALF);
+    ranges.give(1, HALF - 1);
     ranges.give(0, 1);
     assert!(ranges.is_empty());
 }
