@@ -4,6 +4,7 @@ mod ci;
 mod deps;
 mod fuzz;
 mod generate;
+mod miri;
 mod process;
 mod tidy;
 
@@ -47,6 +48,8 @@ enum Task {
         #[arg(long, default_value_t = 60)]
         seconds: u32,
     },
+    /// Runs the allocator's tests in Miri, where the nightly compiler has it; says so and succeeds where not.
+    Miri,
 }
 
 fn main() -> ExitCode {
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Task::Gen { check: false } => generate::write(),
         Task::FuzzApi => ci::fuzz_api(),
         Task::Fuzz { seconds } => fuzz::run(seconds),
+        Task::Miri => miri::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

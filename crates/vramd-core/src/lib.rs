@@ -1,6 +1,6 @@
 //! The decisions of vramd: facts in, decisions out.
 //!
-//! Owns the ledger, placement, the queue of requests that wait, pressure, the registry of models and the reading
+//! Owns the ledger, placement, the planning of moves, the queue of requests that wait, pressure, the registry of models and the reading
 //! of model headers. Leaves out everything that touches the world: no IO, no clock, no async, no randomness, no
 //! ids of its own making beyond counters. The same code runs in the daemon and in property tests over random
 //! histories.

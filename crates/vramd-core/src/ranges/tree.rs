@@ -7,6 +7,8 @@
 //! and `keys[0]` is below all. No hole reaches over a separator, so a hole that loses its front stays
 //! where it is; who makes a hole longer keeps this with [`Tree::separate`].
 
+use wide::f64x2;
+
 /// Holes of a leaf, children of an inner node: 32 keys are four lines of the cache.
 const WIDTH: usize = 32;
 /// A node with fewer looks for a neighbour to merge with,
@@ -180,13 +182,21 @@ impl Longest {
     }
 }
 
+fn longer(one: Key, other: Key) -> Key {
+    if one > other { one } else { other }
+}
+
+#[inline]
 fn longest(lengths: &[Key; WIDTH]) -> Key {
-    let longer = |one: Key, other: Key| if one > other { one } else { other };
-    let mut longest = [Key::LOW; 8];
-    for lengths in lengths.as_chunks::<8>().0 {
-        longest = std::array::from_fn(|lane| longer(lengths[lane], longest[lane]));
+    let mut longest = [f64x2::ZERO; 4];
+    for pairs in lengths.as_chunks::<8>().0 {
+        for (longest, pair) in longest.iter_mut().zip(pairs.as_chunks::<2>().0) {
+            *longest = longest.fast_max(f64x2::new([pair[0].0, pair[1].0]));
+        }
     }
-    longest.into_iter().fold(Key::LOW, longer)
+    let [one, two, three, four] = longest;
+    let [even, odd] = one.fast_max(two).fast_max(three.fast_max(four)).to_array();
+    longer(Key(even), Key(odd))
 }
 
 #[inline]
