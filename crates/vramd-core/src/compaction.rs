@@ -41,7 +41,7 @@ pub struct Block {
 }
 
 /// What a plan may cost at most.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Bounds {
     pub bytes: Option<u64>,
     pub moves: Option<usize>,

@@ -243,13 +243,16 @@ impl State {
 
     /// Plans the next pass on a thread.
     fn plan_pass(&mut self, id: OperationId, device: &DeviceId) {
-        let fixed = self.fixed_on(device);
+        let mut fixed = self.fixed_on(device);
         let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
         let bounds = bounds(&running.request, running.bytes, running.moves);
         if let Some(pass) = &mut running.current {
             pass.planning = true;
-            pass.fixed.retain(|_, reason| matches!(reason, FixedReason::Stale | FixedReason::Failed));
-            pass.fixed.extend(fixed.iter().map(|(id, reason)| (*id, *reason)));
+            // What failed once is not tried again by this one.
+            pass.fixed.retain(|_, reason| *reason == FixedReason::Failed);
+            let failed = std::mem::replace(&mut pass.fixed, fixed);
+            pass.fixed.extend(failed);
+            fixed = pass.fixed.clone();
         }
         let groups = self.ledger.groups(device, |id| fixed.contains_key(&id).then_some(Fixed::Busy));
         let sender = self.sender.clone();
@@ -533,12 +536,12 @@ fn plan_groups(groups: &[Group], mut bounds: Bounds) -> Vec<compaction::Plan> {
 fn pass_plan(groups: &[Group], bounds: Bounds) -> PassPlan {
     let plans = plan_groups(groups, bounds);
     let complete = bounds == Bounds::default() || plans == plan_groups(groups, Bounds::default());
-    let place = |(segment, offset): (u64, u64)| NewPlace { segment: SegmentId(segment), offset };
+    let place = |place: compaction::Place| NewPlace { segment: SegmentId(place.pool), offset: place.offset };
     let moves = groups
         .iter()
         .zip(&plans)
         .flat_map(|(group, plan)| {
-            plan.moves.iter().filter(|one| one.pass == 1).map(|one| Planned {
+            plan.moves.iter().filter(|one| one.pass == 0).map(|one| Planned {
                 id: group.allocations[one.block as usize],
                 from: place(one.from),
                 to: place(one.to),
@@ -561,21 +564,19 @@ fn dry_plan(
     let before = figures(usage);
     let sum = |of: fn(&compaction::Plan) -> u64| plans.iter().map(of).sum::<u64>();
     let bytes = sum(|plan| plan.bytes);
+    let emptied_of =
+        |plan: &compaction::Plan| plan.after.empty_pools.saturating_sub(plan.before.empty_pools) as u64;
+    let emptied_count: u64 = plans.iter().map(emptied_of).sum();
     let emptied: u64 = groups
         .iter()
         .zip(&plans)
-        .map(|(group, plan)| {
-            let size = group.pools.first().map_or(0, |pool| pool.bytes);
-            size * plan.after.empty_pools.saturating_sub(plan.before.empty_pools)
-        })
+        .map(|(group, plan)| group.pools.first().map_or(0, |pool| pool.bytes) * emptied_of(plan))
         .sum();
-    let emptied_count: u64 =
-        plans.iter().map(|plan| plan.after.empty_pools.saturating_sub(plan.before.empty_pools)).sum();
     let after = FragmentationFigures {
         largest_free_bytes: before.largest_free_bytes.max(usage.largest_new_bytes + emptied),
         pool_free_bytes: before.pool_free_bytes - emptied,
-        hole_count: (before.hole_count + sum(|plan| plan.after.hole_count))
-            .saturating_sub(sum(|plan| plan.before.hole_count) + emptied_count),
+        hole_count: (before.hole_count + sum(|plan| plan.after.hole_count as u64))
+            .saturating_sub(sum(|plan| plan.before.hole_count as u64) + emptied_count),
         segment_count: before.segment_count - emptied_count,
     };
     DefragmentPlan {
@@ -583,7 +584,12 @@ fn dry_plan(
         moves: sum(|plan| plan.moves.len() as u64),
         bytes,
         expected_seconds: rate.filter(|rate| *rate > 0.0).map(|rate| bytes as f64 / rate),
-        passes: plans.iter().flat_map(|plan| &plan.moves).map(|one| u64::from(one.pass)).max().unwrap_or(0),
+        passes: plans
+            .iter()
+            .flat_map(|plan| &plan.moves)
+            .map(|one| u64::from(one.pass) + 1)
+            .max()
+            .unwrap_or(0),
         reclaimed_bytes: emptied,
         before,
         after,

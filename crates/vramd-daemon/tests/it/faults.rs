@@ -95,6 +95,7 @@ fn a_client_that_goes_away_while_its_memory_is_made_leaves_nothing() {
     caught(&held, Call::Create);
     daemon.status_when("sim:0", "the reservation", |status| status["reservedBytes"] == 8 * MIB);
     pending.hang_up();
+    daemon.settle();
     drop(held);
     daemon.all_is_back("sim:0");
 }

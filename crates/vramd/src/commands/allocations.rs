@@ -180,5 +180,6 @@ fn lease(lease: &Lease) -> String {
         (LeaseKind::Connection, _) => "connection".to_owned(),
         (LeaseKind::Persistent, _) => "persistent".to_owned(),
         (LeaseKind::Model, _) => "model".to_owned(),
+        (LeaseKind::Operation, _) => "operation".to_owned(),
     }
 }
