@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ColorChoice, Parser, Subcommand, ValueEnum};
 use vramd_api::{
-    AllocationId, AllocationType, Bytes, ComponentName, KeepAlive, MemoryType, ModelName, OnShortage,
-    OperationId, OperationState, OwnerName, Priority,
+    AllocationId, AllocationType, Bytes, ClearTarget, ComponentName, KeepAlive, MemoryType, ModelName,
+    OnShortage, OperationId, OperationState, OwnerName, Priority,
 };
 
 use crate::settings::{Layer, Switch};
@@ -125,6 +125,24 @@ pub enum Question {
         /// Only those in this state
         #[arg(long, conflicts_with = "id", ignore_case = true, value_parser = words(OPERATION_STATES))]
         state: Option<OperationState>,
+    },
+    /// Move or copy allocations and models to another device; Ctrl-C cancels
+    Transfer(TransferArguments),
+    /// Copy bytes from one allocation into another; Ctrl-C cancels
+    Copy(CopyArguments),
+    /// Pack what shares segments, and give back what is empty then; Ctrl-C cancels
+    Defrag(DefragArguments),
+    /// Give memory back: the free pool, what is unused, an owner's allocations; or zero one
+    Clear(ClearArguments),
+    /// Hold an operation that moves bytes
+    Pause {
+        #[arg(value_name = "ID")]
+        id: OperationId,
+    },
+    /// Let a paused operation go on
+    Resume {
+        #[arg(value_name = "ID")]
+        id: OperationId,
     },
     /// Cancel an operation
     Cancel {
@@ -306,6 +324,109 @@ pub struct LoadArguments {
     pub no_wait: bool,
 }
 
+/// How fast bytes may move, and before whom.
+#[derive(Debug, Args)]
+pub struct Pace {
+    /// Its share when several operations move bytes: each step up is four times the share
+    #[arg(long, ignore_case = true, value_parser = words(PRIORITIES))]
+    pub priority: Option<Priority>,
+    /// The most to move in a second, such as 500MiB
+    #[arg(long, value_name = "SIZE")]
+    pub max_rate: Option<Bytes>,
+    /// Start it and return at once
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TransferArguments {
+    /// Allocations by their ids, models, or MODEL/COMPONENT
+    #[arg(required = true, value_name = "WHAT", value_parser = parse_movable)]
+    pub items: Vec<Movable>,
+    /// Where to: a device's id or uuid
+    #[arg(long, value_name = "DEVICE")]
+    pub to: String,
+    /// Where models are taken from, if they are resident on several devices
+    #[arg(long, value_name = "DEVICE")]
+    pub from: Option<String>,
+    /// Leave the old one where it is
+    #[arg(long)]
+    pub copy: bool,
+    /// Read back what arrived and compare
+    #[arg(long)]
+    pub checksum: bool,
+    #[command(flatten)]
+    pub pace: Pace,
+}
+
+#[derive(Debug, Clone)]
+pub enum Movable {
+    Allocation(AllocationId),
+    Model(Target),
+}
+
+#[derive(Debug, Args)]
+pub struct CopyArguments {
+    /// The allocation to copy from
+    pub source: AllocationId,
+    /// The allocation to copy into
+    pub target: AllocationId,
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub source_offset: u64,
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub target_offset: u64,
+    /// How much [default: to the end of the source]
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<Bytes>,
+    /// Read back what arrived and compare
+    #[arg(long)]
+    pub checksum: bool,
+    #[command(flatten)]
+    pub pace: Pace,
+}
+
+#[derive(Debug, Args)]
+pub struct DefragArguments {
+    /// Only this device: its id or uuid [default: all, one after another]
+    pub device: Option<String>,
+    /// Only show what it would do
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The most to copy
+    #[arg(long, value_name = "SIZE")]
+    pub max_bytes: Option<Bytes>,
+    /// The most blocks to move
+    #[arg(long, value_name = "NUMBER")]
+    pub max_moves: Option<u64>,
+    /// Begin no move after so long
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub max_milliseconds: Option<u64>,
+    #[command(flatten)]
+    pub pace: Pace,
+}
+
+#[derive(Debug, Args)]
+pub struct ClearArguments {
+    /// What to clear
+    #[arg(ignore_case = true, value_parser = words(CLEAR_TARGETS))]
+    pub what: ClearTarget,
+    /// With Allocations: whose
+    #[arg(long, value_name = "NAME")]
+    pub owner: Option<OwnerName>,
+    /// With Zero: which
+    #[arg(long, value_name = "ID")]
+    pub allocation: Option<AllocationId>,
+    /// Only on this device: its id or uuid [default: all]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Only show what would be cleared
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Also what processes have attached
+    #[arg(long)]
+    pub force: bool,
+}
+
 #[derive(Debug, Args)]
 pub struct AttachArguments {
     /// The model, with /COMPONENT when it has more than one
@@ -371,6 +492,12 @@ const PRIORITIES: Words<Priority> = &[
     ("High", Priority::High),
     ("Critical", Priority::Critical),
 ];
+const CLEAR_TARGETS: Words<ClearTarget> = &[
+    ("Cache", ClearTarget::Cache),
+    ("Unused", ClearTarget::Unused),
+    ("Allocations", ClearTarget::Allocations),
+    ("Zero", ClearTarget::Zero),
+];
 const ON_SHORTAGE: Words<OnShortage> = &[("fail", OnShortage::Fail), ("wait", OnShortage::Wait)];
 const OPERATION_STATES: Words<OperationState> = &[
     ("Queued", OperationState::Queued),
@@ -399,6 +526,13 @@ fn parse_component(text: &str) -> Result<(ComponentName, PathBuf), String> {
     let (name, path) = text.split_once('=').ok_or("write NAME=PATH")?;
     let name = name.parse().map_err(|error: vramd_api::BadName| error.to_string())?;
     if path.is_empty() { Err("the path is missing".to_owned()) } else { Ok((name, path.into())) }
+}
+
+fn parse_movable(text: &str) -> Result<Movable, vramd_api::BadName> {
+    match text.parse() {
+        Ok(id) => Ok(Movable::Allocation(id)),
+        Err(_) => parse_target(text).map(Movable::Model),
+    }
 }
 
 fn parse_target(text: &str) -> Result<Target, vramd_api::BadName> {

@@ -2,13 +2,15 @@
 
 use reqwest::Method;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::{Client, ClientError};
 use crate::{
-    AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType, Device,
-    DeviceLimits, DevicePage, DeviceStatus, Health, LimitsPage, LoadRequest, MemoryStatus, Model, ModelName,
-    ModelPage, Operation, OperationId, OperationPage, OperationState, RegisterModel, Released, RenewRequest,
-    SetLimits, TouchRequest, UnloadRequest,
+    AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType,
+    ClearRequest, Cleared, CopyRequest, DefragmentPlans, DefragmentRequest, Device, DeviceLimits, DevicePage,
+    DeviceStatus, Health, LimitsPage, LoadRequest, MemoryStatus, Model, ModelName, ModelPage, Operation,
+    OperationId, OperationPage, OperationState, RegisterModel, Released, RenewRequest, SetLimits,
+    TouchRequest, TransferRequest, UnloadRequest,
 };
 
 /// Which allocations to list, in which order, and from where on.
@@ -171,8 +173,7 @@ impl Client {
         body: &impl Serialize,
         wait_seconds: u32,
     ) -> Result<Operation, ClientError> {
-        let request = self.request(Method::POST, &["api", "models", name.as_str(), what]);
-        self.send(request.query(&[("wait", wait_seconds)]).json(body)).await
+        self.begin(&["api", "models", name.as_str(), what], body, wait_seconds).await
     }
 
     pub async fn pin(&self, name: &ModelName) -> Result<Model, ClientError> {
@@ -188,8 +189,84 @@ impl Client {
     }
 }
 
+/// What moves bytes.
+impl Client {
+    /// Waits up to `wait_seconds` for the end; the operation says whether it came.
+    pub async fn transfer(
+        &self,
+        body: &TransferRequest,
+        wait_seconds: u32,
+    ) -> Result<Operation, ClientError> {
+        self.begin(&["api", "memory", "transfer"], body, wait_seconds).await
+    }
+
+    /// The same.
+    pub async fn copy(&self, body: &CopyRequest, wait_seconds: u32) -> Result<Operation, ClientError> {
+        self.begin(&["api", "memory", "copy"], body, wait_seconds).await
+    }
+
+    /// Defragments `device`, or all. The same.
+    pub async fn defragment(
+        &self,
+        device: Option<&str>,
+        body: &DefragmentRequest,
+        wait_seconds: u32,
+    ) -> Result<Operation, ClientError> {
+        let body = DefragmentRequest { dry_run: false, ..body.clone() };
+        self.begin(&on(&["api", "memory", "operations", "defragment"], device), &body, wait_seconds).await
+    }
+
+    /// What [`Self::defragment`] would do.
+    pub async fn plan_defragment(
+        &self,
+        device: Option<&str>,
+        body: &DefragmentRequest,
+    ) -> Result<DefragmentPlans, ClientError> {
+        let body = DefragmentRequest { dry_run: true, ..body.clone() };
+        self.begin(&on(&["api", "memory", "operations", "defragment"], device), &body, 0).await
+    }
+
+    /// Clears on `device`, or on all. Waits up to `wait_seconds` for the end.
+    pub async fn clear(
+        &self,
+        device: Option<&str>,
+        body: &ClearRequest,
+        wait_seconds: u32,
+    ) -> Result<Operation, ClientError> {
+        let body = ClearRequest { dry_run: false, ..body.clone() };
+        self.begin(&on(&["api", "memory", "operations", "clear"], device), &body, wait_seconds).await
+    }
+
+    /// What [`Self::clear`] would clear.
+    pub async fn plan_clear(
+        &self,
+        device: Option<&str>,
+        body: &ClearRequest,
+    ) -> Result<Cleared, ClientError> {
+        let body = ClearRequest { dry_run: true, ..body.clone() };
+        self.begin(&on(&["api", "memory", "operations", "clear"], device), &body, 0).await
+    }
+
+    async fn begin<T: DeserializeOwned>(
+        &self,
+        path: &[&str],
+        body: &impl Serialize,
+        wait_seconds: u32,
+    ) -> Result<T, ClientError> {
+        self.send(self.request(Method::POST, path).query(&[("wait", wait_seconds)]).json(body)).await
+    }
+}
+
 /// Operations.
 impl Client {
+    pub async fn pause(&self, id: OperationId) -> Result<Operation, ClientError> {
+        self.send(self.request(Method::POST, &["api", "operations", &id.to_string(), "pause"])).await
+    }
+
+    pub async fn resume(&self, id: OperationId) -> Result<Operation, ClientError> {
+        self.send(self.request(Method::POST, &["api", "operations", &id.to_string(), "resume"])).await
+    }
+
     pub async fn operations(&self, state: Option<OperationState>) -> Result<OperationPage, ClientError> {
         let query: Vec<_> = state.map(|state| ("state", state)).into_iter().collect();
         self.get_with(&["api", "operations"], &query).await
@@ -215,6 +292,11 @@ impl Client {
         }
         serde_json::from_slice(&body).map_err(|error| self.protocol(error.to_string()))
     }
+}
+
+/// A path with the device at its end, if one is named.
+fn on<'a>(path: &[&'a str], device: Option<&'a str>) -> Vec<&'a str> {
+    path.iter().copied().chain(device).collect()
 }
 
 fn include_query(include: &[&str]) -> Vec<(&'static str, String)> {

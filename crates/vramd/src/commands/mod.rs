@@ -8,6 +8,7 @@ mod events;
 mod generate;
 mod memory;
 mod models;
+mod movement;
 mod operations;
 mod serve;
 
@@ -53,6 +54,12 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
         Question::Load(arguments) => operations::load(client, arguments, output).await?,
         Question::Unload { model, device } => operations::unload(client, &model, device, output).await?,
         Question::Operations { id, state } => operations::operations(client, id, state, output).await?,
+        Question::Transfer(arguments) => movement::transfer(client, arguments, output).await?,
+        Question::Copy(arguments) => movement::copy(client, arguments, output).await?,
+        Question::Defrag(arguments) => movement::defrag(client, arguments, output).await?,
+        Question::Clear(arguments) => movement::clear(client, arguments, output).await?,
+        Question::Pause { id } => operations::pause(client, id, output).await?,
+        Question::Resume { id } => operations::resume(client, id, output).await?,
         Question::Cancel { id } => operations::cancel(client, id, output).await?,
         Question::Attach(arguments) => attach::attach(client.server(), arguments, output).await?,
         Question::Events { since, count } => events::events(client, since, count, output).await?,

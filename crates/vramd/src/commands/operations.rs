@@ -1,4 +1,4 @@
-//! `vramd load`, `unload`, `operations`, `cancel`: work that takes time, with a progress bar.
+//! `vramd load`, `unload`, `operations`, `pause`, `resume`, `cancel`: work that takes time, with a progress bar.
 
 use std::time::Duration;
 
@@ -62,12 +62,31 @@ pub async fn cancel(client: &Client, id: OperationId, output: Output) -> Result<
     output.data(&client.cancel(id).await?, |it| rows(std::slice::from_ref(it)))
 }
 
+pub async fn pause(client: &Client, id: OperationId, output: Output) -> Result<(), CommandError> {
+    output.data(&client.pause(id).await?, |it| rows(std::slice::from_ref(it)))
+}
+
+pub async fn resume(client: &Client, id: OperationId, output: Output) -> Result<(), CommandError> {
+    output.data(&client.resume(id).await?, |it| rows(std::slice::from_ref(it)))
+}
+
 /// Follows an operation to its end. Ctrl-C cancels it.
-async fn finish(
+pub async fn finish(
     client: &Client,
     operation: Operation,
     interrupts: Signal,
     output: Output,
+) -> Result<(), CommandError> {
+    finish_with(client, operation, interrupts, output, ended).await
+}
+
+/// The same; `show` prints what it brought.
+pub async fn finish_with(
+    client: &Client,
+    operation: Operation,
+    interrupts: Signal,
+    output: Output,
+    show: impl FnOnce(&Operation) -> String,
 ) -> Result<(), CommandError> {
     let operation = if operation.state.ended() {
         operation
@@ -78,7 +97,7 @@ async fn finish(
         (OperationState::Failed | OperationState::Cancelled, Some(error)) => {
             Err(CommandError::Operation(Box::new(error)))
         }
-        _ => output.data(&operation, ended),
+        _ => output.data(&operation, show),
     }
 }
 
@@ -137,7 +156,7 @@ fn show(bar: &ProgressBar, operation: &Operation) {
     bar.set_position(operation.bytes_done);
 }
 
-fn ended(operation: &Operation) -> String {
+pub fn ended(operation: &Operation) -> String {
     let seconds =
         operation.finished_at.map_or(0.0, |end| end.duration_since(operation.started_at).as_secs_f64());
     let speed =
@@ -160,7 +179,7 @@ fn rows(operations: &[Operation]) -> String {
                 operation.operation_id.to_string(),
                 word(operation.kind),
                 operation.subject.clone(),
-                word(operation.state),
+                if operation.paused { "paused".to_owned() } else { word(operation.state) },
                 percent(if operation.bytes_total == 0 && operation.state.ended() { 1.0 } else { done }),
                 Bytes::show(operation.bytes_total),
                 operation.seconds_left.map_or_else(|| "-".to_owned(), |left| span(left.ceil() as i64)),
