@@ -125,7 +125,7 @@ def test_an_attachment_is_a_mapping_with_facts(fake: FakeDaemon) -> None:
         assert dict(model)["y"].tobytes() == model.raw("y") == b"ab"
         with pytest.raises(KeyError):
             model["z"]
-    assert fake.requests == [{"model": "toy", "deviceId": "cpu:0", "access": "read"}]
+    assert fake.requests == [{"model": "toy", "deviceId": "cpu:0", "access": "read", "moves": True}]
 
 
 def test_a_component_is_named_behind_a_slash_or_apart(fake: FakeDaemon) -> None:
@@ -133,7 +133,7 @@ def test_a_component_is_named_behind_a_slash_or_apart(fake: FakeDaemon) -> None:
         fake.then_attached(attached_body([], 8), bytes(8))
     vramd.attach("sdxl/unet", socket=fake.path).close()
     vramd.attach("sdxl", component="unet", socket=fake.path).close()
-    assert fake.requests == 2 * [{"model": "sdxl", "component": "unet", "access": "read"}]
+    assert fake.requests == 2 * [{"model": "sdxl", "component": "unet", "access": "read", "moves": True}]
     with pytest.raises(ValueError, match="names a component already"):
         vramd.attach("sdxl/unet", component="vae", socket=fake.path)
 
@@ -272,7 +272,7 @@ def test_the_bytes_of_an_allocation_are_shared(fake: FakeDaemon) -> None:
             array[0] = 1
         with pytest.raises(vramd.ClosedError):
             ours.buffer  # noqa: B018
-    assert fake.requests[0] == {"allocationId": "some-id", "access": "write"}
+    assert fake.requests[0] == {"allocationId": "some-id", "access": "write", "moves": True}
 
 
 def test_without_ml_dtypes_the_ways_out_are_named(fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:

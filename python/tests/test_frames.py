@@ -12,7 +12,13 @@ import vramd
 from support import GOLDEN, PAGE, FakeDaemon, Row, attached_body, count_descriptors, memfd, until
 from vramd import frames
 
-KINDS = {"attach": frames.ATTACH, "attached": frames.ATTACHED, "error": frames.ERROR}
+KINDS = {
+    "attach": frames.ATTACH,
+    "attached": frames.ATTACHED,
+    "error": frames.ERROR,
+    "moved": frames.MOVED,
+    "acknowledge": frames.ACKNOWLEDGE,
+}
 CASES: list[dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())
 GOOD = [case for case in CASES if "kind" in case]
 BAD = [case for case in CASES if "error" in case]

@@ -4,7 +4,8 @@
                      └─ an error: nothing is left
 
 Owns the connection and the mapping. What becomes of the bytes is ``arrays`` (NumPy) and ``tensors`` (torch).
-A mapping is never unmapped by hand: it goes when the last array over it goes, so no access can fault.
+A mapping is never unmapped by hand: it goes when the last array over it goes, so no access can fault. Moves
+of its bytes to another place are the business of ``moves``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, overload
 
-from . import frames
+from . import frames, moves
 from .errors import ClosedError, ConnectionFailed, ProtocolError, Timeout, from_body
 from .frames import Reply, Row, Tensor
 
@@ -51,12 +52,20 @@ class Attached:
     """What attachments of models and of allocations share: the lease, the mapping, and their end."""
 
     def __init__(
-        self, connection: sockets.socket, reply: Reply, buffer: mmap.mmap | bytes, base: int
+        self,
+        connection: sockets.socket,
+        reply: Reply,
+        buffer: mmap.mmap | bytes,
+        base: int,
+        private: bool = False,
     ) -> None:
         self._connection: sockets.socket | None = connection
         self._reply = reply
         self._buffer: mmap.mmap | bytes | None = buffer
         self._base = base
+        self._private = private
+        #: Why this attachment follows no moves.
+        self._fixed: str | None = None
         self.nbytes: Final = reply.bytes
 
     @property
@@ -73,7 +82,10 @@ class Attached:
 
     @property
     def generation(self) -> int:
-        """Counts up whenever the bytes get a new place or new contents."""
+        """Counts up whenever the bytes get a new place or new contents.
+
+        A new place changes nothing for who reads: the same arrays have the same bytes at the same addresses.
+        """
         return self._reply.generation
 
     @property
@@ -84,6 +96,7 @@ class Attached:
         """Ends the lease at once. The pages go with the last array that refers to them."""
         connection, self._connection, self._buffer = self._connection, None, None
         if connection is not None:
+            moves.forget(connection)
             connection.close()
 
     def check_open(self) -> None:
@@ -134,7 +147,7 @@ class Attachment(Attached, Mapping[str, T], Generic[T]):
         base: int,
         framework: Framework,
     ) -> None:
-        super().__init__(connection, reply, buffer, base)
+        super().__init__(connection, reply, buffer, base, private=framework == "torch")
         self._tensors = reply.tensors
         self._framework = framework
         self._view: Callable[[Attached, Row, Any, int], T] | None = None
@@ -260,6 +273,10 @@ def attach(
     a page of memory (a huge page, where the daemon uses these; without a free one the kernel ends the
     process, so ``clone()`` what you mean to change).
 
+    The daemon may give the bytes another place meanwhile: the arrays stay as they are, at their addresses. (A
+    private mapping that was written to stays where it is; a first write at the very moment of a move may be
+    lost.)
+
     The attachment keeps the model resident until ``close``, or until the process ends in whatever way. After
     a fork the child has it too, and the lease ends when both have closed it.
     """
@@ -268,11 +285,12 @@ def attach(
     name, slash, part = model.partition("/")
     if slash and component is not None:
         raise ValueError(f"{model!r} names a component already; leave out component={component!r}")
-    request = {
+    request: dict[str, str | bool | None] = {
         "model": name,
         "component": part if slash else component,
         "deviceId": device,
         "access": access,
+        "moves": True,
     }
 
     def build(
@@ -295,7 +313,7 @@ def attach_allocation(
     >>> with vramd.attach_allocation(allocation["allocationId"], access="write") as shared:
     ...     shared.buffer[:5] = b"hello"
     """
-    request = {"allocationId": allocation_id, "access": access}
+    request: dict[str, str | bool | None] = {"allocationId": allocation_id, "access": access, "moves": True}
     return _attach(request, socket, timeout, False, AllocationAttachment)
 
 
@@ -303,7 +321,7 @@ A = TypeVar("A", bound=Attached)
 
 
 def _attach(
-    request: Mapping[str, str | None],
+    request: Mapping[str, str | bool | None],
     socket: str | os.PathLike[str] | None,
     timeout: float,
     private: bool,
@@ -325,7 +343,9 @@ def _attach(
         finally:
             frames.close_all(descriptors)
         connection.settimeout(None)
-        return build(connection, reply, buffer, base)
+        attached = build(connection, reply, buffer, base)
+        moves.follow(connection, attached)
+        return attached
     except BaseException:
         connection.close()
         raise

@@ -22,6 +22,11 @@ OperationState = Literal["Queued", "Running", "Completed", "Failed", "Cancelled"
 Include = Literal["allocations", "fragmentation", "processes"]
 Sort = Literal["createdAt", "-createdAt", "sizeBytes", "-sizeBytes"]
 Access = Literal["read", "write"]
+TransferMode = Literal["move", "copy"]
+ClearTarget = Literal["Cache", "Unused", "Allocations", "Zero"]
+FixedReason = Literal[
+    "pinned", "written", "readerDoesNotFollow", "readerNotAnswering", "attached", "busy", "stale", "failed"
+]
 
 
 class ErrorBody(TypedDict):
@@ -121,6 +126,8 @@ class Released(TypedDict):
     allocationId: str
     deviceId: str
     releasedBytes: int
+    verified: bool
+    heldBy: NotRequired[list[Holder]]
 
 
 class Pressure(TypedDict):
@@ -220,6 +227,7 @@ class Operation(TypedDict):
     kind: str
     subject: str
     state: OperationState
+    paused: bool
     bytesDone: int
     bytesTotal: int
     bytesPerSecond: NotRequired[int]
@@ -239,3 +247,53 @@ class Event(TypedDict):
     event: str
     at: str
     data: Any
+
+
+class TransferItem(TypedDict):
+    """An allocation, or a model, or one component of it."""
+
+    allocationId: NotRequired[str]
+    model: NotRequired[str]
+    component: NotRequired[str]
+    sourceDeviceId: NotRequired[str]
+
+
+class FragmentationFigures(TypedDict):
+    largestFreeBytes: int
+    poolFreeBytes: int
+    holeCount: int
+    segmentCount: int
+
+
+class FixedBlock(TypedDict):
+    allocationId: str
+    reason: FixedReason
+    holders: NotRequired[list[Holder]]
+
+
+class DefragmentPlan(TypedDict):
+    deviceId: str
+    moves: int
+    bytes: int
+    expectedSeconds: NotRequired[float]
+    passes: int
+    reclaimedBytes: int
+    before: FragmentationFigures
+    after: FragmentationFigures
+    fixed: list[FixedBlock]
+    fixedCount: int
+
+
+class DefragmentPlans(TypedDict):
+    plans: list[DefragmentPlan]
+
+
+class Cleared(TypedDict):
+    dryRun: bool
+    askedBytes: int
+    acknowledgedBytes: int
+    measuredBytes: NotRequired[int]
+    allocations: list[str]
+    models: list[str]
+    kept: list[FixedBlock]
+    operations: NotRequired[list[str]]

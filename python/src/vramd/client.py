@@ -162,6 +162,147 @@ class Client:
         released: bodies.Released = self._transport.call("DELETE", path)
         return released
 
+    # What moves bytes
+
+    def transfer(
+        self,
+        items: Iterable[str | bodies.TransferItem],
+        target_device: str,
+        *,
+        mode: bodies.TransferMode = "move",
+        checksum: bool = False,
+        priority: bodies.Priority | None = None,
+        max_bytes_per_second: int | None = None,
+        wait: bool = True,
+        timeout: float | None = None,
+        progress: Callable[[bodies.Operation], object] | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Operation:
+        """Moves or copies to another device: all of ``items``, or none is begun.
+
+        An item is an allocation's id, or ``{"model": "sdxl", "component": "unet"}``. A moved allocation keeps
+        its id. What fails or is cancelled leaves the old copy as it was.
+        """
+        body = _given(
+            items=[{"allocationId": item} if isinstance(item, str) else item for item in items],
+            targetDeviceId=target_device,
+            mode=mode,
+            checksum=checksum,
+            priority=priority,
+            maxBytesPerSecond=max_bytes_per_second,
+        )
+        return self._start("/api/memory/transfer", body, idempotency_key, wait, timeout, progress)
+
+    def transfer_status(self, transfer_id: str) -> bodies.Operation:
+        found: bodies.Operation = self._get(f"/api/memory/transfer/{_part(transfer_id)}")
+        return found
+
+    def cancel_transfer(self, transfer_id: str) -> bodies.Operation:
+        """The old copy stays as it was; items that had arrived stay where they are."""
+        path = f"/api/memory/transfer/{_part(transfer_id)}"
+        cancelled: bodies.Operation = self._transport.call("DELETE", path)
+        return cancelled
+
+    def copy(
+        self,
+        source_allocation_id: str,
+        target_allocation_id: str,
+        *,
+        source_offset: int = 0,
+        target_offset: int = 0,
+        size_bytes: int | None = None,
+        checksum: bool = False,
+        priority: bodies.Priority | None = None,
+        max_bytes_per_second: int | None = None,
+        wait: bool = True,
+        timeout: float | None = None,
+        progress: Callable[[bodies.Operation], object] | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Operation:
+        """Copies bytes from one allocation into another; by default up to the end of the source."""
+        body = _given(
+            sourceAllocationId=source_allocation_id,
+            targetAllocationId=target_allocation_id,
+            sourceOffset=source_offset,
+            targetOffset=target_offset,
+            sizeBytes=size_bytes,
+            checksum=checksum,
+            priority=priority,
+            maxBytesPerSecond=max_bytes_per_second,
+        )
+        return self._start("/api/memory/copy", body, idempotency_key, wait, timeout, progress)
+
+    def defragment(
+        self,
+        device: str | None = None,
+        *,
+        max_bytes: int | None = None,
+        max_moves: int | None = None,
+        max_milliseconds: int | None = None,
+        max_bytes_per_second: int | None = None,
+        priority: bodies.Priority | None = None,
+        wait: bool = True,
+        timeout: float | None = None,
+        progress: Callable[[bodies.Operation], object] | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Operation:
+        """Packs what shares segments, on ``device`` or on all; ``result`` says what moved and what did not.
+
+        Attached arrays keep their addresses and their bytes.
+        """
+        body = _defragment(max_bytes, max_moves, max_milliseconds, max_bytes_per_second, priority)
+        path = _on("/api/memory/operations/defragment", device)
+        return self._start(path, body, idempotency_key, wait, timeout, progress)
+
+    def plan_defragment(
+        self,
+        device: str | None = None,
+        *,
+        max_bytes: int | None = None,
+        max_moves: int | None = None,
+        max_milliseconds: int | None = None,
+    ) -> list[bodies.DefragmentPlan]:
+        """What ``defragment`` would do: one plan for each device. Nothing moves."""
+        body = _defragment(max_bytes, max_moves, max_milliseconds, None, None) | {"dryRun": True}
+        path = _on("/api/memory/operations/defragment", device)
+        answer: bodies.DefragmentPlans = self._transport.call("POST", path, body=body)
+        return answer["plans"]
+
+    def clear(
+        self,
+        what: bodies.ClearTarget,
+        device: str | None = None,
+        *,
+        owner: str | None = None,
+        allocation_id: str | None = None,
+        force: bool = False,
+        wait: bool = True,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Operation:
+        """Gives back ``"Cache"``, ``"Unused"`` or an owner's ``"Allocations"``; or zeroes an allocation's bytes.
+
+        ``result`` says how many bytes were asked, acknowledged and measured.
+        """
+        body = _given(what=what, owner=owner, allocationId=allocation_id, force=force)
+        path = _on("/api/memory/operations/clear", device)
+        return self._start(path, body, idempotency_key, wait, timeout, None)
+
+    def plan_clear(
+        self,
+        what: bodies.ClearTarget,
+        device: str | None = None,
+        *,
+        owner: str | None = None,
+        allocation_id: str | None = None,
+        force: bool = False,
+    ) -> bodies.Cleared:
+        """What ``clear`` would clear. Nothing goes."""
+        body = _given(what=what, owner=owner, allocationId=allocation_id, force=force, dryRun=True)
+        path = _on("/api/memory/operations/clear", device)
+        answer: bodies.Cleared = self._transport.call("POST", path, body=body)
+        return answer
+
     # Models
 
     def models(self) -> list[bodies.Model]:
@@ -266,6 +407,15 @@ class Client:
         cancelled: bodies.Operation = self._transport.call("DELETE", f"/api/operations/{_part(operation_id)}")
         return cancelled
 
+    def pause_operation(self, operation_id: str) -> bodies.Operation:
+        """Holds an operation that moves bytes; what is in flight ends."""
+        paused: bodies.Operation = self._post(f"/api/operations/{_part(operation_id)}/pause")
+        return paused
+
+    def resume_operation(self, operation_id: str) -> bodies.Operation:
+        resumed: bodies.Operation = self._post(f"/api/operations/{_part(operation_id)}/resume")
+        return resumed
+
     def wait_operation(
         self,
         operation_id: str,
@@ -360,6 +510,26 @@ def _part(text: str) -> str:
 
 def _model(name: str) -> str:
     return f"/api/models/{_part(name)}"
+
+
+def _on(path: str, device: str | None) -> str:
+    return path if device is None else f"{path}/{_part(device)}"
+
+
+def _defragment(
+    max_bytes: int | None,
+    max_moves: int | None,
+    max_milliseconds: int | None,
+    max_bytes_per_second: int | None,
+    priority: str | None,
+) -> dict[str, Any]:
+    return _given(
+        maxBytes=max_bytes,
+        maxMoves=max_moves,
+        maxMilliseconds=max_milliseconds,
+        maxBytesPerSecond=max_bytes_per_second,
+        priority=priority,
+    )
 
 
 def _list(words: Iterable[str]) -> str | None:

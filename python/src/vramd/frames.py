@@ -21,7 +21,7 @@ from .errors import ProtocolError, Timeout
 MAGIC = b"VRMD"
 VERSION = 1
 HEADER = struct.Struct("<4sHHII")
-ATTACH, ATTACHED, ERROR = 1, 2, 3
+ATTACH, ATTACHED, ERROR, MOVED, ACKNOWLEDGE = 1, 2, 3, 4, 5
 MAX_REQUEST_BYTES = 64 << 10
 MAX_REPLY_BYTES = 256 << 20
 MAX_DESCRIPTORS = 253
@@ -31,6 +31,8 @@ _BOUNDS = {
     ATTACH: (MAX_REQUEST_BYTES, 0),
     ATTACHED: (MAX_REPLY_BYTES, MAX_DESCRIPTORS),
     ERROR: (MAX_REQUEST_BYTES, 0),
+    MOVED: (MAX_REQUEST_BYTES, MAX_DESCRIPTORS),
+    ACKNOWLEDGE: (MAX_REQUEST_BYTES, 0),
 }
 
 #: Bits of one element, by dtype. A dtype that is not here was added later: its bytes can still be had.
@@ -175,9 +177,37 @@ def read_reply(body: Any, descriptors: int) -> Reply:
     return reply
 
 
-def _reply(body: Any) -> Reply:
+def read_moved(body: Any, descriptors: int, before: Reply) -> Reply:
+    """Holds the body of a ``Moved`` frame to its own figures and to what is mapped; the new reply."""
+    try:
+        segment, segment_bytes, page_bytes, offset, size = _place(body)
+        if len(body["segments"]) != descriptors:
+            raise ProtocolError(f"{descriptors} descriptors came for {len(body['segments'])} segments")
+        moved = before._replace(
+            device=_text(body["deviceId"]),
+            generation=_natural(body["generation"], "generation"),
+            segment=segment,
+            segment_bytes=segment_bytes,
+            offset=offset,
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ProtocolError(f"the daemon's move is malformed: {error!r}") from error
+    if (size, page_bytes) != (before.bytes, before.page_bytes):
+        raise ProtocolError(f"a block of {before.bytes} bytes cannot move to one of {size}")
+    if (offset - before.offset) % page_bytes:
+        raise ProtocolError(
+            f"from byte {before.offset} to {offset} is no move by whole pages of {page_bytes}"
+        )
+    if moved.generation <= before.generation:
+        raise ProtocolError(f"generation {moved.generation} cannot come after {before.generation}")
+    return moved
+
+
+def _place(body: Any) -> tuple[int, int, int, int, int]:
+    """Where the bytes are: segment, its bytes and those of its pages, offset, bytes."""
     block = body["block"]
-    segment = body["segments"][_natural(block["segment"], "block.segment")]
+    index = _natural(block["segment"], "block.segment")
+    segment = body["segments"][index]
     segment_bytes = _natural(segment["bytes"], "segment.bytes")
     page_bytes = _natural(segment["pageBytes"], "segment.pageBytes")
     offset = _natural(block["offset"], "block.offset")
@@ -188,6 +218,11 @@ def _reply(body: Any) -> Reply:
         raise ProtocolError(
             f"the block ends at byte {offset + size}, behind its segment of {segment_bytes} bytes"
         )
+    return index, segment_bytes, page_bytes, offset, size
+
+
+def _reply(body: Any) -> Reply:
+    segment, segment_bytes, page_bytes, offset, size = _place(body)
     rows = body["tensors"]
     tensors = {row[0]: row for row in rows}
     if len(tensors) != len(rows):
@@ -204,7 +239,7 @@ def _reply(body: Any) -> Reply:
         model=body.get("model"),
         component=body.get("component"),
         access=_text(body["access"]),
-        segment=block["segment"],
+        segment=segment,
         segment_bytes=segment_bytes,
         page_bytes=page_bytes,
         offset=offset,

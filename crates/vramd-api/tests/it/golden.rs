@@ -68,6 +68,8 @@ fn golden_frames_read_as_listed_and_are_written_to_the_byte() {
             "attach" => FrameKind::Attach,
             "attached" => FrameKind::Attached,
             "error" => FrameKind::Error,
+            "moved" => FrameKind::Moved,
+            "acknowledge" => FrameKind::Acknowledge,
             other => panic!("{}: {other:?} is no kind", case.file),
         };
         assert_eq!(header.kind, kind, "{}", case.file);

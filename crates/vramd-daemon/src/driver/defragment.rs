@@ -428,10 +428,13 @@ impl State {
 
     /// The bytes that a move has left behind are free.
     pub(super) fn place_freed(&mut self, id: OperationId, place: AllocationId) {
+        let settle_by = Tick(self.now.tick.0 + SETTLE_MS);
         if let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id)
             && let Some(pass) = &mut running.current
         {
             pass.left.remove(&place);
+            // Slow readers are not silent ones.
+            pass.settle_by = settle_by;
             self.now_or_later(id);
         }
     }

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vramd as api
+from support import PAGE, Vramd, attached_body, count_descriptors, memfd, running, until
+from vramd import frames, moves
+
+PAYLOAD = bytes(range(256)) * 16
+ROWS = [("a", "U8", [len(PAYLOAD)], 0, len(PAYLOAD))]
+
+
+class Mover:
+    """A daemon that attaches one client and moves its bytes when it is told to."""
+
+    def __init__(self, path: Path, **changes: Any) -> None:
+        self.path = str(path)
+        self.body = attached_body(ROWS, len(PAYLOAD), **changes)
+        self.generation = self.body["generation"]
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(self.path)
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        self.connection, _ = self._listener.accept()
+        self.connection.settimeout(10)
+        _, self.request, _ = frames.receive(self.connection)
+        self.send(frames.encode(frames.ATTACHED, self.body, 1), PAYLOAD)
+
+    def send(self, frame: bytes, payload: bytes, before: int = PAGE) -> None:
+        descriptor = memfd(payload, before)
+        socket.send_fds(self.connection, [frame], [descriptor])
+        os.close(descriptor)
+
+    def move(self, payload: bytes = PAYLOAD, before: int = PAGE, **changes: Any) -> dict[str, Any]:
+        """Moves to another file, where the block lies behind ``before`` bytes; the client's answer."""
+        self.tell(payload, before, **changes)
+        kind, body, _ = frames.receive(self.connection)
+        assert kind == frames.ACKNOWLEDGE
+        assert isinstance(body, dict)
+        return body
+
+    def tell(self, payload: bytes = PAYLOAD, before: int = PAGE, **changes: Any) -> None:
+        self.generation += 1
+        pages = -(-(before + len(payload)) // PAGE)
+        body = {
+            "generation": self.generation,
+            "deviceId": "cpu:0",
+            "segments": [{"bytes": pages * PAGE, "pageBytes": PAGE}],
+            "block": {"segment": 0, "offset": before, "bytes": len(payload)},
+        }
+        self.send(frames.encode(frames.MOVED, body | changes, 1), payload, before)
+
+    def ended(self) -> bool:
+        """Whether the client has closed the connection."""
+        with suppress(ConnectionResetError):
+            return self.connection.recv(1) == b""
+        return True
+
+    def stop(self) -> None:
+        self._thread.join(10)
+        self.connection.close()
+        self._listener.close()
+
+
+@pytest.fixture
+def mover(tmp_path: Path) -> Iterator[Mover]:
+    daemon = Mover(tmp_path / "socket")
+    yield daemon
+    daemon.stop()
+
+
+@pytest.fixture
+def quick_switches() -> Iterator[None]:
+    """A thread that only computes keeps the interpreter for 5 ms at a time, unless it is told otherwise."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0001)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("quick_switches")
+def test_arrays_keep_their_addresses_and_their_bytes_over_many_moves(mover: Mover) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        assert mover.request["moves"] is True
+        array, raw = attached["a"], attached.raw("a")
+        address = array.ctypes.data
+        stop, wrong = threading.Event(), []
+
+        def read() -> None:
+            while not stop.is_set():
+                if bytes(raw) != PAYLOAD or int(np.asarray(array).sum()) != sum(PAYLOAD):
+                    wrong.append("other bytes")
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        descriptors = count_descriptors()
+        for number in range(100):
+            before = PAGE * (number % 3)
+            assert mover.move(before=before) == {"generation": mover.generation, "moved": True}
+        stop.set()
+        reader.join(10)
+        assert not wrong
+        assert array.ctypes.data == address
+        assert attached.generation == mover.generation
+        until(lambda: count_descriptors() <= descriptors, "no descriptor is left open")
+        # They are the new pages, not the old ones.
+        mover.move(PAYLOAD[::-1])
+        assert bytes(raw) == PAYLOAD[::-1]
+        assert bytes(attached.raw("a")) == PAYLOAD[::-1]
+
+
+def test_a_private_mapping_moves_until_it_is_written_to(tmp_path: Path) -> None:
+    mover = Mover(tmp_path / "socket")
+    try:
+        # What framework="torch" does, without torch.
+        def build(connection: Any, reply: Any, buffer: Any, base: int) -> api.AllocationAttachment:
+            return api.AllocationAttachment(connection, reply, buffer, base, private=True)
+
+        from vramd.attachment import _attach
+
+        attached = _attach({"model": "toy", "access": "read", "moves": True}, mover.path, 10, True, build)
+        with attached:
+            buffer = attached.buffer
+            assert mover.move()["moved"] is True
+            buffer[0] = 77
+            answer = mover.move()
+            assert answer["moved"] is False
+            assert "written" in answer["reason"]
+            assert buffer[0] == 77, "a writer keeps what it wrote"
+            assert bytes(buffer[1:]) == PAYLOAD[1:]
+    finally:
+        mover.stop()
+
+
+def broken(mover: Mover, changes: dict[str, Any]) -> None:
+    """Sends a move that cannot be, and waits until the client has given up on its daemon."""
+    mover.tell(**changes)
+    assert mover.ended()
+    with moves._follower.lock:  # the warning comes under it
+        pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block": {"segment": 0, "offset": PAGE + 8, "bytes": len(PAYLOAD)}},
+        {"block": {"segment": 0, "offset": PAGE, "bytes": len(PAYLOAD) - 1}},
+        {"block": {"segment": 1, "offset": PAGE, "bytes": len(PAYLOAD)}},
+        {"block": {"segment": 0, "offset": 1 << 40, "bytes": len(PAYLOAD)}},
+        {"segments": [{"bytes": 1 << 30, "pageBytes": 2 << 20}]},
+        {"segments": []},
+        {"generation": 3},
+        {"deviceId": 7},
+    ],
+)
+def test_a_move_that_cannot_be_ends_the_following_and_leaves_the_bytes(
+    mover: Mover, changes: dict[str, Any]
+) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        array = attached["a"]
+        with pytest.warns(RuntimeWarning, match="follows no moves"):
+            broken(mover, changes)
+        assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_a_segment_that_is_shorter_than_announced_is_refused(mover: Mover) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        array = attached["a"]
+        short = {
+            "segments": [{"bytes": 64 * PAGE, "pageBytes": PAGE}],
+            "block": {"segment": 0, "offset": 40 * PAGE, "bytes": len(PAYLOAD)},
+        }
+        with pytest.warns(RuntimeWarning, match="shorter than announced"):
+            broken(mover, short)
+        assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_after_a_fork_the_bytes_stay_where_they_are(mover: Mover) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        array = attached["a"]
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if bytes(np.asarray(array)) == PAYLOAD else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        answer = mover.move(PAYLOAD[::-1])
+        assert answer["moved"] is False
+        assert "fork" in answer["reason"]
+        assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_closing_while_a_move_comes_leaves_what_arrays_refer_to(tmp_path: Path) -> None:
+    for number in range(20):
+        mover = Mover(tmp_path / f"socket-{number}")
+        attached = api.attach("toy", socket=mover.path)
+        view = np.asarray(attached["a"])
+        mover.tell()
+        attached.close()
+        assert bytes(view) == PAYLOAD
+        mover.stop()
+
+
+READER = """
+import sys, vramd
+attached = [vramd.attach_allocation(name, socket=sys.argv[1]) for name in sys.argv[2].split(",")]
+views = [one.buffer for one in attached]
+before = [bytes(view) for view in views]
+print("attached", flush=True)
+while True:
+    if [bytes(view) for view in views] != before:
+        print("other bytes", flush=True)
+        sys.exit(1)
+    if min(one.generation for one in attached) > 1:
+        print("moved", flush=True)
+"""
+
+KIB = 1 << 10
+
+
+def fragment(vramd: Vramd, device: str) -> list[str]:
+    """Two segments of 300 KiB blocks with different bytes; what is left is nearly nothing in the second."""
+    client = vramd.client
+    made = [client.allocate(300 * KIB, device=device, lease_seconds=600)["allocationId"] for _ in range(26)]
+    for number, name in enumerate(made):
+        with api.attach_allocation(name, socket=vramd.socket, access="write") as shared:
+            shared.buffer[:] = bytes([number + 1]) * (300 * KIB)
+    kept = made[0:13:2] + made[13:15]
+    for name in made:
+        if name not in kept:
+            until(lambda name=name: released(client, name), "the release")  # type: ignore[misc]
+    return kept
+
+
+def released(client: api.Client, name: str) -> bool:
+    try:
+        client.release(name)
+    except api.VramdError as error:
+        if error.code == "CONFLICT":
+            return False
+        raise
+    return True
+
+
+@pytest.mark.parametrize("device", ["sim:0", "cpu:0"])
+def test_a_defragmentation_goes_on_under_a_reader_in_another_process(vramd: Vramd, device: str) -> None:
+    client = vramd.client
+    kept = fragment(vramd, device)
+    moving = kept[-2:]
+    command = [sys.executable, "-c", READER, vramd.socket, ",".join(moving)]
+    with running(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "attached\n"
+        ended = client.defragment(device)
+        assert ended["state"] == "Completed", json.dumps(ended)
+        result = ended["result"]["devices"][0]
+        assert result["fixedCount"] == 0, json.dumps(ended)
+        assert result["after"]["segmentCount"] == 1
+        assert reader.stdout.readline() == "moved\n"
+    for name in kept:
+        until(lambda name=name: released(client, name), "the release")  # type: ignore[misc]
+    until(lambda: client.device_status(device)["allocatedBytes"] == 0, "all bytes to be back")
+
+
+def test_a_reader_killed_in_the_middle_of_a_move_leaves_nothing(vramd: Vramd) -> None:
+    client = vramd.client
+    kept = fragment(vramd, "sim:0")
+    command = [sys.executable, "-c", READER, vramd.socket, ",".join(kept[-2:])]
+    with running(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "attached\n"
+        reader.send_signal(signal.SIGSTOP)
+        begun = client.defragment("sim:0", wait=False)
+        until(lambda: client.operation(begun["operationId"])["bytesDone"] > 0, "the first move")
+        reader.kill()
+        ended = client.wait_operation(begun["operationId"], timeout=30)
+        assert ended["state"] == "Completed", json.dumps(ended)
+    for name in kept:
+        until(lambda name=name: released(client, name), "the release")  # type: ignore[misc]
+    until(lambda: client.device_status("sim:0")["allocatedBytes"] == 0, "all bytes to be back")
