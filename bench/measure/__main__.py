@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import attach, idle, load, machine, model, serving
+from . import allocators, attach, idle, load, machine, model, serving
 from .table import Table
 
-COMPARISONS = {"attach": attach, "http": serving, "load": load, "idle": idle}
+COMPARISONS = {"attach": attach, "http": serving, "load": load, "idle": idle, "allocators": allocators}
 
 
 def main() -> None:
@@ -19,17 +19,23 @@ def main() -> None:
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison instead of all")
     parser.add_argument("--vramd", type=Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--peers", type=Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--allocators", type=Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, required=True, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
     setup = machine.Setup(
-        options.vramd.resolve(), options.peers.resolve(), options.work.resolve(), options.quick
+        options.vramd.resolve(),
+        options.peers.resolve(),
+        options.allocators.resolve(),
+        options.work.resolve(),
+        options.quick,
     )
     table = Table()
     with machine.huge_pages():
         before = machine.describe()
-        model.ensure(setup)
+        if options.only != "allocators":
+            model.ensure(setup)
         for name, comparison in COMPARISONS.items():
             if options.only in (None, name):
                 machine.say(name)

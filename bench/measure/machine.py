@@ -24,6 +24,7 @@ START_SECONDS = 30
 class Setup(NamedTuple):
     vramd: Path
     peers: Path
+    allocators: Path
     work: Path
     quick: bool
 

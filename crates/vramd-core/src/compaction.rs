@@ -4,9 +4,10 @@
 //! whether they can move.
 //!
 //! First pools are emptied, the one with the fewest bytes first, into the fullest of the others: an empty pool
-//! goes back to its device. Then the rest is compacted: from the top down, each block goes to the lowest place
-//! below its own that fits, in rounds, for a round leaves room that the next can use; what is done after
-//! fragmentation was least is left out of the plan. No block moves twice, and no block moves onto its own old
+//! goes back to its device. Then the rest is compacted: what lies above where all would end without a hole goes to
+//! the lowest place below that fits, the largest first. Then each block, from the top down, goes to the lowest
+//! place below its own, in rounds, for a round leaves room that the next can use. What is done after fragmentation
+//! was least is left out of the plan. No block moves twice, and no block moves onto its own old
 //! place. So a plan ends, never makes things worse, and one made after it was carried out is empty or makes them
 //! better.
 
@@ -121,6 +122,12 @@ enum State {
     Filled,
 }
 
+/// After how many moves most of the free bytes were together.
+struct Best {
+    together: u64,
+    moves: usize,
+}
+
 #[derive(Clone, Copy)]
 struct Step<'a> {
     block: &'a Block,
@@ -155,7 +162,9 @@ impl Block {
 impl<'a> Space<'a> {
     fn new(pool: &'a Pool) -> Self {
         let mut ranges = Ranges::new(pool.bytes);
-        for block in &pool.blocks {
+        let mut blocks: Vec<&Block> = pool.blocks.iter().collect();
+        blocks.sort_unstable_by_key(|block| block.offset);
+        for block in blocks {
             let taken = ranges.take_at(block.offset, block.bytes);
             assert!(taken, "block {} overlaps another or lies outside of pool {}", block.id, pool.id);
         }
@@ -191,8 +200,7 @@ impl<'a> Planner<'a> {
     }
 
     fn figures(&self) -> Figures {
-        let sum = |figure: fn(&Ranges) -> u64| self.spaces.iter().map(|space| figure(&space.ranges)).sum();
-        let (free_bytes, together): (u64, u64) = (sum(Ranges::free), sum(Ranges::largest_free));
+        let free_bytes = self.spaces.iter().map(|space| space.ranges.free()).sum();
         Figures {
             free_bytes,
             largest_free_bytes: self
@@ -202,7 +210,11 @@ impl<'a> Planner<'a> {
                 .max()
                 .unwrap_or(0),
             hole_count: self.spaces.iter().map(|space| space.ranges.hole_count()).sum(),
-            fragmentation: if free_bytes == 0 { 0.0 } else { 1.0 - together as f64 / free_bytes as f64 },
+            fragmentation: if free_bytes == 0 {
+                0.0
+            } else {
+                1.0 - self.together() as f64 / free_bytes as f64
+            },
             empty_pools: self.spaces.iter().filter(|space| space.ranges.is_empty()).count(),
         }
     }
@@ -258,28 +270,77 @@ impl<'a> Planner<'a> {
         for (at, space) in self.spaces.iter().enumerate().filter(|(_, space)| space.state != State::Empty) {
             blocks.extend(space.pool.blocks.iter().filter(|block| block.movable).map(|block| (at, block)));
         }
-        blocks.sort_unstable_by_key(|(at, block)| Reverse((*at, block.offset)));
+        let from_the_top = |(at, block): &(usize, &Block)| Reverse((*at, block.offset));
+        blocks.sort_unstable_by_key(from_the_top);
 
-        // Of the free bytes, those in the largest hole of their pool.
-        let mut together: u64 = self.spaces.iter().map(|space| space.ranges.largest_free()).sum();
-        let (mut most, mut best) = (together, self.moves.len());
+        let mut best = Best { together: self.together(), moves: self.moves.len() };
+        // The largest first: what is left of the room below is for small ones.
+        let (top, floor) = self.top(&blocks);
+        blocks[..top].sort_by_key(|(_, block)| Reverse(block.bytes));
+        let mut left = blocks.split_off(top);
+        self.round(&mut blocks, |_| floor, &mut best);
+        left.append(&mut blocks);
+        left.sort_unstable_by_key(from_the_top);
         for _ in 0..MOST_ROUNDS {
-            let before = blocks.len();
-            blocks.retain(|&(from, block)| {
-                let Some(to) = self.lower_place(from, block) else { return true };
-                together -= self.largest_of(from, to.0);
-                self.go(from, block, to);
-                together += self.largest_of(from, to.0);
-                if together > most {
-                    (most, best) = (together, self.moves.len());
-                }
-                false
-            });
-            if blocks.len() == before {
+            let before = best.moves;
+            self.round(&mut left, |place| place, &mut best);
+            if best.moves == before {
                 break;
             }
         }
-        for Step { block, from, to: (to, offset), .. } in self.moves.drain(best..).rev() {
+        self.undo(best.moves);
+    }
+
+    /// How many of the blocks, which come from the top down, lie above where all would end if they lay without a
+    /// hole, as far as the bounds reach; and the place of the last of them.
+    fn top(&self, blocks: &[(usize, &Block)]) -> (usize, (usize, u64)) {
+        let used = self.spaces.iter().enumerate().filter(|(_, space)| space.state != State::Empty);
+        let mut rest: u64 = used.clone().map(|(_, space)| space.live()).sum();
+        let mut line = (0, 0);
+        for (at, space) in used {
+            line = (at, rest.min(space.pool.bytes));
+            rest -= line.1;
+            if rest == 0 {
+                break;
+            }
+        }
+        let (mut floor, mut bytes, mut count) = (line, self.bytes_left, 0);
+        for (at, block) in blocks.iter().take(self.moves_left) {
+            if (*at, block.offset) < line || block.bytes > bytes {
+                break;
+            }
+            (floor, bytes, count) = ((*at, block.offset), bytes - block.bytes, count + 1);
+        }
+        (count, floor)
+    }
+
+    /// Moves each block, in this order, to its lowest place, if that is below a limit. Those that stay are left.
+    fn round(
+        &mut self,
+        blocks: &mut Vec<(usize, &'a Block)>,
+        limit: impl Fn((usize, u64)) -> (usize, u64),
+        best: &mut Best,
+    ) {
+        let mut together = self.together();
+        blocks.retain(|&(from, block)| {
+            let Some(to) = self.lowest_place(block, limit((from, block.offset))) else { return true };
+            together -= self.largest_of(from, to.0);
+            self.go(from, block, to);
+            together += self.largest_of(from, to.0);
+            if together > best.together {
+                *best = Best { together, moves: self.moves.len() };
+            }
+            false
+        });
+    }
+
+    /// Of the free bytes, those in the largest hole of their pool.
+    fn together(&self) -> u64 {
+        self.spaces.iter().map(|space| space.ranges.largest_free()).sum()
+    }
+
+    fn undo(&mut self, from: usize) {
+        for Step { block, from, to: (to, offset), .. } in self.moves.drain(from..).rev() {
             self.spaces[to].ranges.give(offset, block.bytes);
             let taken = self.spaces[from].ranges.take_at(block.offset, block.bytes);
             assert!(taken, "moves are undone from the last to the first");
@@ -291,15 +352,15 @@ impl<'a> Planner<'a> {
         largest(one) + if one == other { 0 } else { largest(other) }
     }
 
-    /// The lowest place for a block, if it is below its own and the bounds allow the move.
-    fn lower_place(&self, from: usize, block: &Block) -> Option<(usize, u64)> {
+    /// The lowest place for a block, if it is below the limit and the bounds allow the move.
+    fn lowest_place(&self, block: &Block, limit: (usize, u64)) -> Option<(usize, u64)> {
         if self.moves_left == 0 || block.bytes > self.bytes_left {
             return None;
         }
         let mut spaces =
-            self.spaces[..=from].iter().enumerate().filter(|(_, space)| space.state != State::Empty);
+            self.spaces[..=limit.0].iter().enumerate().filter(|(_, space)| space.state != State::Empty);
         let place = spaces.find_map(|(to, space)| Some((to, space.find(block)?)));
-        place.filter(|place| *place < (from, block.offset))
+        place.filter(|place| *place < limit)
     }
 
     fn go(&mut self, from: usize, block: &'a Block, (to, offset): (usize, u64)) {
