@@ -243,15 +243,11 @@ impl State {
 
 impl Active {
     fn end(self) {
-        let outcome = match self.failed {
-            Some(failure) => Err(failure),
-            None => {
-                let join = |(sum, bytes), (next, more)| {
-                    (crc_fast::checksum_combine(Crc64Nvme, sum, next, more), bytes + more)
-                };
-                Ok(self.sums.into_values().reduce(join).map(|(sum, _)| sum))
-            }
+        let join = |(sum, bytes), (next, more)| {
+            (crc_fast::checksum_combine(Crc64Nvme, sum, next, more), bytes + more)
         };
+        let sum = self.sums.into_values().reduce(join).map(|(sum, _)| sum);
+        let outcome = self.failed.map_or(Ok(sum), Err);
         (self.done)(outcome);
     }
 }

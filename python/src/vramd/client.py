@@ -280,7 +280,7 @@ class Client:
         timeout: float | None = None,
         idempotency_key: str | None = None,
     ) -> bodies.Operation:
-        """Gives back ``"Cache"``, ``"Unused"`` or an owner's ``"Allocations"``; or zeroes an allocation's bytes.
+        """Gives back ``"Cache"``, ``"Unused"`` or an owner's ``"Allocations"``; ``"Zero"`` zeroes one.
 
         ``result`` says how many bytes were asked, acknowledged and measured.
         """

@@ -1,11 +1,11 @@
 """Moves: the daemon gives attached bytes another place, and nobody who uses them notices.
 
-One thread for all attachments of the process waits for ``Moved`` frames. It maps the new pages elsewhere, brings
-them in, and then puts them under the old addresses in one call of the kernel, so that every array and tensor
-stays valid with the same bytes. Only then it acknowledges, and the daemon gives the old pages back.
+One thread for all attachments of the process waits for ``Moved`` frames. It maps the new pages elsewhere,
+brings them in, and then puts them under the old addresses in one call of the kernel, so that every array and
+tensor stays valid with the same bytes. Only then it acknowledges, and the daemon gives the old pages back.
 
-What cannot follow says so, and keeps its old pages: an attachment that lived through a fork (the child has them
-mapped too), and a private mapping that this process has written to.
+What cannot follow says so, and keeps its old pages: an attachment that lived through a fork (the child has
+them mapped too), and a private mapping that this process has written to.
 """
 
 from __future__ import annotations

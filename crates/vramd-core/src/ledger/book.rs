@@ -50,8 +50,8 @@ impl SizeClass {
     /// None: a segment of its own.
     pub fn of(bytes: u64) -> Option<Self> {
         match bytes {
-            0..=SMALL_BYTES => Some(Self::Small),
-            ..=MEDIUM_BYTES => Some(Self::Medium),
+            ..=SMALL_BYTES => Some(Self::Small),
+            bytes if bytes <= MEDIUM_BYTES => Some(Self::Medium),
             _ => None,
         }
     }
@@ -219,9 +219,11 @@ impl Book {
     /// Changes who may have blocks in a segment.
     pub fn set_sharing(&mut self, id: SegmentId, sharing: Sharing) {
         let Some(segment) = self.segments.get_mut(&id) else { return };
-        let before = std::mem::replace(&mut segment.sharing, sharing.clone());
+        let before = std::mem::replace(&mut segment.sharing, sharing);
         self.unshare(id, &before);
-        self.share(id, &sharing);
+        if let Some(sharing) = self.segments.get(&id).map(|segment| segment.sharing.clone()) {
+            self.share(id, &sharing);
+        }
     }
 
     fn share(&mut self, id: SegmentId, sharing: &Sharing) {

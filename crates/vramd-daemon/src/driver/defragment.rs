@@ -294,7 +294,7 @@ impl State {
             let late = running.request.max_milliseconds.is_some_and(|most| tick.0 - running.began.0 >= most);
             let Some(pass) = &mut running.current else {
                 match running.devices.pop_front().filter(|_| !cancelled && !late) {
-                    Some(device) => return self.begin_device(id, device),
+                    Some(device) => return self.begin_device(id, &device),
                     None => return self.end_defragment(id),
                 }
             };
@@ -336,8 +336,8 @@ impl State {
         }
     }
 
-    fn begin_device(&mut self, id: OperationId, device: DeviceId) {
-        let before = self.figures(&device);
+    fn begin_device(&mut self, id: OperationId, device: &DeviceId) {
+        let before = self.figures(device);
         let tick = self.now.tick;
         let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
         running.current = Some(Pass {
@@ -355,7 +355,7 @@ impl State {
             passes: 0,
             fixed: BTreeMap::new(),
         });
-        self.plan_pass(id, &device);
+        self.plan_pass(id, device);
     }
 
     /// Begins one move of a plan, if the plan still holds.

@@ -415,7 +415,7 @@ impl State {
             Event::Inspected(name, plans) => self.inspected(&name, plans),
             Event::LeaseEnded(lease) => self.lease_ended(lease),
             Event::MoveAnswered { lease, generation, refused } => {
-                self.move_answered(lease, generation, refused)
+                self.move_answered(lease, generation, refused);
             }
             Event::Copied { copy, outcome } => {
                 self.jobs -= 1;

@@ -11,7 +11,7 @@ use vramd_api::{
     AllocationId, ApiError, Checksum, ComponentName, CopyRequest, DeviceId, ErrorCode, EventKind, ModelName,
     Operation, OperationId, OperationKind, TransferItem, TransferMode, TransferRequest, Transferred,
 };
-use vramd_core::ledger::{Fixed, Lease, Readiness, Release, Request};
+use vramd_core::ledger::{Allocation, Fixed, Lease, Readiness, Release, Request};
 use vramd_core::models::{Plan, Residency};
 
 use super::allocations::{attached, owned, refusal};
@@ -51,6 +51,15 @@ struct Chosen {
     component: Option<(ModelName, ComponentName, std::sync::Arc<Plan>)>,
 }
 
+impl Chosen {
+    fn called(&self) -> String {
+        match &self.component {
+            Some((model, component, _)) => format!("{model}/{component}"),
+            None => format!("allocation {}", self.source),
+        }
+    }
+}
+
 impl State {
     pub(super) fn transfer(&mut self, request: &TransferRequest, caller: Caller, reply: Reply<Operation>) {
         let answer = self.try_transfer(request, caller);
@@ -82,7 +91,7 @@ impl State {
         let bytes = |id: AllocationId| self.ledger.allocation(id).map_or(0, |one| one.request.size_bytes);
         let total = chosen.iter().map(|one| bytes(one.source)).sum();
         let subject = match chosen.as_slice() {
-            [one] => format!("{} to {target}", self.called(one)),
+            [one] => format!("{} to {target}", one.called()),
             many => format!("{} items to {target}", many.len()),
         };
         let operation = self.operations.begin(OperationKind::Transfer, subject, total, self.now);
@@ -114,13 +123,6 @@ impl State {
             }
         }
         Ok(shown)
-    }
-
-    fn called(&self, one: &Chosen) -> String {
-        match &one.component {
-            Some((model, component, _)) => format!("{model}/{component}"),
-            None => format!("allocation {}", one.source),
-        }
     }
 
     /// Looks at one item: what it names, and whether it can go.
@@ -218,7 +220,7 @@ impl State {
     }
 
     fn may_go(&self, one: &Chosen, target: &DeviceId, mode: TransferMode) -> Result<(), ApiError> {
-        let what = self.called(one);
+        let what = one.called();
         if one.from == *target && mode == TransferMode::Move {
             return Err(same_place(&what, target));
         }
@@ -395,15 +397,14 @@ impl State {
         moved: bool,
     ) {
         self.ledger.grant(item.target, vramd_api::LeaseId(Uuid::now_v7()), Lease::Model, self.now);
-        let (now, kept) =
-            (self.now, self.ledger.allocation(item.source).is_some_and(|source| source.is_kept()));
+        let (now, kept) = (self.now, self.ledger.allocation(item.source).is_some_and(Allocation::is_kept));
         let mut changes = vec![Change::PutResident(model.clone(), component.clone(), item.to.clone())];
         let Some(entry) = self.models.get_mut(model) else { return };
         entry.last_used = Some(now);
         let Some(entry) = entry.components.get_mut(component) else { return };
         let resident = Residency::Resident { allocation: item.target, plan: plan.clone() };
         entry.residency.insert(item.to.clone(), resident);
-        if moved && kept && !self.ledger.allocation(item.source).is_some_and(|source| source.is_attached()) {
+        if moved && kept && !self.ledger.allocation(item.source).is_some_and(Allocation::is_attached) {
             entry
                 .residency
                 .insert(item.from.clone(), Residency::Evicting { allocation: item.source, operation });
@@ -513,7 +514,7 @@ impl State {
                 .hint("wait until it has ended: `vramd operations`"));
             }
         }
-        if source_id != target_id && self.ledger.allocation(source_id).is_some_and(|one| one.is_written()) {
+        if source_id != target_id && self.ledger.allocation(source_id).is_some_and(Allocation::is_written) {
             return Err(ApiError::new(
                 ErrorCode::Conflict,
                 format!("allocation {source_id} may be written to now"),

@@ -435,7 +435,7 @@ fn a_copy_that_overlaps_or_leaves_its_segment_is_misuse_and_changes_nothing(devi
 
 fn an_importer_sees_what_was_copied_into_a_sealed_segment(device: &dyn Device) {
     let (source, sealed) = (create(device, Writers::Importers), create(device, Writers::DeviceOnly));
-    let import = Import::read(&export(device, sealed, ExportAccess::Read), SIZE);
+    let import = Import::read(export(device, sealed, ExportAccess::Read), SIZE);
     device.write(source, 100, b"moved").unwrap();
     device.copy(Range { segment: source, offset: 100, bytes: 5 }, sealed, 7).unwrap();
     assert_eq!(&import.bytes()[7..12], b"moved");
