@@ -16,6 +16,7 @@ mod model;
 mod movement;
 mod operation;
 mod units;
+mod usage;
 
 pub use error::{ApiError, ErrorCode, Failure, Success};
 pub use event::{Event, EventKind};
@@ -39,6 +40,10 @@ pub use movement::{
 };
 pub use operation::{Operation, OperationKind, OperationPage, OperationState};
 pub use units::{BadSize, Bytes, parse_size};
+pub use usage::{
+    DeviceUsage, MAX_USAGE_POINTS, USAGE_SECONDS, UsageAverage, UsagePage, UsagePeak, UsageRates,
+    UsageSample, UsageShare,
+};
 
 /// The version of this build, as in every `Cargo.toml` of the workspace.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -14,6 +14,7 @@ pub mod pressure;
 pub mod queue;
 mod ranges;
 pub mod turns;
+pub mod usage;
 
 use jiff::Timestamp;
 

@@ -15,6 +15,7 @@ mod requests;
 mod server;
 mod source;
 mod store;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -160,7 +161,10 @@ pub async fn serve_on(
     let run = uuid::Uuid::now_v7().simple().to_string();
     let (driver, mut task) = Driver::start(devices, store, stored, run).map_err(StartError::Threads)?;
     let stopping = CancellationToken::new();
-    let app = http::App::new(driver.clone(), roots.clone(), address.map(|address| address.port()));
+    let usage = usage::UsageHistory::default();
+    let sampler = tokio::spawn(usage::sample(driver.clone(), usage.clone()));
+    let port = address.map(|address| address.port());
+    let app = http::App::new(driver.clone(), roots.clone(), usage, port);
     let server =
         tokio::spawn(Server::new(http::Service::new(app), driver.clone(), stopping.clone()).run(tcp, unix));
     let restore = tokio::spawn(restore(driver.clone(), roots, known, residents));
@@ -178,6 +182,7 @@ pub async fn serve_on(
     };
     tracing::info!("vramd stops");
     restore.abort();
+    sampler.abort();
     // First the driver, so that whoever follows the events hears of it and what waits is answered.
     driver.stop().await;
     stopping.cancel();

@@ -134,6 +134,8 @@ pub(super) struct Book {
     pub reserved: u64,
     pub allocation_count: u64,
     pub spare: Option<SegmentId>,
+    /// Segments on their way back to the device.
+    pub destroying: usize,
 }
 
 impl Book {
@@ -152,6 +154,7 @@ impl Book {
             reserved: 0,
             allocation_count: 0,
             spare: None,
+            destroying: 0,
         }
     }
 
@@ -196,6 +199,7 @@ impl Book {
         self.count(id, false);
         let segment = self.segments.remove(&id)?;
         self.held -= segment.ranges.bytes();
+        self.destroying -= usize::from(segment.state == SegmentState::Destroying);
         self.unshare(id, &segment.sharing);
         Some(segment)
     }
@@ -213,6 +217,7 @@ impl Book {
         self.count(id, false);
         if let Some(segment) = self.segments.get_mut(&id) {
             segment.state = SegmentState::Destroying;
+            self.destroying += 1;
         }
     }
 
@@ -312,6 +317,10 @@ impl Book {
         let holes: u64 = with_holes().map(|(_, segment)| segment.ranges.hole_count() as u64).sum();
         let largest: BTreeSet<_> =
             with_holes().map(|(id, segment)| (segment.ranges.largest_free(), *id)).collect();
+        let destroying = self.segments.values().filter(|one| one.state == SegmentState::Destroying).count();
+        if destroying != self.destroying {
+            return Err(format!("{destroying} segments are on their way back, {} counted", self.destroying));
+        }
         if (holes, &largest) != (self.hole_count, &self.largest) {
             return Err("the sums of the holes are wrong".to_owned());
         }

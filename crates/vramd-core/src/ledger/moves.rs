@@ -103,6 +103,11 @@ impl Ledger {
         book.shared.keys().map(group).filter(|group| !group.pools.is_empty()).collect()
     }
 
+    /// Segments are on their way back to the device.
+    pub fn gives_back(&self, device: &DeviceId) -> bool {
+        self.books.get(device).is_some_and(|book| book.destroying > 0)
+    }
+
     /// What could be had in one piece on a device if its shared segments were packed: at most that, since a
     /// block may not fit where room is.
     pub fn largest_after_compaction(&self, device: &DeviceId) -> u64 {

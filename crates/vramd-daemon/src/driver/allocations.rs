@@ -99,6 +99,9 @@ impl State {
                 self.granted(id, grant);
             }
             Err(shortage) => {
+                if let Some(device) = shortage.closest.clone() {
+                    self.counts.entry(device).or_default().refusals += 1;
+                }
                 let packing = self.pack_for(&shortage);
                 match wait {
                     Some(seconds) if self.ledger.could_fit(&allocate.request, &on) => {
@@ -323,6 +326,12 @@ impl State {
             generation: request.generation,
         };
         self.emit(EventKind::AllocationCreated, created);
+        let bytes = self.ledger.allocation(id).map_or(0, |allocation| allocation.block_bytes);
+        if let Some(device) = self.ledger.allocation(id).map(|allocation| allocation.device.clone()) {
+            let counts = self.counts.entry(device).or_default();
+            counts.allocations += 1;
+            counts.allocated_bytes += bytes;
+        }
     }
 
     /// A live allocation that `caller` may release and renew.
@@ -448,6 +457,7 @@ impl State {
         }
         self.ledger.destroyed(&device, segment);
         self.pool_freed(segment);
+        self.to_go_on.extend(self.operations.running.keys());
         self.admit();
     }
 
@@ -481,6 +491,9 @@ impl State {
             purpose: &allocation.request.purpose,
         };
         self.emit(EventKind::AllocationReleased, data);
+        let counts = self.counts.entry(allocation.device.clone()).or_default();
+        counts.releases += 1;
+        counts.released_bytes += allocation.block_bytes;
         match self.releasing.remove(&id) {
             Some(OnReleased::Reply(reply)) => self.answer(reply, Ok(released)),
             Some(OnReleased::Operation(operation)) => self.part_released(operation, id, &released.held_by),

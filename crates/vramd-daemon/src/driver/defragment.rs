@@ -317,7 +317,8 @@ impl State {
             if !pass.copying.is_empty() || !pass.planned.is_empty() {
                 return;
             }
-            let waits = !pass.left.is_empty() && tick < pass.settle_by;
+            let waits =
+                (!pass.left.is_empty() || self.ledger.gives_back(&pass.device)) && tick < pass.settle_by;
             if waits {
                 return;
             }

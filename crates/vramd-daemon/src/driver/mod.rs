@@ -30,6 +30,7 @@ use vramd_core::Now;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
 use vramd_core::models::{Model, Models, Plan};
 use vramd_core::queue::Queue;
+use vramd_core::usage::Counts;
 use vramd_device::{Device, DeviceError, Sample};
 
 use crate::clock::Clock;
@@ -156,6 +157,8 @@ pub enum Event {
         copy: copies::CopyId,
         outcome: mover::Outcome,
     },
+    /// What happened on each device since this was last asked.
+    TakeCounts(Reply<BTreeMap<DeviceId, Counts>>),
     /// The next pass of a defragmentation is planned.
     Planned {
         operation: OperationId,
@@ -250,6 +253,7 @@ impl Driver {
             rates: BTreeMap::new(),
             defragmented_at: BTreeMap::new(),
             mover,
+            counts: BTreeMap::new(),
             unreleased: BTreeSet::new(),
             undestroyed: BTreeSet::new(),
             unrestored: BTreeMap::new(),
@@ -325,6 +329,8 @@ struct State {
     /// When a device was last defragmented without a gain.
     defragmented_at: BTreeMap<DeviceId, vramd_core::Tick>,
     mover: Mover,
+    /// What happened on each device since somebody asked.
+    counts: BTreeMap<DeviceId, Counts>,
     /// Allocations whose bytes the device failed to give back; it is asked again at each tick.
     unreleased: BTreeSet<AllocationId>,
     /// Empty segments likewise.
@@ -374,6 +380,7 @@ impl State {
                 }
             }
             debug_assert_eq!(self.ledger.check(), Ok(()));
+            self.observe_peaks();
             publish.send_replace(Arc::new(self.snapshot()));
             for send in self.outbox.drain(..) {
                 send();
@@ -449,8 +456,27 @@ impl State {
                 self.jobs -= 1;
                 self.stored(*next, outcome);
             }
+            Event::TakeCounts(reply) => {
+                let counts = std::mem::take(&mut self.counts);
+                self.answer(reply, Ok(counts));
+            }
             Event::Tick => self.tick(),
             Event::Stop => self.stop(),
+        }
+    }
+
+    fn observe_peaks(&mut self) {
+        for facts in self.ledger.devices() {
+            if let Some(usage) = self.ledger.usage(&facts.device) {
+                match self.counts.get_mut(&facts.device) {
+                    Some(counts) => counts.observe(&usage),
+                    None => {
+                        let mut counts = Counts::default();
+                        counts.observe(&usage);
+                        self.counts.insert(facts.device.clone(), counts);
+                    }
+                }
+            }
         }
     }
 

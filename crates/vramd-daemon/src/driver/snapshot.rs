@@ -12,6 +12,7 @@ use vramd_api::{
 use vramd_core::ledger::{Allocations, Usage};
 use vramd_core::models::Models;
 use vramd_core::pressure::health_score;
+use vramd_core::usage::fragmentation;
 use vramd_device::Device;
 
 use super::{Entry, State};
@@ -96,7 +97,7 @@ impl DeviceView {
     pub fn status(&self, device: &dyn Device) -> DeviceStatus {
         let (facts, usage) = (device.facts(), self.usage);
         let ratio = (usage.used_bytes as f64 / facts.total_bytes.max(1) as f64).clamp(0.0, 1.0);
-        let fragmentation = fragmentation(usage);
+        let fragmentation = fragmentation(&usage);
         DeviceStatus {
             device_id: facts.device.clone(),
             uuid: facts.uuid.clone(),
@@ -134,13 +135,6 @@ impl DeviceView {
             segment_count: self.usage.segment_count,
         }
     }
-}
-
-fn fragmentation(usage: Usage) -> f64 {
-    if usage.available_bytes == 0 {
-        return 0.0;
-    }
-    (1.0 - usage.largest_free_bytes as f64 / usage.available_bytes as f64).clamp(0.0, 1.0)
 }
 
 /// The sums of `devices`, and the worst of what cannot be summed.

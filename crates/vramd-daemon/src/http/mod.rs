@@ -27,6 +27,7 @@ pub use extract::Peer;
 use self::reply::Refusal;
 use crate::driver::Driver;
 use crate::source::Roots;
+use crate::usage::UsageHistory;
 
 /// The largest body of a request.
 const MAX_BODY_BYTES: usize = 1 << 20;
@@ -39,6 +40,7 @@ pub struct App(Arc<Shared>);
 pub struct Shared {
     pub driver: Driver,
     pub roots: Arc<Roots>,
+    pub usage: UsageHistory,
     pub(crate) idempotency: idempotency::Keys,
     pub(crate) event_streams: Arc<tokio::sync::Semaphore>,
     /// The port that an `Origin` has to name.
@@ -46,10 +48,11 @@ pub struct Shared {
 }
 
 impl App {
-    pub fn new(driver: Driver, roots: Arc<Roots>, port: Option<u16>) -> Self {
+    pub fn new(driver: Driver, roots: Arc<Roots>, usage: UsageHistory, port: Option<u16>) -> Self {
         Self(Arc::new(Shared {
             driver,
             roots,
+            usage,
             idempotency: idempotency::Keys::default(),
             event_streams: Arc::new(tokio::sync::Semaphore::new(events::MAX_STREAMS)),
             port,
@@ -91,6 +94,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(devices::get))
         .routes(routes!(memory::status::all))
         .routes(routes!(memory::status::one))
+        .routes(routes!(memory::usage::all))
+        .routes(routes!(memory::usage::one))
         .routes(routes!(memory::allocations::list))
         .routes(routes!(memory::allocations::list_on))
         .routes(routes!(memory::allocations::get))

@@ -2,6 +2,7 @@
 
 mod allocations;
 mod attach;
+mod clear;
 mod death;
 mod events;
 mod faults;
@@ -12,4 +13,5 @@ mod moves;
 mod parts;
 mod restart;
 mod support;
+mod usage;
 mod wire;

@@ -6,3 +6,4 @@ pub mod defragment;
 pub mod limits;
 pub mod status;
 pub mod transfers;
+pub mod usage;
