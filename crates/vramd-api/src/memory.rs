@@ -354,6 +354,9 @@ pub struct DeviceStatus {
     /// With `include=allocations`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocations: Option<Vec<Allocation>>,
+    /// With `include=usage`: the last hour in sixty steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<crate::DeviceUsage>,
     /// With `include=fragmentation`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fragmentation_details: Option<FragmentationStatus>,

@@ -66,6 +66,17 @@ pub enum Question {
         /// One device, in detail: its id or uuid
         device: Option<String>,
     },
+    /// Show how much was used over time, and for whom
+    Usage {
+        /// Only this device: its id or uuid
+        device: Option<String>,
+        /// How far back, such as 90s or 15m; an hour at most [default: 1h]
+        #[arg(long, value_name = "TIME")]
+        window: Option<String>,
+        /// The length of one step [default: a sixtieth of the window]
+        #[arg(long, value_name = "TIME")]
+        step: Option<String>,
+    },
     /// List the devices and what they can do
     Devices,
     /// Allocate memory; prints the id of the allocation

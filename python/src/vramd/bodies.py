@@ -19,7 +19,7 @@ DeviceHealth = Literal["Healthy", "Lost"]
 PressureLevel = Literal["Normal", "Moderate", "High", "Critical"]
 ResidencyState = Literal["OnDisk", "Loading", "Resident", "Evicting"]
 OperationState = Literal["Queued", "Running", "Completed", "Failed", "Cancelled"]
-Include = Literal["allocations", "fragmentation", "processes"]
+Include = Literal["allocations", "usage", "fragmentation", "processes"]
 Sort = Literal["createdAt", "-createdAt", "sizeBytes", "-sizeBytes"]
 Access = Literal["read", "write"]
 TransferMode = Literal["move", "copy"]
@@ -169,6 +169,7 @@ class DeviceStatus(TotalStatus):
     health: DeviceHealth
     limitBytes: int
     allocations: NotRequired[list[Allocation]]
+    usage: NotRequired[DeviceUsage]
     fragmentationDetails: NotRequired[FragmentationStatus]
     processes: NotRequired[list[Holder]]
 
@@ -297,3 +298,64 @@ class Cleared(TypedDict):
     models: list[str]
     kept: list[FixedBlock]
     operations: NotRequired[list[str]]
+
+
+class UsagePeak(TypedDict):
+    usedBytes: int
+    allocatedBytes: int
+
+
+class UsageAverage(TypedDict):
+    usedBytes: int
+    allocatedBytes: int
+    availableBytes: int
+    utilization: float
+    fragmentation: float
+
+
+class UsageRates(TypedDict):
+    allocationsPerSecond: float
+    releasesPerSecond: float
+    allocatedBytesPerSecond: float
+    releasedBytesPerSecond: float
+    refusalsPerSecond: float
+
+
+class UsageShare(TypedDict):
+    name: str
+    bytes: int
+    peakBytes: int
+    averageBytes: int
+
+
+class UsageSample(TypedDict):
+    at: str
+    usedBytes: int
+    allocatedBytes: int
+    poolFreeBytes: int
+    reservedBytes: int
+    foreignBytes: int
+    availableBytes: int
+    peakUsedBytes: int
+    peakAllocatedBytes: int
+    fragmentation: float
+    allocations: int
+    releases: int
+    refusals: int
+
+
+class DeviceUsage(TypedDict):
+    deviceId: str
+    windowSeconds: int
+    stepSeconds: int
+    sampledSeconds: int
+    peak: NotRequired[UsagePeak]
+    average: NotRequired[UsageAverage]
+    rates: NotRequired[UsageRates]
+    byOwner: list[UsageShare]
+    byPurpose: list[UsageShare]
+    samples: list[UsageSample]
+
+
+class UsagePage(TypedDict):
+    devices: list[DeviceUsage]

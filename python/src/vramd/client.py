@@ -61,6 +61,18 @@ class Client:
         status: bodies.DeviceStatus = self._get(path, include=_list(include))
         return status
 
+    def usage(self, *, window: str | None = None, step: str | None = None) -> list[bodies.DeviceUsage]:
+        """Use over time of all devices; ``window`` and ``step`` such as ``"15m"``, an hour at most."""
+        page: bodies.UsagePage = self._get("/api/memory/usage", window=window, step=step)
+        return page["devices"]
+
+    def device_usage(
+        self, device: str, *, window: str | None = None, step: str | None = None
+    ) -> bodies.DeviceUsage:
+        path = f"/api/memory/usage/{_part(device)}"
+        usage: bodies.DeviceUsage = self._get(path, window=window, step=step)
+        return usage
+
     def limits(self) -> list[bodies.DeviceLimits]:
         page: bodies.LimitsPage = self._get("/api/memory/limits")
         return page["limits"]

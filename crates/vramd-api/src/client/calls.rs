@@ -8,9 +8,9 @@ use super::{Client, ClientError};
 use crate::{
     AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType,
     ClearRequest, Cleared, CopyRequest, DefragmentPlans, DefragmentRequest, Device, DeviceLimits, DevicePage,
-    DeviceStatus, Health, LimitsPage, LoadRequest, MemoryStatus, Model, ModelName, ModelPage, Operation,
-    OperationId, OperationPage, OperationState, RegisterModel, Released, RenewRequest, SetLimits,
-    TouchRequest, TransferRequest, UnloadRequest,
+    DeviceStatus, DeviceUsage, Health, LimitsPage, LoadRequest, MemoryStatus, Model, ModelName, ModelPage,
+    Operation, OperationId, OperationPage, OperationState, RegisterModel, Released, RenewRequest, SetLimits,
+    TouchRequest, TransferRequest, UnloadRequest, UsagePage,
 };
 
 /// Which allocations to list, in which order, and from where on.
@@ -61,6 +61,20 @@ impl Client {
 
     pub async fn device_status(&self, device: &str, include: &[&str]) -> Result<DeviceStatus, ClientError> {
         self.get_with(&["api", "memory", "status", device], &include_query(include)).await
+    }
+
+    /// Use over time; `window` and `step` are durations such as `15m`.
+    pub async fn usage(&self, window: Option<&str>, step: Option<&str>) -> Result<UsagePage, ClientError> {
+        self.get_with(&["api", "memory", "usage"], &span_query(window, step)).await
+    }
+
+    pub async fn device_usage(
+        &self,
+        device: &str,
+        window: Option<&str>,
+        step: Option<&str>,
+    ) -> Result<DeviceUsage, ClientError> {
+        self.get_with(&["api", "memory", "usage", device], &span_query(window, step)).await
     }
 
     /// One page; `device` narrows it to one device.
@@ -297,6 +311,10 @@ impl Client {
 /// A path with the device at its end, if one is named.
 fn on<'a>(path: &[&'a str], device: Option<&'a str>) -> Vec<&'a str> {
     path.iter().copied().chain(device).collect()
+}
+
+fn span_query<'a>(window: Option<&'a str>, step: Option<&'a str>) -> Vec<(&'static str, &'a str)> {
+    window.map(|window| ("window", window)).into_iter().chain(step.map(|step| ("step", step))).collect()
 }
 
 fn include_query(include: &[&str]) -> Vec<(&'static str, String)> {

@@ -122,6 +122,7 @@ impl DeviceView {
             allocation_count: usage.allocation_count,
             sampled_at: self.sampled_at.unwrap_or(Timestamp::UNIX_EPOCH),
             allocations: None,
+            usage: None,
             fragmentation_details: None,
             processes: None,
         }

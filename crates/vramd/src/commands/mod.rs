@@ -11,6 +11,7 @@ mod models;
 mod movement;
 mod operations;
 mod serve;
+mod usage;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -38,6 +39,9 @@ pub fn run(arguments: Arguments, output: Output) -> Result<ExitCode, CommandErro
 async fn ask(client: &Client, question: Question, output: Output) -> Result<ExitCode, CommandError> {
     match question {
         Question::Status { device } => memory::status(client, device, output).await?,
+        Question::Usage { device, window, step } => {
+            usage::usage(client, device, window.as_deref(), step.as_deref(), output).await?;
+        }
         Question::Devices => memory::devices(client, output).await?,
         Question::Limits { device, limit } => memory::limits(client, device, limit, output).await?,
         Question::Alloc(arguments) => allocations::alloc(client, arguments, output).await?,

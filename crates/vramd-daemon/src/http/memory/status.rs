@@ -12,23 +12,26 @@ use vramd_device::Device;
 use crate::driver::{Snapshot, memory_status};
 use crate::http::App;
 use crate::http::extract::{Params, Path};
+use crate::http::memory::usage;
 use crate::http::reply::{Answer, Errors, ok};
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct StatusParams {
-    /// What to add to each device, separated by commas: `allocations`, `fragmentation`, `processes`
+    /// What to add to each device, separated by commas: `allocations`, `usage`, `fragmentation`, `processes`
     #[param(
         required = false,
-        pattern = "^((allocations|fragmentation|processes)(,(allocations|fragmentation|processes))*)?$"
+        pattern = "^((allocations|usage|fragmentation|processes)(,(allocations|usage|fragmentation|processes))*)?$"
     )]
     include: Option<String>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // what is asked for, in any combination
 struct Include {
     allocations: bool,
+    usage: bool,
     fragmentation: bool,
     processes: bool,
 }
@@ -45,6 +48,7 @@ impl StatusParams {
         for word in self.include.iter().flat_map(|text| text.split(',')).filter(|word| !word.is_empty()) {
             match word {
                 "allocations" => include.allocations = true,
+                "usage" => include.usage = true,
                 "fragmentation" => include.fragmentation = true,
                 "processes" => include.processes = true,
                 _ => {
@@ -52,7 +56,9 @@ impl StatusParams {
                         "include",
                         format!("there is nothing called {word:?} to include"),
                     )
-                    .hint("include takes allocations, fragmentation and processes, separated by commas"));
+                    .hint(
+                        "include takes allocations, usage, fragmentation and processes, separated by commas",
+                    ));
                 }
             }
         }
@@ -68,7 +74,7 @@ pub async fn all(State(app): State<App>, Params(params): Params<StatusParams>) -
     let snapshot = app.driver.snapshot();
     let print = || {
         let devices =
-            app.driver.devices.iter().filter_map(|device| status(&snapshot, device.as_ref(), include));
+            app.driver.devices.iter().filter_map(|device| status(&app, &snapshot, device.as_ref(), include));
         let status = to_raw_value(&memory_status(devices.collect())).expect("figures and names always print");
         Arc::from(status)
     };
@@ -87,17 +93,20 @@ pub async fn one(
 ) -> Answer<DeviceStatus> {
     let include = params.parse()?;
     let device = app.driver.devices.named(&name)?;
-    let status = status(&app.driver.snapshot(), device.as_ref(), include);
+    let status = status(&app, &app.driver.snapshot(), device.as_ref(), include);
     ok(status.ok_or_else(|| ApiError::not_found("device", &name))?)
 }
 
-fn status(snapshot: &Snapshot, device: &dyn Device, include: Include) -> Option<DeviceStatus> {
+fn status(app: &App, snapshot: &Snapshot, device: &dyn Device, include: Include) -> Option<DeviceStatus> {
     let id = &device.facts().device;
     let view = snapshot.device(id)?;
     let mut status = view.status(device);
     if include.allocations {
         let on_device = snapshot.allocations.values().filter(|allocation| allocation.device == *id);
         status.allocations = Some(on_device.filter_map(|allocation| allocation.to_api()).collect());
+    }
+    if include.usage {
+        status.usage = Some(usage::show(app, id, usage::HOUR));
     }
     if include.fragmentation {
         status.fragmentation_details = Some(view.fragmentation());

@@ -14,6 +14,8 @@ use crate::http::reply::{Answer, Errors, ok};
 
 /// How many steps an answer has that names none.
 const STEPS: u64 = 60;
+/// All that is kept, in that many steps.
+pub const HOUR: (u64, u64) = (USAGE_SECONDS, USAGE_SECONDS / STEPS);
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -46,7 +48,7 @@ fn seconds(field: &str, text: Option<&str>, default: u64, most: u64) -> Result<u
     }
 }
 
-fn show(app: &App, device: &DeviceId, (window, step): (u64, u64)) -> DeviceUsage {
+pub fn show(app: &App, device: &DeviceId, (window, step): (u64, u64)) -> DeviceUsage {
     let now = clock::wall().as_second();
     app.usage.with(|history| history.show(device, now, window, step))
 }
