@@ -50,6 +50,7 @@ pub fn test() -> Result<()> {
                 .env("VRAMD_BINARY", target_directory()?.join("debug/vramd")))
         }),
         ("the API against its document", fuzz_api),
+        ("the soak, a minute of it", || soak(60, None)),
         ("the demonstration", demonstration),
     ])
 }
@@ -66,6 +67,18 @@ fn demonstration() -> Result<()> {
 pub fn fuzz_api() -> Result<()> {
     run(cargo().args(["build", "--package", "vramd", "--locked"]))?;
     run(python_tool("python")?.arg("tools/api_fuzz.py").arg(target_directory()?.join("debug/vramd")))
+}
+
+/// A daemon under everything at once; the ledger has to add up, and all memory to be back.
+pub fn soak(seconds: u32, seed: Option<u32>) -> Result<()> {
+    run(cargo().args(["build", "--package", "vramd", "--locked"]))?;
+    let mut command = python_tool("python")?;
+    command.arg("tools/soak.py").arg(target_directory()?.join("debug/vramd"));
+    command.args(["--seconds", &seconds.to_string()]);
+    if let Some(seed) = seed {
+        command.args(["--seed", &seed.to_string()]);
+    }
+    run(&mut command)
 }
 
 pub fn fmt() -> Result<()> {

@@ -42,6 +42,14 @@ enum Task {
     },
     /// Holds a running daemon to its OpenAPI document with requests of every kind.
     FuzzApi,
+    /// Runs a daemon under everything at once for a while: the ledger adds up, and all memory is back.
+    Soak {
+        #[arg(long, default_value_t = 600)]
+        seconds: u32,
+        /// Default: drawn, and printed.
+        #[arg(long)]
+        seed: Option<u32>,
+    },
     /// Runs each fuzz target for a while, where the nightly compiler and cargo-fuzz are.
     Fuzz {
         /// For each target.
@@ -63,6 +71,7 @@ fn main() -> ExitCode {
         Task::Gen { check: true } => generate::check(),
         Task::Gen { check: false } => generate::write(),
         Task::FuzzApi => ci::fuzz_api(),
+        Task::Soak { seconds, seed } => ci::soak(seconds, seed),
         Task::Fuzz { seconds } => fuzz::run(seconds),
         Task::Miri => miri::run(),
     };
