@@ -38,7 +38,7 @@ impl Random {
     }
 
     pub fn below(&mut self, end: usize) -> usize {
-        (u128::from(self.next()) * end as u128 >> 64) as usize
+        ((u128::from(self.next()) * end as u128) >> 64) as usize
     }
 
     fn share(&mut self) -> f64 {

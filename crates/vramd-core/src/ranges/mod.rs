@@ -8,6 +8,7 @@
 //! Where not, the first request of an alignment adds an index for it, a few of them at most; a further one looks
 //! at holes that could be too short by their padding, one after the other. Each answer is exact in any case.
 
+mod lengths;
 mod tree;
 
 use tree::{Hole, Path, Tree};
@@ -30,7 +31,6 @@ pub struct Ranges {
 impl Ranges {
     /// One free range of `bytes`.
     pub fn new(bytes: u64) -> Self {
-        assert!(bytes <= tree::MOST, "a segment of {bytes} bytes is more than any machine has");
         let holes = Tree::new();
         let mut ranges = Self { bytes, free: 0, hole_count: 0, offset_bits: 0, histogram: [0; 64], holes };
         if bytes > 0 {

@@ -7,41 +7,14 @@
 //! and `keys[0]` is below all. No hole reaches over a separator, so a hole that loses its front stays
 //! where it is; who makes a hole longer keeps this with [`Tree::separate`].
 
-use wide::f64x2;
+use super::lengths::{Lengths, WIDTH, back_half, insert_at, remove_at};
 
-/// Holes of a leaf, children of an inner node: 32 keys are four lines of the cache.
-const WIDTH: usize = 32;
 /// A node with fewer looks for a neighbour to merge with,
 const FEW: usize = WIDTH / 4;
 /// as long as the two together have no more than this, so that the next insertion splits nothing.
 const MERGED: usize = WIDTH * 3 / 4;
 /// Two neighbours have at least [`FEW`] between them: 4 to the 12th nodes are more than fit in memory.
 const MAX_HEIGHT: usize = 12;
-
-/// A number of 63 bits that stands in an array as a float of the same order: x86-64 without extensions compares
-/// two floats at a time and integers one by one, and comparing whole nodes is most of the work here.
-#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
-struct Key(f64);
-
-impl Key {
-    /// Below every number and above every number.
-    const LOW: Self = Self(0.0);
-    const HIGH: Self = Self(f64::INFINITY);
-    /// What subnormal floats look like is left out: they can be slow.
-    const FIRST: u64 = 1 << 52;
-
-    fn new(number: u64) -> Self {
-        Self(f64::from_bits(number + Self::FIRST))
-    }
-
-    /// [`Self::LOW`] is 0.
-    fn get(self) -> u64 {
-        self.0.to_bits().saturating_sub(Self::FIRST)
-    }
-}
-
-/// Numbers up to this have a key.
-pub const MOST: u64 = f64::MAX.to_bits() - Key::FIRST;
 
 /// A free range, its first byte and its length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,17 +42,16 @@ impl Hole {
 #[derive(Debug, Clone)]
 struct Leaf {
     count: usize,
-    /// Slots without a hole are [`Key::HIGH`],
-    offsets: [Key; WIDTH],
-    /// and [`Key::LOW`] here.
-    lengths: [Key; WIDTH],
+    /// Slots without a hole are `u64::MAX`.
+    offsets: [u64; WIDTH],
+    lengths: Lengths,
 }
 
 #[derive(Debug, Clone)]
 struct Inner {
     count: usize,
-    /// Slots without a child are [`Key::HIGH`].
-    keys: [Key; WIDTH],
+    /// Slots without a child are `u64::MAX`.
+    keys: [u64; WIDTH],
     children: [u32; WIDTH],
 }
 
@@ -87,9 +59,9 @@ struct Inner {
 #[derive(Debug, Clone)]
 struct Longest {
     modulus: u64,
-    all: Key,
-    /// By inner node, then by child. Slots without a child are [`Key::LOW`].
-    children: Vec<[Key; WIDTH]>,
+    all: u64,
+    /// By inner node, then by child.
+    children: Vec<Lengths>,
 }
 
 /// From the root to a leaf. Any insertion or removal ends it.
@@ -119,10 +91,10 @@ pub struct Tree {
 }
 
 impl Leaf {
-    const EMPTY: Self = Self { count: 0, offsets: [Key::HIGH; WIDTH], lengths: [Key::LOW; WIDTH] };
+    const EMPTY: Self = Self { count: 0, offsets: [u64::MAX; WIDTH], lengths: Lengths::NONE };
 
     fn hole(&self, slot: usize) -> Hole {
-        Hole { offset: self.offsets[slot].get(), length: self.lengths[slot].get() }
+        Hole { offset: self.offsets[slot], length: self.lengths.get(slot) }
     }
 
     fn holes(&self) -> impl Iterator<Item = Hole> {
@@ -131,88 +103,74 @@ impl Leaf {
 }
 
 impl Inner {
-    const EMPTY: Self = Self { count: 0, keys: [Key::HIGH; WIDTH], children: [0; WIDTH] };
+    const EMPTY: Self = Self { count: 0, keys: [u64::MAX; WIDTH], children: [0; WIDTH] };
 }
 
 impl Longest {
     fn new(modulus: u64) -> Self {
-        Self { modulus, all: Key::LOW, children: Vec::new() }
+        Self { modulus, all: 0, children: Vec::new() }
     }
 
+    /// The longest of a leaf but for one slot.
     #[inline]
-    fn of_leaf(&self, leaf: &Leaf) -> Key {
+    fn of_leaf_but(&self, leaf: &Leaf, but: usize) -> u64 {
         if self.modulus == 1 {
-            return longest(&leaf.lengths);
+            return leaf.lengths.longest_but(but);
         }
-        Key::new(leaf.holes().map(|hole| hole.usable(self.modulus, 0)).max().unwrap_or(0))
+        let others = (0..leaf.count).filter(|slot| *slot != but);
+        others.map(|slot| leaf.hole(slot).usable(self.modulus, 0)).max().unwrap_or(0)
     }
 
-    /// Where the longest of the node at `depth` of the path is kept.
-    fn kept(&mut self, path: &Path, depth: usize) -> &mut Key {
-        match depth.checked_sub(1) {
-            None => &mut self.all,
-            Some(above) => {
-                let Step { node, slot } = path.steps[above];
-                &mut self.children[node as usize][slot as usize]
-            }
-        }
+    fn of_leaf(&self, leaf: &Leaf) -> u64 {
+        self.of_leaf_but(leaf, WIDTH)
     }
 
-    /// A hole of the path's leaf was this long and now is that long; 0 for none.
+    /// The hole at `slot` of the path's leaf was this long and is going to be that long; 0 for none. Each node is
+    /// looked through before it is written to, the leaf too: what was just written in parts is slow to read whole.
     #[inline]
-    fn change(&mut self, leaf: &Leaf, path: &Path, height: usize, (was, is): (u64, u64)) {
-        let (mut was, mut is) = (Key::new(was), Key::new(is));
+    fn change(
+        &mut self,
+        leaf: &Leaf,
+        slot: usize,
+        path: &Path,
+        (mut was, mut is): (u64, u64),
+        height: usize,
+    ) {
         for depth in (0..=height).rev() {
-            let kept = *self.kept(path, depth);
+            let kept = match depth.checked_sub(1).map(|above| path.steps[above]) {
+                Some(Step { node, slot }) => self.children[node as usize].get(slot as usize),
+                None => self.all,
+            };
             let longest = if is >= kept {
                 is
             } else if was < kept {
-                return;
+                kept
             } else if depth == height {
-                self.of_leaf(leaf)
+                is.max(self.of_leaf_but(leaf, slot))
             } else {
-                longest(&self.children[path.steps[depth].node as usize])
+                let Step { node, slot } = path.steps[depth];
+                is.max(self.children[node as usize].longest_but(slot as usize))
             };
+            if depth < height {
+                let Step { node, slot } = path.steps[depth];
+                self.children[node as usize].set(slot as usize, is);
+            }
             if longest == kept {
                 return;
             }
-            *self.kept(path, depth) = longest;
             (was, is) = (kept, longest);
         }
+        self.all = is;
     }
-}
-
-fn longer(one: Key, other: Key) -> Key {
-    if one > other { one } else { other }
-}
-
-#[inline]
-fn longest(lengths: &[Key; WIDTH]) -> Key {
-    let mut longest = [f64x2::ZERO; 4];
-    for pairs in lengths.as_chunks::<8>().0 {
-        for (longest, pair) in longest.iter_mut().zip(pairs.as_chunks::<2>().0) {
-            *longest = longest.fast_max(f64x2::new([pair[0].0, pair[1].0]));
-        }
-    }
-    let [one, two, three, four] = longest;
-    let [even, odd] = one.fast_max(two).fast_max(three.fast_max(four)).to_array();
-    longer(Key(even), Key(odd))
-}
-
-#[inline]
-fn first_of_at_least(lengths: &[Key; WIDTH], from: usize, least: Key) -> Option<usize> {
-    let mut slots = 0u64;
-    for (slot, length) in lengths.iter().enumerate() {
-        slots |= if *length >= least { 1 << slot } else { 0 };
-    }
-    slots &= u64::MAX << from;
-    (slots != 0).then_some(slots.trailing_zeros() as usize)
 }
 
 /// How many of the keys, which ascend, are no more than `key`.
 #[inline]
-fn up_to(keys: &[Key; WIDTH], key: Key) -> usize {
-    keys.iter().map(|other| u64::from(*other <= key)).sum::<u64>() as usize
+fn up_to(keys: &[u64; WIDTH], key: u64) -> usize {
+    let eighths = keys.as_chunks::<8>().0;
+    let full: usize = eighths[1..].iter().map(|keys| usize::from(keys[0] <= key)).sum();
+    let more: usize = eighths[full].iter().map(|other| usize::from(*other <= key)).sum();
+    8 * full + more
 }
 
 impl Tree {
@@ -230,7 +188,7 @@ impl Tree {
     }
 
     pub fn longest(&self) -> u64 {
-        self.lengths.all.get()
+        self.lengths.all
     }
 
     pub fn hole(&self, path: &Path, slot: usize) -> Hole {
@@ -255,7 +213,6 @@ impl Tree {
     /// Makes the path lead to the leaf where `offset` belongs. How many of its holes start at or before it.
     #[inline]
     pub fn locate(&self, offset: u64, path: &mut Path) -> usize {
-        let offset = Key::new(offset);
         let mut node = self.root;
         for step in &mut path.steps[..self.height] {
             let inner = &self.inners[node as usize];
@@ -275,7 +232,7 @@ impl Tree {
             return;
         }
         let mut longest = Longest::new(modulus);
-        longest.children = vec![[Key::LOW; WIDTH]; self.inners.len()];
+        longest.children = vec![Lengths::NONE; self.inners.len()];
         longest.all = self.measure(&mut longest, self.root, 0);
         self.aligned.insert(at, longest);
     }
@@ -296,8 +253,7 @@ impl Tree {
         fits: impl Fn(Hole) -> bool,
     ) -> Option<usize> {
         let guide = self.aligned.iter().rfind(|known| known.modulus <= modulus).unwrap_or(&self.lengths);
-        let key = Key::new(least);
-        if guide.all < key {
+        if guide.all < least {
             return None;
         }
         let mut node = self.root;
@@ -306,7 +262,7 @@ impl Tree {
         loop {
             // Down from the node at `depth`, along its first slot of `from` or more.
             while depth < self.height {
-                let Some(slot) = first_of_at_least(&guide.children[node as usize], from, key) else { break };
+                let Some(slot) = guide.children[node as usize].first_of(from, least) else { break };
                 path.steps[depth] = Step { node, slot: slot as u32 };
                 node = self.inners[node as usize].children[slot];
                 depth += 1;
@@ -315,7 +271,7 @@ impl Tree {
             if depth == self.height {
                 path.leaf = node;
                 let leaf = &self.leaves[node as usize];
-                while let Some(slot) = first_of_at_least(&leaf.lengths, from, key) {
+                while let Some(slot) = leaf.lengths.first_of(from, least) {
                     let hole = leaf.hole(slot);
                     if hole.usable(guide.modulus, 0) >= least && fits(hole) {
                         return Some(slot);
@@ -345,17 +301,17 @@ impl Tree {
     /// Makes `offset` the separator between the path's leaf and what is before it.
     pub fn separate(&mut self, path: &Path, offset: u64) {
         if let Some(step) = path.steps[..self.height].iter().rev().find(|step| step.slot > 0) {
-            self.inners[step.node as usize].keys[step.slot as usize] = Key::new(offset);
+            self.inners[step.node as usize].keys[step.slot as usize] = offset;
         }
     }
 
     /// Puts another hole in the place of one.
     #[inline]
     pub fn replace(&mut self, path: &Path, slot: usize, hole: Hole) {
+        self.change(path, slot, self.hole(path, slot), hole);
         let leaf = &mut self.leaves[path.leaf as usize];
-        let old = leaf.hole(slot);
-        (leaf.offsets[slot], leaf.lengths[slot]) = (Key::new(hole.offset), Key::new(hole.length));
-        self.changed(path, old, hole);
+        leaf.offsets[slot] = hole.offset;
+        leaf.lengths.set(slot, hole.length);
     }
 
     pub fn insert(&mut self, path: &Path, slot: usize, hole: Hole) {
@@ -365,33 +321,32 @@ impl Tree {
             let slot = self.locate(hole.offset, &mut path);
             return self.insert(&path, slot, hole);
         }
+        self.change(path, WIDTH, Hole { length: 0, ..hole }, hole);
         let leaf = &mut self.leaves[path.leaf as usize];
-        insert_at(&mut leaf.offsets, slot, leaf.count, Key::new(hole.offset));
-        insert_at(&mut leaf.lengths, slot, leaf.count, Key::new(hole.length));
+        insert_at(&mut leaf.offsets, slot, leaf.count, hole.offset);
+        leaf.lengths.insert(slot, leaf.count, hole.length);
         leaf.count += 1;
-        self.changed(path, Hole { length: 0, ..hole }, hole);
     }
 
     pub fn remove(&mut self, path: &Path, slot: usize) {
+        let hole = self.hole(path, slot);
+        self.change(path, slot, hole, Hole { length: 0, ..hole });
         let leaf = &mut self.leaves[path.leaf as usize];
-        let hole = leaf.hole(slot);
-        remove_at(&mut leaf.offsets, slot, leaf.count, Key::HIGH);
-        remove_at(&mut leaf.lengths, slot, leaf.count, Key::LOW);
+        remove_at(&mut leaf.offsets, slot, leaf.count, u64::MAX);
+        leaf.lengths.remove(slot, leaf.count);
         leaf.count -= 1;
-        let few = leaf.count < FEW;
-        self.changed(path, hole, Hole { length: 0, ..hole });
-        if few {
+        if leaf.count < FEW {
             self.merge(path);
         }
     }
 
     #[inline]
-    fn changed(&mut self, path: &Path, was: Hole, is: Hole) {
+    fn change(&mut self, path: &Path, slot: usize, was: Hole, is: Hole) {
         let leaf = &self.leaves[path.leaf as usize];
-        self.lengths.change(leaf, path, self.height, (was.length, is.length));
+        self.lengths.change(leaf, slot, path, (was.length, is.length), self.height);
         for longest in &mut self.aligned {
             let usable = (was.usable(longest.modulus, 0), is.usable(longest.modulus, 0));
-            longest.change(leaf, path, self.height, usable);
+            longest.change(leaf, slot, path, usable, self.height);
         }
     }
 
@@ -418,15 +373,16 @@ impl Tree {
     }
 
     /// Fills in what `longest` holds for the node and all below it; the answer is the node's own.
-    fn measure(&self, longest: &mut Longest, node: u32, depth: usize) -> Key {
+    fn measure(&self, longest: &mut Longest, node: u32, depth: usize) -> u64 {
         if depth == self.height {
             return longest.of_leaf(&self.leaves[node as usize]);
         }
         let inner = &self.inners[node as usize];
         for (slot, child) in inner.children[..inner.count].iter().enumerate() {
-            longest.children[node as usize][slot] = self.measure(longest, *child, depth + 1);
+            let length = self.measure(longest, *child, depth + 1);
+            longest.children[node as usize].set(slot, length);
         }
-        self::longest(&longest.children[node as usize])
+        longest.children[node as usize].longest()
     }
 
     /// Splits full nodes on the way to `offset`, from the lowest whose parent is not full, until its leaf is not.
@@ -450,9 +406,10 @@ impl Tree {
     fn grow(&mut self) {
         let root = self.new_inner();
         let inner = &mut self.inners[root as usize];
-        (inner.count, inner.keys[0], inner.children[0]) = (1, Key::LOW, self.root);
+        (inner.count, inner.keys[0], inner.children[0]) = (1, 0, self.root);
         for longest in self.indexes() {
-            longest.children[root as usize][0] = longest.all;
+            let all = longest.all;
+            longest.children[root as usize].set(0, all);
         }
         self.root = root;
         self.height += 1;
@@ -474,42 +431,42 @@ impl Tree {
                 if above + 1 == self.height {
                     longest.of_leaf(&self.leaves[node as usize])
                 } else {
-                    self::longest(&longest.children[node as usize])
+                    longest.children[node as usize].longest()
                 }
             };
             let (left, right) = (of(longest, left), of(longest, right));
             let children = &mut longest.children[parent];
-            children[slot] = left;
-            insert_at(children, slot + 1, inner.count - 1, right);
+            children.set(slot, left);
+            children.insert(slot + 1, inner.count - 1, right);
         }
     }
 
-    fn split_leaf(&mut self, left: u32) -> (u32, Key) {
+    fn split_leaf(&mut self, left: u32) -> (u32, u64) {
         let right = self.spare_leaves.pop().unwrap_or_else(|| {
             self.leaves.push(Leaf::EMPTY);
             self.leaves.len() as u32 - 1
         });
         let mut new = Leaf::EMPTY;
         let old = &mut self.leaves[left as usize];
-        new.offsets = back_half(&mut old.offsets, Key::HIGH);
-        new.lengths = back_half(&mut old.lengths, Key::LOW);
+        new.offsets = back_half(&mut old.offsets, u64::MAX);
+        new.lengths = old.lengths.split();
         (old.count, new.count) = (WIDTH / 2, WIDTH / 2);
         let key = new.offsets[0];
         self.leaves[right as usize] = new;
         (right, key)
     }
 
-    fn split_inner(&mut self, left: u32) -> (u32, Key) {
+    fn split_inner(&mut self, left: u32) -> (u32, u64) {
         let right = self.new_inner();
         let mut new = Inner::EMPTY;
         let old = &mut self.inners[left as usize];
-        new.keys = back_half(&mut old.keys, Key::HIGH);
+        new.keys = back_half(&mut old.keys, u64::MAX);
         new.children = back_half(&mut old.children, 0);
         (old.count, new.count) = (WIDTH / 2, WIDTH / 2);
-        let key = std::mem::replace(&mut new.keys[0], Key::LOW);
+        let key = std::mem::replace(&mut new.keys[0], 0);
         self.inners[right as usize] = new;
         for longest in self.indexes() {
-            longest.children[right as usize] = back_half(&mut longest.children[left as usize], Key::LOW);
+            longest.children[right as usize] = longest.children[left as usize].split();
         }
         (right, key)
     }
@@ -518,7 +475,7 @@ impl Tree {
         self.spare_inners.pop().unwrap_or_else(|| {
             self.inners.push(Inner::EMPTY);
             for longest in self.indexes() {
-                longest.children.push([Key::LOW; WIDTH]);
+                longest.children.push(Lengths::NONE);
             }
             self.inners.len() as u32 - 1
         })
@@ -570,7 +527,7 @@ impl Tree {
             let [left, right] = self.leaves.get_disjoint_mut([left, right]).expect(pair);
             let (at, end) = (left.count, left.count + right.count);
             left.offsets[at..end].copy_from_slice(&right.offsets[..right.count]);
-            left.lengths[at..end].copy_from_slice(&right.lengths[..right.count]);
+            left.lengths.append(left.count, &right.lengths, right.count);
             left.count = end;
         } else {
             let [one, two] = self.inners.get_disjoint_mut([left, right]).expect(pair);
@@ -581,13 +538,12 @@ impl Tree {
             one.count = end;
             for longest in self.indexes() {
                 let [one, two] = longest.children.get_disjoint_mut([left, right]).expect(pair);
-                one[at..end].copy_from_slice(&two[..count]);
+                one.append(at, two, count);
             }
         }
         for longest in self.indexes() {
             let children = &mut longest.children[parent as usize];
-            let right = children[slot + 1];
-            children[slot] = if right > children[slot] { right } else { children[slot] };
+            children.set(slot, children.get(slot).max(children.get(slot + 1)));
         }
         self.drop_child(parent, slot + 1, low);
     }
@@ -596,15 +552,15 @@ impl Tree {
     fn drop_child(&mut self, parent: u32, slot: usize, low: bool) {
         let inner = &mut self.inners[parent as usize];
         let child = inner.children[slot];
-        remove_at(&mut inner.keys, slot, inner.count, Key::HIGH);
+        remove_at(&mut inner.keys, slot, inner.count, u64::MAX);
         remove_at(&mut inner.children, slot, inner.count, 0);
         let count = inner.count;
         inner.count -= 1;
         if inner.count > 0 {
-            inner.keys[0] = Key::LOW;
+            inner.keys[0] = 0;
         }
         for longest in self.indexes() {
-            remove_at(&mut longest.children[parent as usize], slot, count, Key::LOW);
+            longest.children[parent as usize].remove(slot, count);
         }
         if low {
             self.leaves[child as usize] = Leaf::EMPTY;
@@ -617,25 +573,8 @@ impl Tree {
     fn recycle_inner(&mut self, node: u32) {
         self.inners[node as usize] = Inner::EMPTY;
         for longest in self.indexes() {
-            longest.children[node as usize] = [Key::LOW; WIDTH];
+            longest.children[node as usize] = Lengths::NONE;
         }
         self.spare_inners.push(node);
     }
-}
-
-fn insert_at<T: Copy>(slots: &mut [T; WIDTH], slot: usize, count: usize, value: T) {
-    slots.copy_within(slot..count, slot + 1);
-    slots[slot] = value;
-}
-
-fn remove_at<T: Copy>(slots: &mut [T; WIDTH], slot: usize, count: usize, none: T) {
-    slots.copy_within(slot + 1..count, slot);
-    slots[count - 1] = none;
-}
-
-fn back_half<T: Copy>(slots: &mut [T; WIDTH], none: T) -> [T; WIDTH] {
-    let mut back = [none; WIDTH];
-    back[..WIDTH / 2].copy_from_slice(&slots[WIDTH / 2..]);
-    slots[WIDTH / 2..].fill(none);
-    back
 }
