@@ -1,9 +1,9 @@
-"""A daemon under everything at once, for a while: what it holds must add up to the byte, and be back at the end.
+"""A daemon under everything at once, for a while: what it holds must add up, and be back at the end.
 
-Threads allocate, attach, load, transfer, copy, defragment and clear at random, children that have memory attached are
-killed, the daemon itself is killed once and started again. Refusals are part of it; wrong bytes, faults of the daemon,
-hangs and bytes that are not back are not. The seed is printed; the same seed draws the same calls, though not in the
-same order.
+Threads allocate, attach, load, transfer, copy, defragment and clear at random, children that have memory
+attached are killed, the daemon itself is killed once and started again. Refusals are part of it; wrong bytes,
+faults of the daemon, hangs and bytes that are not back are not. The seed is printed; the same seed draws the
+same calls, though not in the same order.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ KIB, MIB = 1 << 10, 1 << 20
 DEVICES = ("cpu:0", "sim:0", "sim:1")
 #: What a healthy daemon may answer to calls that race each other.
 FINE = {
-    "CONFLICT", "NOT_FOUND", "NOT_RESIDENT", "INSUFFICIENT_MEMORY", "TIMEOUT", "CANCELLED", "INVALID_ARGUMENT",
-    "TOO_MANY_REQUESTS", "PERMISSION_DENIED", "UNAVAILABLE",
+    "CONFLICT", "NOT_FOUND", "NOT_RESIDENT", "INSUFFICIENT_MEMORY", "TIMEOUT", "CANCELLED",
+    "INVALID_ARGUMENT", "TOO_MANY_REQUESTS", "PERMISSION_DENIED", "UNAVAILABLE",
 }  # fmt: skip
 
 HOLDER = """
@@ -178,8 +178,8 @@ class Soak:
             out, errors = child.communicate()
             with self.lock:
                 self.children.remove(child)
-            # Bytes may change under a reader by a writer, a copy or a clearing, but never by a move alone: that is
-            # what the tests of moves hold. Here a child must only never die of what the daemon did.
+            # Bytes may change under a reader by a writer, a copy or a clearing; that they do not by a move is for
+            # the tests of moves. Here a child must only never die of what the daemon did.
             if child.returncode not in (-signal.SIGKILL, 0, 3) and not self.paused.is_set():
                 self.fail(f"a child ended with {child.returncode}: {out} {errors}")
 
