@@ -178,8 +178,8 @@ class Soak:
             out, errors = child.communicate()
             with self.lock:
                 self.children.remove(child)
-            # Bytes may change under a reader by a writer, a copy or a clearing; that they do not by a move is for
-            # the tests of moves. Here a child must only never die of what the daemon did.
+            # Bytes may change under a reader by a writer, a copy or a clearing; that they do not by a move is
+            # for the tests of moves. Here a child must only never die of what the daemon did.
             if child.returncode not in (-signal.SIGKILL, 0, 3) and not self.paused.is_set():
                 self.fail(f"a child ended with {child.returncode}: {out} {errors}")
 
