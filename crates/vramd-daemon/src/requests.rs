@@ -10,7 +10,7 @@ use crate::driver::{Allocate, Caller};
 const DEFAULT_ALIGNMENT: u64 = 256;
 const MAX_ALIGNMENT: u64 = 2 << 20;
 const MAX_PURPOSE: usize = 128;
-const DEFAULT_LEASE_SECONDS: u64 = 300;
+pub const DEFAULT_LEASE_SECONDS: u64 = 300;
 const MAX_LEASE_SECONDS: u64 = 365 * 24 * 3600;
 const DEFAULT_WAIT_SECONDS: u64 = 30;
 const MAX_WAIT_SECONDS: u64 = 24 * 3600;

@@ -212,6 +212,8 @@ impl State {
         };
         let answer = chosen.answer(false);
         let id = self.operations.begin(OperationKind::Clear, what, answer.asked_bytes, self.now);
+        // Only where something goes: on the others the use of other programs would be counted.
+        let devices = self.devices_of(&chosen);
         let used = |device: &DeviceId| Some((device.clone(), self.ledger.usage(device)?.used_bytes));
         let clearing = Clearing {
             answer,
@@ -219,8 +221,8 @@ impl State {
             segments: chosen.pools.iter().map(|(_, segment, bytes)| (*segment, *bytes)).collect(),
             unloads: BTreeSet::new(),
             zeroing: None,
-            used_before: chosen.devices.iter().filter_map(used).collect(),
-            unmeasured: chosen.devices.iter().cloned().collect(),
+            used_before: devices.iter().filter_map(used).collect(),
+            unmeasured: devices,
             since: None,
             failed: None,
         };
@@ -250,6 +252,13 @@ impl State {
         }
         self.to_go_on.insert(id);
         Ok(shown)
+    }
+
+    fn devices_of(&self, chosen: &Chosen) -> BTreeSet<DeviceId> {
+        let pools = chosen.pools.iter().map(|(device, ..)| device.clone());
+        let models = chosen.models.values().flat_map(|(devices, _)| devices.clone());
+        let allocations = chosen.allocations.iter().filter_map(|(id, _)| self.ledger.allocation(*id));
+        pools.chain(models).chain(allocations.map(|allocation| allocation.device.clone())).collect()
     }
 
     fn clearing(&mut self, id: OperationId) -> Option<&mut Clearing> {

@@ -20,6 +20,7 @@ use super::models::{no_component, no_model, not_resident};
 use super::operations::Running;
 use super::{Caller, Reply, State};
 use crate::mover::CHECKSUM;
+use crate::requests::DEFAULT_LEASE_SECONDS;
 use crate::store::Change;
 
 /// A transfer or a copy under way.
@@ -301,14 +302,15 @@ impl State {
                 Purpose::Component
             }
             (None, TransferMode::Move) => Purpose::Move,
+            (None, TransferMode::Copy) if source.request.persistent => Purpose::Keep(Lease::Persistent),
             (None, TransferMode::Copy) => {
+                // One that only processes keep by now gets the time that everybody gets who asks for none.
                 let seconds = source.leases.values().find_map(|lease| match lease {
                     Lease::TimeToLive { seconds, .. } => Some(*seconds),
                     _ => None,
                 });
-                Purpose::Keep(
-                    seconds.map_or(Lease::Persistent, |seconds| Lease::time_to_live(seconds, self.now)),
-                )
+                let seconds = seconds.unwrap_or(DEFAULT_LEASE_SECONDS);
+                Purpose::Keep(Lease::time_to_live(seconds, self.now))
             }
         };
         let item = Item {

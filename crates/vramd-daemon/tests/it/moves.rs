@@ -427,6 +427,26 @@ fn a_persistent_allocation_is_on_its_new_device_after_a_restart() {
 }
 
 #[test]
+fn a_copy_of_what_only_a_process_keeps_ends_by_itself() {
+    let daemon = Daemon::start(&[64 * MIB, 64 * MIB]);
+    let mut events = daemon.events(None);
+    let body = json!({"sizeBytes": MIB, "leaseSeconds": 1});
+    let answer = daemon.post("/api/memory/allocations/allocate/sim:0", &body);
+    let id = answer.data(201)["allocationId"].as_str().expect("an id").to_owned();
+    let reader = daemon.attach(&json!({"allocationId": id})).expect("attached");
+    assert_eq!(events.until("lease.ended")["allocationId"], *id);
+    let body = json!({"items": [{"allocationId": id}], "targetDeviceId": "sim:1", "mode": "copy"});
+    let copied = transfer(&daemon, &body);
+    let copy = copied["result"]["items"][0]["copyAllocationId"].as_str().expect("an id").to_owned();
+    let shown = daemon.get(&format!("/api/memory/allocation/{copy}")).data(200);
+    assert_eq!((&shown["persistent"], &shown["leases"][0]["kind"]), (&json!(false), &json!("timeToLive")));
+    drop(reader);
+    daemon.release(&copy).data(200);
+    daemon.all_is_back("sim:0");
+    daemon.all_is_back("sim:1");
+}
+
+#[test]
 fn transfers_that_cannot_be_are_refused_and_leave_nothing() {
     let daemon = Daemon::start(&[64 * MIB, 8 * MIB]);
     let at = |device: &str, size: u64| {
