@@ -89,6 +89,10 @@ pub fn read(reader: &mut impl BufRead) -> std::result::Result<Pickle, TraceError
         lists: Vec::new(),
         dicts: Vec::new(),
     };
+    if machine.reader.fill_buf()?.first() != Some(&PROTOCOL) {
+        let problem = "it does not begin as a pickle of protocol 2 to 5".to_owned();
+        return Err(TraceError::Byte { offset: 0, problem });
+    }
     loop {
         let begin = machine.offset;
         let result = machine.byte().and_then(|opcode| machine.step(opcode));
@@ -129,7 +133,7 @@ impl<R: BufRead> Machine<'_, R> {
     /// Does what one opcode says; answers the root at the end.
     fn step(&mut self, opcode: u8) -> Result<Option<Value>> {
         match opcode {
-            0x80 => match self.byte()? {
+            PROTOCOL => match self.byte()? {
                 2..=5 => {}
                 version => return problem(format!("its protocol is {version} and not 2 to 5")),
             },
@@ -411,4 +415,6 @@ impl<R: BufRead> Machine<'_, R> {
     }
 }
 
+/// The first opcode, with the version behind it.
+const PROTOCOL: u8 = 0x80;
 const ENDS: &str = "it ends in the middle";

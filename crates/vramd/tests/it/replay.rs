@@ -15,11 +15,11 @@ fn fixture(name: &str) -> String {
 #[test]
 fn one_history_in_each_format_has_one_replay() {
     let home = Home::new();
-    for (name, device, failures) in [
-        ("rmm.csv", "rmm", 1),
-        ("vramd.jsonl", "sim:0", 0),
-        ("pytorch_2.pickle", "cuda:0", 1),
-        ("pytorch_4.pickle", "cuda:0", 1),
+    for (name, device, failures, lifetime) in [
+        ("rmm.csv", "rmm", 1, 0.02),
+        ("vramd.jsonl", "sim:0", 0, 0.02),
+        ("pytorch_2.pickle", "cuda:0", 1, 0.03),
+        ("pytorch_4.pickle", "cuda:0", 1, 0.03),
     ] {
         let report = home.run(&["replay", &fixture(name), "--json"]).expect(0).json();
         assert_eq!(report["device"], device, "{name}");
@@ -28,7 +28,7 @@ fn one_history_in_each_format_has_one_replay() {
         assert_eq!(report["allocations"], 3, "{name}");
         assert_eq!(report["liveAtEnd"], 1, "{name}");
         assert_eq!(report["tracedFailures"], failures, "{name}");
-        assert_eq!(report["lifetimes"]["medianMilliseconds"], 0.02, "{name}");
+        assert_eq!(report["lifetimes"]["medianMilliseconds"], lifetime, "{name}");
     }
     let said = home.run(&["replay", &fixture("rmm.csv")]).expect(0).stdout;
     assert!(said.starts_with("rmm needs at least 12.0 MiB; live peak 12.0 MiB, so 0.0 % overhead"), "{said}");
@@ -67,7 +67,7 @@ fn what_cannot_be_replayed_says_why_and_what_to_do() {
         (&["bad.csv"], "line 2: it has 2 fields", "that line"),
         (&["code.pickle"], "byte 2: opcode 0x63 asks for code to be run", "_dump_snapshot"),
         (&["bare.pickle"], "holds no allocations", "_record_memory_history"),
-        (&[&rmm, "--format", "pytorch"], "byte 0: opcode 0x54", "_dump_snapshot"),
+        (&[&rmm, "--format", "pytorch"], "byte 0: it does not begin as a pickle", "_dump_snapshot"),
         (&[&rmm, "--device", "cuda:3"], "has no device \"cuda:3\"", "it has rmm"),
         (&[&rmm, "--svg", "no/where.svg"], "could not be written", "another file"),
         (&[&rmm, "--alignment", "48"], "no power of two", ""),
