@@ -147,7 +147,7 @@ fn pickle(body: &[u8]) -> Vec<u8> {
 
 #[test]
 fn a_hostile_pickle_is_an_error_and_runs_nothing() {
-    let deep = |opcode: u8| pickle(&vec![opcode; 40 << 20]);
+    let deep = |opcode: u8| pickle(&vec![opcode; 28 << 20]);
     let traces = b"}\x8c\x0ddevice_traces";
     let with = |value: &[u8]| pickle(&[traces, value, b"s."].concat());
     // A list of a million, a thousand times: each item costs two bytes of the file and nothing more.
