@@ -30,7 +30,7 @@ pub fn run(arguments: Arguments, output: Output) -> Result<ExitCode, CommandErro
         Command::Serve(arguments) => serve::serve(arguments, output)?,
         Command::Doctor(arguments) => return block_on(doctor::doctor(&server, arguments, output)),
         Command::Config { command: ConfigCommand::Show(arguments) } => config::show(arguments, output)?,
-        Command::Replay(arguments) => replay::replay(arguments, output)?,
+        Command::Replay(arguments) => replay::replay(&arguments, output)?,
         Command::Completions { shell } => generate::completions(shell)?,
         Command::Generate { page } => generate::page(page)?,
         Command::Ask(question) => return block_on(ask(&Client::new(&server)?, question, output)),

@@ -116,10 +116,10 @@ impl Recording<'_> {
             EventKind::AllocationReleased => self.free(at, id(data)?),
             EventKind::AllocationMoved => {
                 let (id, device) = (id(data)?, text(data, "deviceId")?);
-                if self.live.get(&id).is_some_and(|from| from != device) || !self.live.contains_key(&id) {
-                    // The event names no owner.
+                if self.live.get(&id).is_none_or(|from| from != device) {
+                    // The event names no owner and no purpose.
                     self.free(at, id)?;
-                    self.allocate(at, id, device, number(data, "sizeBytes")?, ("", "moved"))?;
+                    self.allocate(at, id, device, number(data, "sizeBytes")?, ("", ""))?;
                 }
                 Ok(())
             }

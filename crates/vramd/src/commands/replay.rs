@@ -11,7 +11,7 @@ use crate::arguments::ReplayArguments;
 use crate::error::CommandError;
 use crate::output::{Output, list};
 
-pub fn replay(arguments: ReplayArguments, output: Output) -> Result<(), CommandError> {
+pub fn replay(arguments: &ReplayArguments, output: Output) -> Result<(), CommandError> {
     let trace = read(&arguments.file, arguments.format)?;
     if trace.torn {
         output.say("the last line was cut off and is left out");
