@@ -10,7 +10,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vramd-core", &["vramd-api"]),
     ("vramd-device", &["vramd-api"]),
     ("vramd-daemon", &["vramd-api", "vramd-core", "vramd-device"]),
-    ("vramd", &["vramd-api", "vramd-daemon"]),
+    ("vramd", &["vramd-api", "vramd-core", "vramd-daemon"]),
     ("xtask", &[]),
 ];
 

@@ -1,7 +1,7 @@
 //! The decisions of vramd: facts in, decisions out.
 //!
 //! Owns the ledger, placement, the planning of moves, the queue of requests that wait, pressure, the registry of models and the reading
-//! of model headers. Leaves out everything that touches the world: no IO, no clock, no async, no randomness, no
+//! of model headers, and the replay of traces. Leaves out everything that touches the world: no IO, no clock, no async, no randomness, no
 //! ids of its own making beyond counters. The same code runs in the daemon and in property tests over random
 //! histories.
 
@@ -13,6 +13,7 @@ pub mod placement;
 pub mod pressure;
 pub mod queue;
 mod ranges;
+pub mod replay;
 pub mod turns;
 pub mod usage;
 

@@ -10,6 +10,8 @@ use vramd_api::{
     AllocationId, AllocationType, Bytes, ClearTarget, ComponentName, KeepAlive, MemoryType, ModelName,
     OnShortage, OperationId, OperationState, OwnerName, Priority,
 };
+use vramd_core::ledger::BLOCK_QUANTUM;
+use vramd_core::replay::Format;
 
 use crate::settings::{Layer, Switch};
 
@@ -51,6 +53,8 @@ pub enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+    /// Run a trace of allocations through a pool, with no daemon and no device
+    Replay(ReplayArguments),
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
     /// Print a reference page of the documentation
@@ -177,6 +181,8 @@ pub enum Question {
         #[arg(long, value_name = "NUMBER")]
         count: Option<u64>,
     },
+    /// Write a trace of what is allocated and released, until Ctrl-C; `vramd replay` reads it
+    Record(RecordArguments),
 }
 
 /// The settings of the daemon as flags; `docs/config.md` has them all.
@@ -439,6 +445,40 @@ pub struct ClearArguments {
 }
 
 #[derive(Debug, Args)]
+pub struct RecordArguments {
+    /// The file to write, which must not exist yet [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// End after so long
+    #[arg(long, value_name = "SECONDS")]
+    pub seconds: Option<u64>,
+    /// Only on this device: its id or uuid
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct ReplayArguments {
+    /// The trace: of `vramd record`, RMM's CSV log, or PyTorch's memory snapshot
+    pub file: PathBuf,
+    /// What it is written in [default: what its first bytes say]
+    #[arg(long, value_name = "FORMAT", value_parser = words(TRACE_FORMATS))]
+    pub format: Option<Format>,
+    /// Which device of the trace [default: the only one]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// The size of the pool [default: the smallest in which nothing is refused]
+    #[arg(long, value_name = "SIZE")]
+    pub pool: Option<Bytes>,
+    /// A power of two, in bytes: sizes are rounded up to it
+    #[arg(long, value_name = "BYTES", default_value_t = BLOCK_QUANTUM, value_parser = parse_alignment)]
+    pub alignment: u64,
+    /// Draw the address space over time into this file
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 pub struct AttachArguments {
     /// The model, with /COMPONENT when it has more than one
     #[arg(value_name = "MODEL[/COMPONENT]", value_parser = parse_target)]
@@ -510,6 +550,8 @@ const CLEAR_TARGETS: Words<ClearTarget> = &[
     ("Zero", ClearTarget::Zero),
 ];
 const ON_SHORTAGE: Words<OnShortage> = &[("fail", OnShortage::Fail), ("wait", OnShortage::Wait)];
+const TRACE_FORMATS: Words<Format> =
+    &[("vramd", Format::Vramd), ("rmm", Format::Rmm), ("pytorch", Format::Pytorch)];
 const OPERATION_STATES: Words<OperationState> = &[
     ("Queued", OperationState::Queued),
     ("Running", OperationState::Running),
@@ -524,6 +566,14 @@ fn words<T: Copy + Send + Sync + 'static>(words: Words<T>) -> impl TypedValuePar
         let found = words.iter().find(|(word, _)| word.eq_ignore_ascii_case(&typed));
         found.expect("the parser lets only these words pass").1
     })
+}
+
+fn parse_alignment(text: &str) -> Result<u64, String> {
+    let most = 1 << 40;
+    match text.parse::<u64>() {
+        Ok(bytes) if bytes.is_power_of_two() && bytes <= most => Ok(bytes),
+        _ => Err(format!("{text:?} is no power of two up to {most}")),
+    }
 }
 
 fn parse_limit(text: &str) -> Result<Limit, String> {

@@ -6,3 +6,4 @@ mod compaction;
 mod layout;
 mod ledger;
 mod ranges;
+mod replay;

@@ -10,6 +10,8 @@ mod memory;
 mod models;
 mod movement;
 mod operations;
+mod record;
+mod replay;
 mod serve;
 mod usage;
 
@@ -29,6 +31,7 @@ pub fn run(arguments: Arguments, output: Output) -> Result<ExitCode, CommandErro
         Command::Serve(arguments) => serve::serve(arguments, output)?,
         Command::Doctor(arguments) => return block_on(doctor::doctor(&server, arguments, output)),
         Command::Config { command: ConfigCommand::Show(arguments) } => config::show(arguments, output)?,
+        Command::Replay(arguments) => replay::replay(&arguments, output)?,
         Command::Completions { shell } => generate::completions(shell)?,
         Command::Generate { page } => generate::page(page)?,
         Command::Ask(question) => return block_on(ask(&Client::new(&server)?, question, output)),
@@ -67,6 +70,7 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
         Question::Cancel { id } => operations::cancel(client, id, output).await?,
         Question::Attach(arguments) => attach::attach(client.server(), arguments, output).await?,
         Question::Events { since, count } => events::events(client, since, count, output).await?,
+        Question::Record(arguments) => record::record(client, arguments, output).await?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,4 +4,5 @@ mod config;
 mod daemon;
 mod durability;
 mod offline;
+mod replay;
 mod support;

@@ -1,0 +1,159 @@
+//! `vramd replay` on traces of every format, and `vramd record` beside a running daemon.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Stdio};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::{Daemon, Ended, Home, kill, wait_for};
+
+fn fixture(name: &str) -> String {
+    format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn one_history_in_each_format_has_one_replay() {
+    let home = Home::new();
+    for (name, device, failures, lifetime) in [
+        ("rmm.csv", "rmm", 1, 0.02),
+        ("vramd.jsonl", "sim:0", 0, 0.02),
+        ("pytorch_2.pickle", "cuda:0", 1, 0.03),
+        ("pytorch_4.pickle", "cuda:0", 1, 0.03),
+    ] {
+        let report = home.run(&["replay", &fixture(name), "--json"]).expect(0).json();
+        assert_eq!(report["device"], device, "{name}");
+        assert_eq!(report["poolBytes"], 12 << 20, "{name}");
+        assert_eq!(report["peakLiveBytes"], 12 << 20, "{name}");
+        assert_eq!(report["allocations"], 3, "{name}");
+        assert_eq!(report["liveAtEnd"], 1, "{name}");
+        assert_eq!(report["tracedFailures"], failures, "{name}");
+        assert_eq!(report["lifetimes"]["medianMilliseconds"], lifetime, "{name}");
+    }
+    let said = home.run(&["replay", &fixture("rmm.csv")]).expect(0).stdout;
+    assert!(said.starts_with("rmm needs at least 12.0 MiB; live peak 12.0 MiB, so 0.0 % overhead"), "{said}");
+}
+
+#[test]
+fn a_smaller_pool_refuses_and_the_picture_shows_it() {
+    let home = Home::new();
+    let ended = home.run(&["replay", &fixture("rmm.csv"), "--pool", "8MiB", "--svg", "a.svg"]).expect(0);
+    assert!(ended.stdout.starts_with("rmm: 1 refused in 8.0 MiB"), "{ended:?}");
+    assert!(ended.stdout.contains("event 1, 4.0 MiB: 0 B were free"), "{ended:?}");
+    let svg = std::fs::read_to_string(home.path("a.svg")).expect("a picture");
+    assert!(svg.contains("rmm.csv, rmm") && svg.contains("1 refused"), "{svg}");
+}
+
+#[test]
+fn what_cannot_be_replayed_says_why_and_what_to_do() {
+    let home = Home::new();
+    for (name, text) in [
+        ("empty", &b""[..]),
+        ("text", b"hello"),
+        ("none.csv", b"Thread,Time,Action,Pointer,Size,Stream\n"),
+        ("bad.csv", b"Thread,Time,Action,Pointer,Size,Stream\n1,2\n"),
+        ("code.pickle", b"\x80\x04cos\nsystem\n."),
+        ("bare.pickle", b"\x80\x04}\x8c\x0ddevice_traces](]]es."),
+    ] {
+        std::fs::write(home.path(name), text).expect("written");
+    }
+    let rmm = fixture("rmm.csv");
+    for (arguments, message, hint) in [
+        (&["missing"][..], "missing could not be opened", "vramd record --out"),
+        (&["."], "it could not be read", "a file that you may read"),
+        (&["empty"], "it is empty", "vramd record --out"),
+        (&["text"], "it is no trace", "--format"),
+        (&["none.csv"], "holds no allocations", "log while"),
+        (&["bad.csv"], "line 2: it has 2 fields", "that line"),
+        (&["code.pickle"], "byte 2: opcode 0x63 asks for code to be run", "_dump_snapshot"),
+        (&["bare.pickle"], "holds no allocations", "_record_memory_history"),
+        (&[&rmm, "--format", "pytorch"], "byte 0: it does not begin as a pickle", "_dump_snapshot"),
+        (&[&rmm, "--device", "cuda:3"], "has no device \"cuda:3\"", "it has rmm"),
+        (&[&rmm, "--svg", "no/where.svg"], "could not be written", "another file"),
+        (&[&rmm, "--alignment", "48"], "no power of two", ""),
+        (&[&rmm, "--format", "tar"], "pytorch", ""),
+    ] {
+        let ended = home.run(&[&["replay"], arguments].concat()).expect(2);
+        assert!(ended.stderr.contains(message), "{arguments:?} said {}", ended.stderr);
+        assert!(ended.stderr.contains(hint), "{arguments:?} said {}", ended.stderr);
+    }
+}
+
+fn start(daemon: &Daemon, arguments: &[&str]) -> Child {
+    let mut command = daemon.command(&[&["record"], arguments].concat());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs");
+    let mut said = String::new();
+    let mut stderr = BufReader::with_capacity(1, child.stderr.as_mut().expect("piped"));
+    stderr.read_line(&mut said).expect("a line");
+    assert_eq!(said, "recording; Ctrl-C ends it\n");
+    child
+}
+
+fn lines(daemon: &Daemon, name: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(daemon.home.path(name)).expect("a trace");
+    text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+fn alloc(daemon: &Daemon, size: &str, device: &str) -> String {
+    let ended = daemon.run(&["alloc", size, "--device", device, "--purpose", "test"]).expect(0);
+    ended.stdout.trim().to_owned()
+}
+
+#[test]
+fn a_recording_begins_with_what_lives_and_replays() {
+    let daemon = Daemon::start();
+    let before = alloc(&daemon, "1MiB", "sim:0");
+    let child = start(&daemon, &["--out", "a.jsonl", "--device", "sim:0"]);
+    let during = alloc(&daemon, "2MiB", "sim:0");
+    alloc(&daemon, "4MiB", "sim:1");
+    daemon.run(&["free", &before]).expect(0);
+    wait_for("the free", || (lines(&daemon, "a.jsonl").len() == 4).then_some(()));
+    kill(&child, Signal::INT);
+    let ended = Ended::from(child.wait_with_output().expect("it ended")).expect(0);
+    assert!(ended.stderr.contains("recorded 2 allocations, 1 frees, 0 gaps"), "{ended:?}");
+
+    let lines = lines(&daemon, "a.jsonl");
+    let told: Vec<_> = lines[1..].iter().map(|line| (&line["event"], &line["id"], &line["bytes"])).collect();
+    let null = &Value::Null;
+    assert_eq!(
+        told,
+        [
+            (&Value::from("allocate"), &Value::from(before.as_str()), &Value::from(1 << 20)),
+            (&Value::from("allocate"), &Value::from(during.as_str()), &Value::from(2 << 20)),
+            (&Value::from("free"), &Value::from(before.as_str()), null),
+            (&Value::from("end"), null, null),
+        ]
+    );
+    assert_eq!(lines[2]["purpose"], "test");
+    let report = daemon.json(&["replay", "a.jsonl"]);
+    assert_eq!((&report["poolBytes"], &report["liveAtEnd"]), (&Value::from(3 << 20), &Value::from(1)));
+    let again = daemon.run(&["record", "--out", "a.jsonl"]).expect(2);
+    assert!(again.stderr.contains("hint: name a file that does not exist yet"), "{again:?}");
+}
+
+#[test]
+fn a_recording_survives_kills_of_itself_and_of_the_daemon() {
+    let mut daemon = Daemon::start();
+    alloc(&daemon, "1MiB", "sim:0");
+    let (one, other) = (start(&daemon, &["--out", "a.jsonl"]), start(&daemon, &["--out", "b.jsonl"]));
+    kill(&one, Signal::KILL);
+    one.wait_with_output().expect("it ended");
+    assert_eq!(daemon.json(&["replay", "a.jsonl"])["allocations"], 1);
+    daemon.kill();
+    daemon.reap();
+    let ended = Ended::from(other.wait_with_output().expect("it ended")).expect(2);
+    assert!(ended.stderr.contains("1 gaps") && ended.stderr.contains("error: "), "{ended:?}");
+    let report = Home::new().run(&["replay", daemon.home.path("b.jsonl").to_str().expect("UTF-8"), "--json"]);
+    assert_eq!(report.expect(0).json()["irregularities"]["gaps"], 1);
+}
+
+#[test]
+fn a_recording_ends_when_its_time_is_over_or_the_daemon_stops() {
+    let mut daemon = Daemon::start();
+    let ended = daemon.run(&["record", "--seconds", "0"]).expect(0);
+    let last = ended.stdout.lines().last().expect("lines");
+    assert!(last.starts_with(r#"{"event":"end""#), "{ended:?}");
+    let child = start(&daemon, &[]);
+    daemon.end(Signal::TERM);
+    Ended::from(child.wait_with_output().expect("it ended")).expect(0);
+}
