@@ -53,12 +53,15 @@ pub struct Sample {
     pub counts: Counts,
 }
 
+/// Names, and the bytes that each holds.
+type Holdings = Vec<(Arc<str>, u64)>;
+
 /// Who and what held how much, the largest first.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Split {
     pub second: i64,
-    pub owners: Vec<(Arc<str>, u64)>,
-    pub purposes: Vec<(Arc<str>, u64)>,
+    pub owners: Holdings,
+    pub purposes: Holdings,
 }
 
 impl Split {
@@ -76,7 +79,7 @@ impl Split {
     }
 }
 
-fn largest(all: BTreeMap<&str, u64>) -> Vec<(Arc<str>, u64)> {
+fn largest(all: BTreeMap<&str, u64>) -> Holdings {
     let mut all: Vec<(&str, u64)> = all.into_iter().collect();
     all.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
     let others: u64 = all.iter().skip(NAMES).map(|(_, bytes)| bytes).sum();
@@ -213,7 +216,7 @@ fn rates(samples: &[&Sample]) -> Option<UsageRates> {
 }
 
 /// Each name's bytes now, its peak and its average over the splits; the largest average first.
-fn shares(splits: &[&Split], of: fn(&Split) -> &Vec<(Arc<str>, u64)>) -> Vec<UsageShare> {
+fn shares(splits: &[&Split], of: fn(&Split) -> &Holdings) -> Vec<UsageShare> {
     let mut names: BTreeMap<&str, (u64, u64, u128)> = BTreeMap::new();
     for (number, split) in splits.iter().enumerate() {
         for (name, bytes) in of(split) {

@@ -468,14 +468,7 @@ impl State {
     fn observe_peaks(&mut self) {
         for facts in self.ledger.devices() {
             if let Some(usage) = self.ledger.usage(&facts.device) {
-                match self.counts.get_mut(&facts.device) {
-                    Some(counts) => counts.observe(&usage),
-                    None => {
-                        let mut counts = Counts::default();
-                        counts.observe(&usage);
-                        self.counts.insert(facts.device.clone(), counts);
-                    }
-                }
+                self.counts.entry(facts.device.clone()).or_default().observe(&usage);
             }
         }
     }
