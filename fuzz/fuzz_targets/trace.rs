@@ -10,7 +10,9 @@ fuzz_target!(|bytes: &[u8]| {
         let Ok(trace) = replay::read(&mut &bytes[..], Some(format)) else { continue };
         for device in &trace.devices {
             for pool_bytes in [None, Some(4096)] {
-                let Ok(replayed) = replay::replay(device, Options { pool_bytes, alignment: 256 }) else { continue };
+                let Ok(replayed) = replay::replay(device, Options { pool_bytes, alignment: 256 }) else {
+                    continue;
+                };
                 let report = &replayed.report;
                 assert!(report.peak_address_bytes <= report.pool_bytes);
                 assert!(pool_bytes.is_some() || report.refusals.count == 0);
