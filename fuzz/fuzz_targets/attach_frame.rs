@@ -1,10 +1,10 @@
-//! A frame on the attach socket: its header reads back, its body is one of the three or an error.
+//! A frame on the attach socket: its header reads back, its body is that of its kind or an error.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use vramd_api::ApiError;
-use vramd_api::attach::{Attach, Attached, FrameKind, HEADER_BYTES, Header};
+use vramd_api::attach::{Acknowledge, Attach, Attached, FrameKind, HEADER_BYTES, Header, Moved};
 
 fuzz_target!(|frame: &[u8]| {
     let Some((bytes, body)) = frame.split_first_chunk::<HEADER_BYTES>() else { return };
@@ -28,6 +28,12 @@ fuzz_target!(|frame: &[u8]| {
         }
         FrameKind::Error => {
             let _ = serde_json::from_slice::<ApiError>(body);
+        }
+        FrameKind::Moved => {
+            let _ = serde_json::from_slice::<Moved>(body);
+        }
+        FrameKind::Acknowledge => {
+            let _ = serde_json::from_slice::<Acknowledge>(body);
         }
     }
 });
