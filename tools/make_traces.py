@@ -1,4 +1,5 @@
-"""Writes the pickled traces of crates/vramd/tests/fixtures: what PyTorch's memory snapshot holds, as far as we read it.
+"""Writes the pickled traces of crates/vramd/tests/fixtures: what PyTorch's memory snapshot holds, as far as
+we read it.
 
 The same history in the oldest and the newest protocol that Python writes such files in.
 """
