@@ -79,6 +79,8 @@ struct State {
     /// The jobs of each flow that have pieces nobody has taken.
     waiting: BTreeMap<u64, VecDeque<u64>>,
     last_job: u64,
+    /// Jobs may have been cancelled that still wait for their turn.
+    sweep: bool,
     stopping: bool,
 }
 
@@ -115,6 +117,12 @@ impl Mover {
 
     pub fn pause(&self, flow: u64, paused: bool) {
         self.0.state().turns.pause(flow, paused);
+        self.0.changed.notify_all();
+    }
+
+    /// Jobs were cancelled: they end now, and not at their next turn, which a bound on their rate may put far off.
+    pub fn sweep(&self) {
+        self.0.state().sweep = true;
         self.0.changed.notify_all();
     }
 
@@ -158,12 +166,8 @@ impl Shared {
     fn run(&self) {
         let mut buffer = Vec::new();
         while let Some(piece) = self.take() {
-            let stopped = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
-            let outcome = if stopped(&piece.job.progress.cancelled) || stopped(&piece.job.cancelled) {
-                Err(CopyFailure::Cancelled)
-            } else {
-                piece.copy(&mut buffer)
-            };
+            let outcome =
+                if piece.job.is_cancelled() { Err(CopyFailure::Cancelled) } else { piece.copy(&mut buffer) };
             self.finish(&piece, outcome);
         }
     }
@@ -172,6 +176,9 @@ impl Shared {
     fn take(&self) -> Option<Piece> {
         let mut state = self.state();
         loop {
+            if let Some(piece) = state.cancelled_piece() {
+                return Some(piece);
+            }
             let now = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
             let turn = state.turns.next(now, |flow| state.waiting.contains_key(&flow));
             state = match turn {
@@ -214,7 +221,33 @@ impl Shared {
     }
 }
 
+impl Job {
+    fn is_cancelled(&self) -> bool {
+        let stopped = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        stopped(&self.progress.cancelled) || stopped(&self.cancelled)
+    }
+}
+
 impl State {
+    /// All that is left of a job that was cancelled while it waited.
+    fn cancelled_piece(&mut self) -> Option<Piece> {
+        if !self.sweep {
+            return None;
+        }
+        let mut waiting = self.waiting.values().flatten();
+        let Some(id) = waiting.find(|id| self.jobs[*id].job.is_cancelled()).copied() else {
+            self.sweep = false;
+            return None;
+        };
+        let active = self.jobs.get_mut(&id).expect("what waits is there");
+        let (offset, job) = (active.next, active.job.clone());
+        let bytes = job.from.1.bytes - offset;
+        active.next = job.from.1.bytes;
+        active.in_flight += 1;
+        self.unwait(job.flow, id);
+        Some(Piece { id, job, offset, bytes })
+    }
+
     fn piece_of(&mut self, flow: u64, now: u64) -> Piece {
         let id = self.waiting[&flow][0];
         let active = self.jobs.get_mut(&id).expect("what waits is there");

@@ -349,6 +349,7 @@ impl State {
         for copy in self.copies.values().filter(|copy| copy.source == id || copy.target == id) {
             copy.cancelled.store(true, Ordering::Relaxed);
         }
+        self.mover.sweep();
     }
 
     /// A copy has ended, and so far its blocks are still kept: what its operation does next.

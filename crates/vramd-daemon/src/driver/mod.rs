@@ -553,6 +553,7 @@ impl State {
         self.stopping = true;
         self.emit(EventKind::DaemonStopping, serde_json::json!({}));
         self.operations.cancel_all();
+        self.mover.sweep();
         self.queue.retain(|_| false);
         for (_, on_ready) in std::mem::take(&mut self.waiting) {
             on_ready

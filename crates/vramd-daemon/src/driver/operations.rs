@@ -245,6 +245,7 @@ impl State {
             }
             // What is paused has to run to its end.
             self.mover.pause(flow(id), false);
+            self.mover.sweep();
             self.to_go_on.insert(id);
             Ok(operation)
         });

@@ -523,6 +523,37 @@ fn a_transfer_that_is_cancelled_or_fails_leaves_the_old_copy() {
 }
 
 #[test]
+fn a_slow_transfer_ends_at_once_when_it_is_cancelled_or_its_source_goes() {
+    let daemon = Daemon::start(&[64 * MIB, 64 * MIB]);
+    // The first piece goes at once; the next one would have its turn in twelve days.
+    let begin = || {
+        let answer = daemon.post("/api/memory/allocations/allocate/sim:0", &json!({"sizeBytes": 8 * MIB}));
+        let id = answer.data(201)["allocationId"].as_str().expect("an id").to_owned();
+        let body =
+            json!({"items": [{"allocationId": id}], "targetDeviceId": "sim:1", "maxBytesPerSecond": 1});
+        let begun = daemon.post("/api/memory/transfer", &body).data(202);
+        (id, begun["operationId"].as_str().expect("an id").to_owned())
+    };
+    let (id, operation) = begin();
+    daemon.delete(&format!("/api/memory/transfer/{operation}")).data(202);
+    assert_eq!(daemon.ended(&operation)["state"], "Cancelled");
+    daemon.release(&id).data(200);
+    let (id, operation) = begin();
+    daemon.release(&id).data(200);
+    assert_eq!(daemon.ended(&operation)["error"]["code"], "CONFLICT");
+    let (id, operation) = begin();
+    daemon.post(&format!("/api/operations/{operation}/pause"), &json!({})).data(200);
+    daemon.delete(&format!("/api/operations/{operation}")).data(202);
+    assert_eq!(daemon.ended(&operation)["state"], "Cancelled");
+    daemon.release(&id).data(200);
+    daemon.all_is_back("sim:0");
+    daemon.all_is_back("sim:1");
+    // A daemon that stops does not wait for it either.
+    begin();
+    daemon.stop();
+}
+
+#[test]
 fn an_allocation_that_dies_half_way_ends_its_transfer() {
     let daemon = Daemon::start(&[64 * MIB, 64 * MIB]);
     let answer = daemon.post("/api/memory/allocations/allocate/sim:0", &json!({"sizeBytes": 8 * MIB}));
