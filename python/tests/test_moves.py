@@ -292,3 +292,36 @@ def test_a_reader_killed_in_the_middle_of_a_move_leaves_nothing(vramd: Vramd) ->
     for name in kept:
         until(lambda name=name: released(client, name), "the release")  # type: ignore[misc]
     until(lambda: client.device_status("sim:0")["allocatedBytes"] == 0, "all bytes to be back")
+
+
+KEEPER = """
+import sys, vramd
+attached = vramd.attach_allocation(sys.argv[2], socket=sys.argv[1])
+view = attached.buffer
+attached.close()
+print("closed", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_release_names_who_still_has_the_memory(vramd: Vramd) -> None:
+    client = vramd.client
+    for keeps in (True, False):
+        name = client.allocate(2 * KIB * KIB, device="cpu:0", lease_seconds=60)["allocationId"]
+        command = [sys.executable, "-c", KEEPER, vramd.socket, name]
+        pipe = subprocess.PIPE
+        with running(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)) as keeper:
+            assert keeper.stdout is not None
+            assert keeper.stdout.readline() == "closed\n"
+            until(lambda name=name: not leases(client, name), "the lease to end")  # type: ignore[misc]
+            if not keeps:
+                keeper.communicate("\n")
+            answer = client.release(name)
+        assert answer["verified"] is not keeps
+        assert [one["pid"] for one in answer.get("heldBy", [])] == ([keeper.pid] if keeps else [])
+
+
+def leases(client: api.Client, name: str) -> list[str]:
+    """The connections that keep an allocation."""
+    kept = client.allocation(name)["leases"]
+    return [one["leaseId"] for one in kept if one["kind"] == "connection"]
