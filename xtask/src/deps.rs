@@ -9,8 +9,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vramd-api", &[]),
     ("vramd-core", &["vramd-api"]),
     ("vramd-device", &["vramd-api"]),
-    ("vramd-daemon", &["vramd-api", "vramd-core", "vramd-device"]),
-    ("vramd", &["vramd-api", "vramd-core", "vramd-daemon"]),
+    ("vramd-attach", &["vramd-api"]),
+    ("vramd-daemon", &["vramd-api", "vramd-attach", "vramd-core", "vramd-device"]),
+    ("vramd", &["vramd-api", "vramd-attach", "vramd-core", "vramd-daemon"]),
     ("xtask", &[]),
 ];
 

@@ -4,8 +4,9 @@ use std::error::Error;
 use std::io;
 use std::process::ExitCode;
 
-use vramd_api::client::{AttachError, ClientError};
+use vramd_api::client::ClientError;
 use vramd_api::{ApiError, ErrorCode};
+use vramd_attach::AttachError;
 
 use crate::settings::SettingsError;
 

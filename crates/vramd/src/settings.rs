@@ -223,7 +223,7 @@ pub fn resolve(
     }
     let pick = Layers(layers);
     let address = vramd_api::DEFAULT_ADDRESS.parse().expect("the default is an address");
-    let socket = vramd_api::client::default_socket();
+    let socket = vramd_attach::default_socket();
     Ok(Settings {
         listen: pick.value(&LISTEN, |layer| layer.listen.clone()).or_default(Switch::On(address)),
         socket: pick.value(&SOCKET, |layer| layer.socket.clone()).or_default(Switch::On(socket)),

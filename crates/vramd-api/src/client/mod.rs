@@ -1,10 +1,8 @@
-//! Typed clients: every call of the HTTP interface, the event stream and the attach socket.
+//! A typed client: every call of the HTTP interface, and the event stream. The attach socket has `vramd-attach`.
 //!
 //! Owns addresses, the envelope and what can go wrong on the way. It keeps no state beyond the connections
 //! and does not retry: only the caller knows whether a second try is wanted.
 
-#[cfg(target_os = "linux")]
-mod attach;
 mod calls;
 mod error;
 mod events;
@@ -16,8 +14,6 @@ use reqwest::{Method, RequestBuilder, StatusCode, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-#[cfg(target_os = "linux")]
-pub use attach::{AttachError, Attachment, attach, default_socket};
 pub use calls::AllocationFilter;
 pub use error::ClientError;
 

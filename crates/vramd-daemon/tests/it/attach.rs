@@ -13,8 +13,8 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use rustix::thread::{set_thread_res_gid, set_thread_res_uid};
 use serde_json::{Value, json};
 use vramd_api::attach::{FrameKind, HEADER_BYTES, Header, MAX_REQUEST_BYTES, encode_frame};
-use vramd_api::client::{AttachError, Attachment};
 use vramd_api::{ApiError, ErrorCode};
+use vramd_attach::{AttachError, Attachment};
 
 use crate::support::{Daemon, Home, MIB, PATIENCE, caught, message, wait_for, with_model};
 

@@ -127,7 +127,7 @@ fn a_lost_device_closes_its_books_and_the_others_go_on() {
     daemon.post("/api/models/tiny/load", &json!({"deviceId": "sim:0", "components": ["weights"]})).data(200);
     let error = daemon.attach(&json!({"model": "tiny"})).expect_err("it is lost");
     assert!(
-        matches!(error, vramd_api::client::AttachError::Api(error) if error.code == vramd_api::ErrorCode::DeviceLost)
+        matches!(error, vramd_attach::AttachError::Api(error) if error.code == vramd_api::ErrorCode::DeviceLost)
     );
 
     // What is on the others is untouched, and new requests go there.

@@ -125,7 +125,7 @@ fn components_are_loaded_alone_or_together() {
     assert_eq!(only["result"]["components"], json!(["vae"]));
     let error = daemon.attach(&json!({"model": "sd", "component": "unet"})).expect_err("it is not resident");
     assert!(
-        matches!(error, vramd_api::client::AttachError::Api(error) if error.code == vramd_api::ErrorCode::NotResident)
+        matches!(error, vramd_attach::AttachError::Api(error) if error.code == vramd_api::ErrorCode::NotResident)
     );
     let rest = daemon.post("/api/models/sd/load?wait=30", &json!({"deviceId": "sim:0"})).data(200);
     assert_eq!(rest["result"]["components"], json!(["unet"]));
@@ -298,9 +298,7 @@ fn a_model_may_be_resident_on_several_devices() {
     daemon.loaded("tiny", "sim:0");
     daemon.loaded("tiny", "sim:1");
     let error = daemon.attach(&json!({"model": "tiny"})).expect_err("which device?");
-    assert!(
-        matches!(error, vramd_api::client::AttachError::Api(error) if error.details["field"] == "deviceId")
-    );
+    assert!(matches!(error, vramd_attach::AttachError::Api(error) if error.details["field"] == "deviceId"));
     for device in ["sim:0", "sim:1"] {
         let bytes = attached_bytes(&daemon, &json!({"model": "tiny", "deviceId": device}));
         assert_eq!(bytes[..payload.len()], payload);

@@ -1,14 +1,12 @@
 //! Blocks that get another place: defragmentation with processes attached, transfers between devices, copies.
 
-use std::io::{IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
-use vramd_api::attach::{Acknowledge, FrameKind, HEADER_BYTES, Header, Moved, encode_frame};
-use vramd_api::client::Attachment;
+use vramd_api::attach::Attach;
+use vramd_attach::{Attachment, Mapped, Place};
 use vramd_device::{Call, sim};
 
 use crate::support::{Daemon, Home, MIB, PATIENCE, caught, payload, wait_for, with_model};
@@ -48,33 +46,9 @@ fn follow(daemon: &Daemon, id: &str) -> Attachment {
     reader
 }
 
-/// The next move that a reader is told of, and the descriptor of its new place.
-fn told(reader: &mut Attachment) -> (Moved, OwnedFd) {
-    let mut header = [0; HEADER_BYTES];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut parts = [IoSliceMut::new(&mut header)];
-    let received =
-        recvmsg(&reader.stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC).expect("a frame");
-    assert_eq!(received.bytes, HEADER_BYTES);
-    let descriptor = control
-        .drain()
-        .find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
-            _ => None,
-        })
-        .expect("a descriptor");
-    let header = Header::decode(&header).expect("a good header");
-    assert_eq!((header.kind, header.descriptors), (FrameKind::Moved, 1));
-    let mut body = vec![0; header.body_bytes as usize];
-    reader.stream.read_exact(&mut body).expect("the body");
-    (serde_json::from_slice(&body).expect("a move"), descriptor)
-}
-
-fn acknowledge(reader: &mut Attachment, generation: u64, reason: Option<&str>) {
-    let answer = Acknowledge { generation, moved: reason.is_none(), reason: reason.map(ToOwned::to_owned) };
-    let frame = encode_frame(FrameKind::Acknowledge, &answer, 0).expect("a frame");
-    reader.stream.write_all(&frame).expect("sent");
+/// The next move that a reader is told of.
+fn told(reader: &mut Attachment) -> Place {
+    reader.next_move().expect("a move").expect("the connection is open")
 }
 
 /// Fills two segments with blocks of 300 KiB, so that the second is nearly empty once `keep` of it are left. Answers the
@@ -105,7 +79,12 @@ fn all_released(daemon: &Daemon, ids: &[String], device: &str) {
     for id in ids {
         wait_for("the release", || (daemon.release(id).status == 200).then_some(()));
     }
-    daemon.all_is_back(device);
+    if device.starts_with("sim") {
+        daemon.all_is_back(device);
+    } else {
+        // Others use the machine's memory as well.
+        daemon.status_when(device, "the bytes to be back", |status| status["allocatedBytes"] == 0);
+    }
 }
 
 #[test]
@@ -130,14 +109,15 @@ fn a_reader_follows_its_block_to_another_segment_and_the_old_one_goes_back() {
         assert_eq!(largest(&plan["after"]), largest(&plan["before"]) + 4 * MIB);
 
         let operation = daemon.post("/api/memory/operations/defragment", &json!({})).data(202);
-        let (moved, descriptor) = told(&mut reader);
+        let place = told(&mut reader);
+        let moved = &place.moved;
         assert_eq!(moved.generation, 2);
         assert_eq!(moved.block.bytes, 300 * KIB);
         assert_eq!(moved.block.offset % page, before % page, "its addresses can stay");
-        assert_eq!(contents(&descriptor, moved.block.offset, 300 * KIB), written);
+        assert_eq!(contents(&place.descriptors[0], moved.block.offset, 300 * KIB), written);
         // Until it has answered, the old pages are as they were.
         assert_eq!(contents(&reader.descriptors[0], before, 300 * KIB), written);
-        acknowledge(&mut reader, moved.generation, None);
+        reader.accept(place).expect("sent");
         let ended = daemon.ended(operation["operationId"].as_str().expect("an id"));
         let result = &ended["result"]["devices"][0];
         assert_eq!(result["fixedCount"], 0, "{ended:#}");
@@ -147,10 +127,52 @@ fn a_reader_follows_its_block_to_another_segment_and_the_old_one_goes_back() {
         assert_eq!((&shown["generation"], &shown["status"]), (&json!(2), &json!("Active")));
         drop(reader);
         assert_eq!(held(&daemon, &last), written);
-        for id in &kept {
-            wait_for("the release", || (daemon.release(id).status == 200).then_some(()));
-        }
-        daemon.status_when(device, "the bytes to be back", |status| status["allocatedBytes"] == 0);
+        all_released(&daemon, &kept, device);
+    }
+}
+
+#[test]
+fn mapped_blocks_keep_their_addresses_and_bytes_while_the_device_is_packed() {
+    for device in ["sim:0", "cpu:0"] {
+        let home = Home::new();
+        let daemon = if device == "sim:0" { home.start(&[64 * MIB]) } else { home.start_cpu(64 * MIB) };
+        let kept = fragmented(&daemon, 4);
+        let written: Vec<_> = (0..kept.len()).map(|seed| payload(300 * KIB as usize, seed as u8)).collect();
+        let mapped: Vec<_> = kept
+            .iter()
+            .zip(&written)
+            .map(|(id, written)| {
+                fill(&daemon, id, written);
+                let request = Attach { allocation_id: Some(id.parse().expect("an id")), ..Attach::default() };
+                Mapped::attach(&daemon.socket(), &request).expect("attached")
+            })
+            .collect();
+        let addresses: Vec<_> = mapped.iter().map(Mapped::as_ptr).collect();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    for (mapped, written) in mapped.iter().zip(&written) {
+                        let mut bytes = vec![0; written.len()];
+                        mapped.read_at(0, &mut bytes);
+                        assert!(bytes == *written);
+                    }
+                }
+            });
+            let operation = daemon.post("/api/memory/operations/defragment?wait=30", &json!({})).data(200);
+            done.store(true, Ordering::Relaxed);
+            reader.join().expect("the same bytes at every moment");
+            let packed = &operation["result"]["devices"][0];
+            assert_eq!(
+                (&packed["fixedCount"], &packed["after"]["segmentCount"]),
+                (&json!(0), &json!(1)),
+                "{operation:#}"
+            );
+        });
+        assert!(mapped.iter().filter(|one| one.generation() > 1).count() >= 4);
+        assert_eq!(mapped.iter().map(Mapped::as_ptr).collect::<Vec<_>>(), addresses);
+        drop(mapped);
+        all_released(&daemon, &kept, device);
     }
 }
 
@@ -188,8 +210,8 @@ fn a_reader_that_cannot_follow_says_so_and_keeps_its_pages() {
     let last = kept.last().expect("one is kept").clone();
     let mut reader = follow(&daemon, &last);
     let operation = daemon.post("/api/memory/operations/defragment", &json!({})).data(202);
-    let (moved, _) = told(&mut reader);
-    acknowledge(&mut reader, moved.generation, Some("it has written to its copy"));
+    let place = told(&mut reader);
+    reader.decline(&place, "it has written to its copy".to_owned()).expect("sent");
     let ended = daemon.ended(operation["operationId"].as_str().expect("an id"));
     assert_eq!(ended["result"]["devices"][0]["fixed"][0]["reason"], "readerNotAnswering", "{ended:#}");
     drop(reader);
@@ -664,13 +686,14 @@ fn small_models_share_segments_and_move_under_their_readers() {
     reader.stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     let before = reader.attached.block.offset;
     let operation = daemon.post("/api/memory/operations/defragment", &json!({})).data(202);
-    let (moved, descriptor) = told(&mut reader);
+    let place = told(&mut reader);
+    let moved = &place.moved;
     assert_eq!(moved.block.bytes, reader.attached.block.bytes);
     assert_eq!(moved.block.offset % 4096, before % 4096);
     let tensor = reader.tensors.iter().find(|tensor| tensor.name == "a").expect("its tensor");
-    let read = contents(&descriptor, moved.block.offset + tensor.offset, tensor.bytes);
+    let read = contents(&place.descriptors[0], moved.block.offset + tensor.offset, tensor.bytes);
     assert_eq!(read, payloads[4][..900_000]);
-    acknowledge(&mut reader, moved.generation, None);
+    reader.accept(place).expect("sent");
     let ended = daemon.ended(operation["operationId"].as_str().expect("an id"));
     assert_eq!(ended["result"]["devices"][0]["after"]["segmentCount"], 1, "{ended:#}");
     // A pinned model stays.

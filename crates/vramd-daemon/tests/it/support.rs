@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use vramd_api::attach::Attach;
-use vramd_api::client::{AttachError, Attachment, attach};
+use vramd_attach::{AttachError, Attachment, attach};
 use vramd_daemon::{Config, Devices, StartError, serve_on};
 use vramd_device::{Call, cpu, sim};
 

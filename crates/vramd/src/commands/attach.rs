@@ -1,11 +1,12 @@
 //! `vramd attach`.
 
+use std::net::Shutdown;
 use std::path::PathBuf;
 
-use tokio::net::UnixStream;
 use vramd_api::Bytes;
 use vramd_api::attach::{Attach, Attached, Tensor};
-use vramd_api::client::{self, Attachment};
+use vramd_api::client::unix_path;
+use vramd_attach::{AttachError, Attachment, default_socket};
 
 use super::interrupts;
 use crate::arguments::AttachArguments;
@@ -17,33 +18,45 @@ pub async fn attach(server: &str, arguments: AttachArguments, output: Output) ->
         model: Some(arguments.target.model),
         component: arguments.target.component,
         device_id: arguments.device,
+        moves: arguments.hold,
         ..Attach::default()
     };
-    let socket: PathBuf =
-        arguments.socket.or_else(|| client::unix_path(server)).unwrap_or_else(client::default_socket);
-    let Attachment { attached, tensors, descriptors, stream } = client::attach(&socket, &request)?;
+    let socket: PathBuf = arguments.socket.or_else(|| unix_path(server)).unwrap_or_else(default_socket);
+    let attachment = vramd_attach::attach(&socket, &request)?;
+    let attached = &attachment.attached;
     output.say(&format!(
         "{} in {} tensors on {}, lease {}",
         Bytes::show(attached.block.bytes),
-        tensors.len(),
+        attachment.tensors.len(),
         attached.device_id,
         attached.lease_id
     ));
-    output.data(&attached, |_: &Attached| tensor_table(&tensors))?;
-    if arguments.hold {
-        stream.set_nonblocking(true)?;
-        let stream = UnixStream::from_std(stream)?;
-        let mut interrupts = interrupts()?;
-        output.say("held; Ctrl-C lets go");
-        tokio::select! {
-            _ = interrupts.recv() => {}
-            // The daemon says nothing more, so that this is the end of the connection.
-            _ = stream.readable() => {
-                return Err(CommandError::Fault("the daemon ended the lease".to_owned()));
-            }
+    output.data(attached, |_: &Attached| tensor_table(&attachment.tensors))?;
+    if !arguments.hold {
+        return Ok(());
+    }
+    let stream = attachment.stream.try_clone()?;
+    let held = tokio::task::spawn_blocking(|| hold(attachment));
+    let mut interrupts = interrupts()?;
+    output.say("held; Ctrl-C lets go");
+    tokio::select! {
+        _ = interrupts.recv() => {
+            // Ends the thread's wait, which the process would otherwise wait for.
+            stream.shutdown(Shutdown::Both)?;
+            Ok(())
+        }
+        ended = held => {
+            ended.map_err(std::io::Error::other)??;
+            Err(CommandError::Fault("the daemon ended the lease".to_owned()))
         }
     }
-    drop(descriptors);
+}
+
+/// Holds the lease until the connection ends. Nothing is mapped here, so that every move can be accepted at once.
+fn hold(mut attachment: Attachment) -> Result<(), AttachError> {
+    while let Some(place) = attachment.next_move()? {
+        attachment.accept(place)?;
+    }
     Ok(())
 }
 

@@ -1,7 +1,7 @@
-//! The attach socket: asks for a model or an allocation, gets descriptors and the tensor table.
+//! The connection: asks for a model or an allocation, gets descriptors and the tensor table, and then every move.
 //!
-//! Mapping the descriptors is left to the caller, since it needs unsafe code. Everything that the daemon says
-//! is checked here first: a range that passes lies inside a descriptor that is at least as large as announced.
+//! Everything that the daemon says is checked here first: a range that passes lies inside a descriptor that is at least
+//! as large as announced.
 
 use std::io::{self, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -12,9 +12,11 @@ use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
-use crate::ApiError;
-use crate::attach::{
-    Attach, Attached, BadHeader, FrameKind, HEADER_BYTES, Header, MAX_DESCRIPTORS, Tensor, encode_frame,
+use serde::de::DeserializeOwned;
+use vramd_api::ApiError;
+use vramd_api::attach::{
+    Acknowledge, Attach, Attached, AttachedBlock, AttachedSegment, BadHeader, FrameKind, HEADER_BYTES,
+    Header, MAX_DESCRIPTORS, Moved, Tensor, encode_frame,
 };
 
 /// A daemon that does not answer an attach in this time hangs.
@@ -36,12 +38,65 @@ pub fn default_socket() -> PathBuf {
 /// What was attached. Dropping it ends the lease; mappings made from its descriptors stay valid in this process.
 #[derive(Debug)]
 pub struct Attachment {
+    /// With the place that was accepted last.
     pub attached: Attached,
     pub tensors: Vec<Tensor>,
     /// One for each of `attached.segments`.
     pub descriptors: Vec<OwnedFd>,
-    /// The lease. Nothing more is said on it; it reads as ended when the daemon goes.
+    /// The lease. It reads as ended when the daemon goes; shutting it down ends a [`next_move`](Self::next_move).
     pub stream: UnixStream,
+}
+
+/// Where the daemon has moved the bytes of an attachment.
+#[derive(Debug)]
+pub struct Place {
+    pub moved: Moved,
+    /// One for each of `moved.segments`.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+impl Attachment {
+    /// Blocks until the bytes have another place, which has to be accepted or declined; `None` once the connection has
+    /// ended. Only a request with `moves` is ever told of one.
+    pub fn next_move(&mut self) -> Result<Option<Place>, AttachError> {
+        let (header, descriptors) = match receive_header(&self.stream) {
+            Err(AttachError::Broken(error)) if is_end(&error) => return Ok(None),
+            other => other?,
+        };
+        if header.kind != FrameKind::Moved {
+            return Err(AttachError::Frame("only a move has a place here".to_owned()));
+        }
+        let moved: Moved = receive_body(&mut self.stream, &header)?;
+        check_place(&moved.segments, &moved.block, header.descriptors, &descriptors)?;
+        check_move(&self.attached, &moved)?;
+        Ok(Some(Place { moved, descriptors }))
+    }
+
+    /// Says that the old place is mapped nowhere in this process any more. The daemon may then give it to others.
+    pub fn accept(&mut self, place: Place) -> Result<(), AttachError> {
+        let Moved { generation, device_id, segments, block } = place.moved;
+        self.attached.device_id = device_id;
+        self.attached.generation = generation;
+        self.attached.segments = segments;
+        self.attached.block = block;
+        self.descriptors = place.descriptors;
+        self.answer(&Acknowledge { generation, moved: true, reason: None })
+    }
+
+    /// Says that this process keeps the old place, and why. The daemon holds it until the connection ends.
+    pub fn decline(&mut self, place: &Place, reason: String) -> Result<(), AttachError> {
+        let generation = place.moved.generation;
+        self.answer(&Acknowledge { generation, moved: false, reason: Some(reason) })
+    }
+
+    fn answer(&mut self, answer: &Acknowledge) -> Result<(), AttachError> {
+        Ok(self.stream.write_all(&encode_frame(FrameKind::Acknowledge, answer, 0)?)?)
+    }
+}
+
+/// The daemon went, or this side shut the connection down.
+fn is_end(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -90,21 +145,20 @@ pub fn attach(socket: &Path, request: &Attach) -> Result<Attachment, AttachError
     attach_over(stream, request)
 }
 
-fn attach_over(mut stream: UnixStream, request: &Attach) -> Result<Attachment, AttachError> {
+pub(crate) fn attach_over(mut stream: UnixStream, request: &Attach) -> Result<Attachment, AttachError> {
     stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
     stream.write_all(&encode_frame(FrameKind::Attach, request, 0)?)?;
     let (header, descriptors) = receive_header(&stream)?;
-    let mut body = vec![0; header.body_bytes as usize];
-    stream.read_exact(&mut body)?;
     match header.kind {
         FrameKind::Attached => {
-            let attached: Attached = serde_json::from_slice(&body)?;
+            let attached: Attached = receive_body(&mut stream, &header)?;
             let tensors = attached.tensors()?;
-            check(&attached, &tensors, header.descriptors, &descriptors)?;
+            check_place(&attached.segments, &attached.block, header.descriptors, &descriptors)?;
+            check_tensors(&attached, &tensors)?;
             stream.set_read_timeout(None)?;
             Ok(Attachment { attached, tensors, descriptors, stream })
         }
-        FrameKind::Error => Err(AttachError::Api(Box::new(serde_json::from_slice(&body)?))),
+        FrameKind::Error => Err(AttachError::Api(Box::new(receive_body(&mut stream, &header)?))),
         FrameKind::Attach | FrameKind::Moved | FrameKind::Acknowledge => {
             Err(AttachError::Frame("it is no answer to a request".to_owned()))
         }
@@ -149,21 +203,30 @@ fn receive_header(stream: &UnixStream) -> Result<(Header, Vec<OwnedFd>), AttachE
     Ok((Header::decode(&bytes)?, descriptors))
 }
 
-fn check(
-    attached: &Attached,
-    tensors: &[Tensor],
+fn receive_body<T: DeserializeOwned>(stream: &mut UnixStream, header: &Header) -> Result<T, AttachError> {
+    let mut body = vec![0; header.body_bytes as usize];
+    stream.read_exact(&mut body)?;
+    Ok(serde_json::from_slice(&body)?)
+}
+
+fn bad(what: impl Into<String>) -> Result<(), AttachError> {
+    Err(AttachError::Frame(what.into()))
+}
+
+fn check_place(
+    segments: &[AttachedSegment],
+    block: &AttachedBlock,
     announced: u32,
     descriptors: &[OwnedFd],
 ) -> Result<(), AttachError> {
-    let bad = |what: String| Err(AttachError::Frame(what));
-    if descriptors.len() != announced as usize || descriptors.len() != attached.segments.len() {
+    if descriptors.len() != announced as usize || descriptors.len() != segments.len() {
         return bad(format!(
             "{} descriptors came for {} segments, and {announced} were announced",
             descriptors.len(),
-            attached.segments.len()
+            segments.len()
         ));
     }
-    for (number, (segment, descriptor)) in attached.segments.iter().zip(descriptors).enumerate() {
+    for (number, (segment, descriptor)) in segments.iter().zip(descriptors).enumerate() {
         if !segment.page_bytes.is_power_of_two() || !segment.bytes.is_multiple_of(segment.page_bytes) {
             return bad(format!("segment {number} is no multiple of its pages"));
         }
@@ -172,15 +235,40 @@ fn check(
             return bad(format!("segment {number} has {bytes} bytes and should have {}", segment.bytes));
         }
     }
-    let block = &attached.block;
-    let Some(segment) = attached.segments.get(block.segment as usize) else {
+    let Some(segment) = segments.get(block.segment as usize) else {
         return bad(format!("there is no segment {}", block.segment));
     };
-    if !inside(block.offset, block.bytes, segment.bytes) {
-        return bad("the block lies outside its segment".to_owned());
+    if inside(block.offset, block.bytes, segment.bytes) {
+        Ok(())
+    } else {
+        bad("the block lies outside its segment")
     }
+}
+
+/// What has to hold for the new pages to be mapped over the old ones.
+fn check_move(attached: &Attached, moved: &Moved) -> Result<(), AttachError> {
+    let page_bytes = |segments: &[AttachedSegment], block: &AttachedBlock| {
+        segments.get(block.segment as usize).map_or(1, |segment| segment.page_bytes)
+    };
+    let page = page_bytes(&attached.segments, &attached.block);
+    if moved.generation <= attached.generation {
+        return bad(format!("generation {} comes after {}", moved.generation, attached.generation));
+    }
+    if page_bytes(&moved.segments, &moved.block) != page {
+        return bad("the new place has other pages");
+    }
+    if moved.block.bytes != attached.block.bytes {
+        return bad("the new place has another size");
+    }
+    if moved.block.offset % page != attached.block.offset % page {
+        return bad("the new place begins elsewhere in its page");
+    }
+    Ok(())
+}
+
+fn check_tensors(attached: &Attached, tensors: &[Tensor]) -> Result<(), AttachError> {
     for tensor in tensors {
-        if !inside(tensor.offset, tensor.bytes, block.bytes) {
+        if !inside(tensor.offset, tensor.bytes, attached.block.bytes) {
             return bad(format!("tensor {} lies outside the block", tensor.name));
         }
         let bits = tensor
@@ -207,8 +295,9 @@ mod tests {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     use serde_json::{Value, json};
 
+    use vramd_api::ErrorCode;
+
     use super::*;
-    use crate::ErrorCode;
 
     const PAGE: u64 = 4096;
 

@@ -1,0 +1,13 @@
+//! The client's side of `protocol/attach.md`.
+//!
+//! [`attach`] asks the daemon and checks its answer: descriptors and a table of tensors, for who maps them himself.
+//! [`Mapped`] maps them as well and stays mapped, at the same address with the same bytes, while the daemon moves
+//! them. What is resident is decided over REST, not here.
+#![cfg(target_os = "linux")]
+
+mod connection;
+mod mapped;
+mod pages;
+
+pub use connection::{AttachError, Attachment, Place, attach, default_socket};
+pub use mapped::{Ended, Mapped};

@@ -1,0 +1,4 @@
+//! Attachments of a daemon that the tests play.
+
+mod daemon;
+mod moves;
