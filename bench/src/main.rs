@@ -1,14 +1,18 @@
-//! The two sides of the HTTP comparison: `bare` serves, `hammer` asks.
+//! What vramd is measured with: `bare` serves what it serves and `hammer` asks both; `reader` has memory attached that
+//! is moved, and `copier` copies as much.
 
 mod bare;
+mod copier;
 mod hammer;
+mod reader;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Parser;
+use vramd_api::Bytes;
 
-/// What vramd's HTTP side is measured with
+/// What vramd is measured with
 #[derive(Debug, Parser)]
 enum Command {
     /// Serves the paths that are measured, each with a fixed body, until it is killed; prints its address
@@ -34,6 +38,23 @@ enum Command {
         #[arg(long)]
         allocate_on: Option<String>,
     },
+    /// Holds allocations attached and mapped until its input ends; prints what it noticed of moves as JSON
+    Reader {
+        socket: PathBuf,
+        allocations: Vec<String>,
+        /// Reads all the while
+        #[arg(long)]
+        busy: bool,
+    },
+    /// Copies memory and prints the rate as JSON
+    Copier {
+        #[arg(long)]
+        block: Bytes,
+        #[arg(long)]
+        total: Bytes,
+        #[arg(long)]
+        threads: usize,
+    },
 }
 
 #[tokio::main]
@@ -43,6 +64,14 @@ async fn main() -> anyhow::Result<()> {
         Command::Hammer { address, connections, seconds, allocate_on } => {
             let report = hammer::run(address, connections, seconds, allocate_on.as_deref()).await?;
             println!("{report}");
+            Ok(())
+        }
+        Command::Reader { socket, allocations, busy } => {
+            println!("{}", reader::run(&socket, &allocations, busy)?);
+            Ok(())
+        }
+        Command::Copier { block, total, threads } => {
+            println!("{}", copier::run(block, total, threads));
             Ok(())
         }
     }

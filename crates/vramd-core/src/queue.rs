@@ -63,6 +63,11 @@ impl Queue {
         granted
     }
 
+    /// Who is next.
+    pub fn first(&self) -> Option<&Waiting> {
+        self.entries.values().next()
+    }
+
     /// Takes out the requests whose time is over.
     pub fn expired(&mut self, tick: Tick) -> Vec<Waiting> {
         self.entries

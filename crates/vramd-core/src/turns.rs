@@ -1,8 +1,8 @@
 //! Whose turn it is to move bytes: fair shares by priority, and a bound on the rate of each.
 //!
-//! Start-time fair queueing: a flow that has moved fewer bytes for its weight goes first, and a new one starts where
-//! those that are there stand, so that it neither waits for their past nor makes them wait for its own. Nobody
-//! starves: a low priority gets a small share, not none.
+//! Start-time fair queueing: a flow that has moved fewer bytes for its weight goes first. One that is new, or had nothing to
+//! move, or was held, starts where the last turn began, so that it neither waits for the past of others nor makes them
+//! wait for its own. Nobody starves: a low priority gets a small share, not none.
 
 use std::collections::BTreeMap;
 
@@ -34,6 +34,8 @@ pub enum Turn {
 #[derive(Debug, Clone, Default)]
 pub struct Turns {
     flows: BTreeMap<u64, Flow>,
+    /// Where the last turn began: nobody starts before it.
+    stand: u128,
 }
 
 /// The share of a priority.
@@ -53,15 +55,6 @@ impl Turns {
         self.flows.insert(id, flow);
     }
 
-    /// A flow has something to move again: it starts where those stand that have.
-    pub fn wake(&mut self, id: u64, has_work: impl Fn(u64) -> bool) {
-        let others = self.flows.iter().filter(|(other, _)| **other != id && has_work(**other));
-        let stand = others.map(|(_, flow)| flow.spent).min().unwrap_or_default();
-        if let Some(flow) = self.flows.get_mut(&id) {
-            flow.spent = flow.spent.max(stand);
-        }
-    }
-
     pub fn leave(&mut self, id: u64) {
         self.flows.remove(&id);
     }
@@ -76,7 +69,7 @@ impl Turns {
     pub fn next(&self, now: u64, has_work: impl Fn(u64) -> bool) -> Turn {
         let waiting = || self.flows.iter().filter(|(id, flow)| !flow.paused && has_work(**id));
         let open = waiting().filter(|(_, flow)| flow.not_before <= now);
-        if let Some((id, _)) = open.min_by_key(|(id, flow)| (flow.spent, **id)) {
+        if let Some((id, _)) = open.min_by_key(|(id, flow)| (flow.spent.max(self.stand), **id)) {
             return Turn::Flow(*id);
         }
         waiting().map(|(_, flow)| flow.not_before).min().map_or(Turn::Nobody, Turn::NotBefore)
@@ -85,7 +78,8 @@ impl Turns {
     /// A flow takes a piece.
     pub fn charge(&mut self, id: u64, bytes: u64, now: u64) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        flow.spent += u128::from(bytes) * SCALE / flow.weight;
+        self.stand = self.stand.max(flow.spent);
+        flow.spent = self.stand + u128::from(bytes) * SCALE / flow.weight;
         if let Some(rate) = flow.bytes_per_second {
             let takes = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
             let takes = u64::try_from(takes).unwrap_or(u64::MAX);
@@ -126,7 +120,6 @@ mod tests {
         turns.join(1, Priority::Normal, None);
         run(&mut turns, 1000, 1 << 20);
         turns.join(2, Priority::Normal, None);
-        turns.wake(2, |_| true);
         let moved = run(&mut turns, 100, 1 << 20);
         assert_eq!((moved[&1], moved[&2]), (50 << 20, 50 << 20));
     }
@@ -141,6 +134,21 @@ mod tests {
         assert_eq!(turns.next(0, |_| true), Turn::Flow(2));
         assert_eq!(turns.next(0, |id| id == 1), Turn::NotBefore(1_000_000_000));
         assert_eq!(turns.next(1_000_000_000, |id| id == 1), Turn::Flow(1));
+    }
+
+    #[test]
+    fn who_was_held_for_long_neither_catches_up_nor_lets_others_do_so() {
+        let mut turns = Turns::default();
+        turns.join(1, Priority::Normal, None);
+        turns.join(2, Priority::Normal, Some(1));
+        turns.join(3, Priority::Normal, None);
+        turns.charge(2, 1 << 20, 0);
+        turns.pause(3, true);
+        run(&mut turns, 1000, 1 << 20);
+        turns.pause(3, false);
+        turns.join(4, Priority::Normal, None);
+        let moved = run(&mut turns, 90, 1 << 20);
+        assert_eq!((moved[&1], moved.get(&2), moved[&3], moved[&4]), (30 << 20, None, 30 << 20, 30 << 20));
     }
 
     #[test]

@@ -133,10 +133,9 @@ impl Mover {
         state.last_job += 1;
         let (id, flow) = (state.last_job, job.flow);
         let (job, sums) = (Arc::new(job), BTreeMap::new());
+        // Its turn may be far off.
+        state.sweep |= job.is_cancelled();
         state.jobs.insert(id, Active { job, done, next: 0, in_flight: 0, failed: None, sums });
-        if !state.waiting.contains_key(&flow) {
-            state.turns.wake(flow, |other| state.waiting.contains_key(&other));
-        }
         state.waiting.entry(flow).or_default().push_back(id);
         drop(guard);
         self.0.changed.notify_all();

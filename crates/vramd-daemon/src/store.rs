@@ -48,8 +48,8 @@ pub enum Change {
     SetPinned(ModelName, bool),
     SetKeepAlive(ModelName, KeepAlive),
     PutResident(ModelName, ComponentName, DeviceId),
-    /// All components of it.
-    RemoveResident(ModelName, DeviceId),
+    /// One component of it, or all.
+    RemoveResident(ModelName, Option<ComponentName>, DeviceId),
     PutAllocation(StoredAllocation),
     RemoveAllocation(AllocationId),
     /// None goes back to the configured limit.
@@ -203,9 +203,9 @@ fn apply(connection: &mut Connection, changes: &[Change]) -> rusqlite::Result<()
                 "INSERT OR IGNORE INTO resident (model, component, device) SELECT name, ?, ? FROM model WHERE name = ?",
                 params![component.as_str(), device.as_str(), name.as_str()],
             ),
-            Change::RemoveResident(name, device) => transaction.execute(
-                "DELETE FROM resident WHERE model = ? AND device = ?",
-                params![name.as_str(), device.as_str()],
+            Change::RemoveResident(name, component, device) => transaction.execute(
+                "DELETE FROM resident WHERE model = ?1 AND device = ?2 AND component = coalesce(?3, component)",
+                params![name.as_str(), device.as_str(), component.as_ref().map(ComponentName::as_str)],
             ),
             Change::PutAllocation(allocation) => transaction.execute(
                 "INSERT INTO allocation (id, device, generation, request) VALUES (?1, ?2, ?3, ?4)

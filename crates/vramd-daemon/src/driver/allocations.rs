@@ -121,6 +121,14 @@ impl State {
         self.defragment_for(&device)
     }
 
+    /// The same for who waits longest: its room may have come up meanwhile, in pieces.
+    pub(super) fn pack_for_waiting(&mut self) {
+        if let Some(first) = self.queue.first() {
+            let shortage = self.ledger.refusal(&first.request, &first.on);
+            self.pack_for(&shortage);
+        }
+    }
+
     fn line_up(
         &mut self,
         allocate: Allocate,
@@ -268,10 +276,7 @@ impl State {
                 self.store(Change::PutAllocation(row), OnStored::Activate(id, waiting));
             }
             Some(OnReady::Client(waiting)) => self.activated(id, *waiting, Ok(())),
-            Some(OnReady::Load(operation)) => {
-                self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Model, self.now);
-                self.part_ready(operation);
-            }
+            Some(OnReady::Load(operation)) => self.part_ready(operation, id),
             Some(OnReady::Copy(copy)) => self.target_ready(copy),
             Some(OnReady::Restore(_)) => {
                 self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Persistent, self.now);
@@ -284,6 +289,7 @@ impl State {
     /// Gives back what nobody waits for any more.
     fn discard(&mut self, id: AllocationId) {
         self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Persistent, self.now);
+        self.emit_created(id);
         if let Ok(Release::Work(work)) = self.ledger.release(id, self.now) {
             self.perform(work);
         }
@@ -314,8 +320,11 @@ impl State {
         self.answer(reply, shown.ok_or_else(|| ApiError::not_found("allocation", id)));
     }
 
+    /// Tells of an allocation that is there now. The other place of one that moves is none.
     pub(super) fn emit_created(&mut self, id: AllocationId) {
-        let Some(allocation) = self.ledger.allocation(id) else { return };
+        let Some(allocation) = self.ledger.allocation(id).filter(|one| one.place_of.is_none()) else {
+            return;
+        };
         let request = &allocation.request;
         let created = Created {
             allocation_id: id,
@@ -325,13 +334,10 @@ impl State {
             purpose: request.purpose.clone(),
             generation: request.generation,
         };
+        let counts = self.counts.entry(allocation.device.clone()).or_default();
+        counts.allocations += 1;
+        counts.allocated_bytes += allocation.block_bytes;
         self.emit(EventKind::AllocationCreated, created);
-        let bytes = self.ledger.allocation(id).map_or(0, |allocation| allocation.block_bytes);
-        if let Some(device) = self.ledger.allocation(id).map(|allocation| allocation.device.clone()) {
-            let counts = self.counts.entry(device).or_default();
-            counts.allocations += 1;
-            counts.allocated_bytes += bytes;
-        }
     }
 
     /// A live allocation that `caller` may release and renew.
@@ -360,8 +366,14 @@ impl State {
                     .hint(format!("unload the model instead: `vramd unload {model}`"));
             return self.answer(reply, Err(error));
         }
-        if allocation.state == AllocationState::Releasing || self.removing.contains(&id) {
+        let goes = self.removing.contains(&id) || self.releasing.contains_key(&id);
+        if allocation.state == AllocationState::Releasing || goes {
             return self.answer(reply, Err(being_released(id)));
+        }
+        if let Some(of) = allocation.place_of {
+            let error = ApiError::new(ErrorCode::Conflict, format!("{id} is the other place of {of}"))
+                .hint("it goes by itself; release that one instead");
+            return self.answer(reply, Err(error));
         }
         if allocation.is_attached() {
             let holders = allocation.holders().cloned().collect::<Vec<_>>();
@@ -485,15 +497,17 @@ impl State {
             verified: held_by.is_empty(),
             held_by,
         };
-        let data = ReleasedEvent {
-            released: &released,
-            owner: &allocation.request.owner,
-            purpose: &allocation.request.purpose,
-        };
-        self.emit(EventKind::AllocationReleased, data);
-        let counts = self.counts.entry(allocation.device.clone()).or_default();
-        counts.releases += 1;
-        counts.released_bytes += allocation.block_bytes;
+        if allocation.place_of.is_none() {
+            let data = ReleasedEvent {
+                released: &released,
+                owner: &allocation.request.owner,
+                purpose: &allocation.request.purpose,
+            };
+            self.emit(EventKind::AllocationReleased, data);
+            let counts = self.counts.entry(allocation.device.clone()).or_default();
+            counts.releases += 1;
+            counts.released_bytes += allocation.block_bytes;
+        }
         match self.releasing.remove(&id) {
             Some(OnReleased::Reply(reply)) => self.answer(reply, Ok(released)),
             Some(OnReleased::Operation(operation)) => self.part_released(operation, id, &released.held_by),

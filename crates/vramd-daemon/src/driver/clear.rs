@@ -32,6 +32,8 @@ pub(super) struct Clearing {
     /// Devices to be measured since then.
     unmeasured: BTreeSet<DeviceId>,
     since: Option<vramd_core::Tick>,
+    /// One of them could not be.
+    unknown: bool,
     failed: Option<ApiError>,
 }
 
@@ -224,6 +226,7 @@ impl State {
             used_before: devices.iter().filter_map(used).collect(),
             unmeasured: devices,
             since: None,
+            unknown: false,
             failed: None,
         };
         self.operations.running.insert(id, Running::Clear(clearing));
@@ -246,8 +249,12 @@ impl State {
             if request.what == ClearTarget::Zero {
                 self.zero(id, allocation);
             } else {
+                // Or it would go with the last process that keeps it, and be released a second time.
+                let lease = LeaseId(Uuid::now_v7());
+                self.ledger.grant(allocation, lease, Lease::Operation { task: Task::Read }, self.now);
                 self.detach_all(allocation);
                 self.release_part(id, allocation, caller);
+                self.finish_lease(lease);
             }
         }
         self.to_go_on.insert(id);
@@ -366,6 +373,19 @@ impl State {
         }
     }
 
+    /// A device could not be measured: what its use fell by is not known then.
+    pub(super) fn not_measured(&mut self, device: &DeviceId) {
+        for (id, running) in &mut self.operations.running {
+            if let Running::Clear(clearing) = running
+                && clearing.since.is_some()
+                && clearing.unmeasured.remove(device)
+            {
+                clearing.unknown = true;
+                self.to_go_on.insert(*id);
+            }
+        }
+    }
+
     /// Ends a clearing once all has been answered and measured.
     pub(super) fn go_on_clearing(&mut self, id: OperationId) {
         let Some(Running::Clear(clearing)) = self.operations.running.get(&id) else { return };
@@ -397,7 +417,8 @@ impl State {
                 before.saturating_sub(self.ledger.usage(device).map_or(0, |usage| usage.used_bytes))
             },
         );
-        clearing.answer.measured_bytes = lost.is_empty().then(|| fell.sum());
+        let known = lost.is_empty() && !clearing.unknown;
+        clearing.answer.measured_bytes = known.then(|| fell.sum());
         let outcome = match clearing.failed {
             Some(error) => Err(error.detail("cleared", serde_json::json!(clearing.answer))),
             None => Ok(serde_json::json!(clearing.answer)),

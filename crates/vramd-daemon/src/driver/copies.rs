@@ -28,10 +28,11 @@ pub type CopyId = u64;
 pub(super) enum Purpose {
     /// The source gets the target's place, and goes on as it was.
     Move,
-    /// It is an allocation of its own, kept by this lease.
-    Keep(Lease),
-    /// It is a model's component on another device: the transfer knows.
-    Component,
+    /// It is an allocation of its own, kept for so many seconds from then on, or until it is released.
+    Keep(Option<u64>),
+    /// It is a model's component on another device: the transfer knows. `moves`: the source goes, so that nobody may
+    /// have it attached by then.
+    Component { moves: bool },
     /// It was there before.
     Into,
 }
@@ -155,6 +156,7 @@ impl State {
         let Some(target) = self.copies.get(&id).map(|copy| copy.target) else { return };
         let lease = LeaseId(Uuid::now_v7());
         self.ledger.activate(target, lease, Lease::Operation { task: Task::Place }, self.now);
+        self.emit_created(target);
         self.submit(id, lease);
     }
 
@@ -204,22 +206,36 @@ impl State {
             Ok(checksum) => checksum,
             Err(failure) => {
                 let released = self.ledger.allocation(source).is_none_or(|source| !source.is_kept());
+                let wanted = self.operations.cancelled(copy.operation);
                 let error = match failure {
                     CopyFailure::Cancelled if released => CopyError::Stale(Fixed::Busy),
+                    CopyFailure::Cancelled if !wanted => CopyError::Failed(
+                        ApiError::new(
+                            ErrorCode::Conflict,
+                            format!("allocation {target}, which it was copied to, was released meanwhile"),
+                        )
+                        .hint("the source is as it was"),
+                    ),
                     failure => CopyError::Failed(self.copy_failed(failure)),
                 };
                 return self.give_up(id, error);
             }
         };
         let stale = match &copy.purpose {
+            // Its row in the journal goes: what is written after that would bring it back.
+            _ if self.removing.contains(&source) || self.removing.contains(&target) => Some(Fixed::Busy),
             Purpose::Move => self.ledger.stale(source, target, writes),
             // Both ranges are of the one allocation, which the copy itself writes to.
             Purpose::Into if source == target => None,
-            Purpose::Keep(_) | Purpose::Component | Purpose::Into => self
-                .ledger
-                .allocation(source)
-                .is_none_or(|source| source.writes != writes || source.is_written())
-                .then_some(Fixed::Written),
+            purpose @ (Purpose::Keep(_) | Purpose::Component { .. } | Purpose::Into) => {
+                let moves = matches!(purpose, Purpose::Component { moves: true });
+                match self.ledger.allocation(source) {
+                    Some(source) if source.writes == writes && !source.is_written() => {
+                        (moves && source.is_attached()).then_some(Fixed::Reader)
+                    }
+                    _ => Some(Fixed::Written),
+                }
+            }
         };
         if let Some(fixed) = stale {
             return self.give_up(id, CopyError::Stale(fixed));
@@ -237,8 +253,8 @@ impl State {
             Purpose::Move if source.request.persistent && source.device != target.device => {
                 (copy.source, source.request.generation + 1)
             }
-            Purpose::Keep(Lease::Persistent) => (copy.target, 1),
-            Purpose::Move | Purpose::Keep(_) | Purpose::Component | Purpose::Into => return None,
+            Purpose::Keep(None) => (copy.target, 1),
+            Purpose::Move | Purpose::Keep(_) | Purpose::Component { .. } | Purpose::Into => return None,
         };
         Some(row(id, &source.request, target.device.clone(), generation))
     }
@@ -253,18 +269,20 @@ impl State {
         match std::mem::replace(&mut copy.purpose, Purpose::Into) {
             Purpose::Move => {
                 // The journal may have taken its time.
-                if let Some(fixed) = self.ledger.stale(source, target, writes) {
+                let removing = self.removing.contains(&source).then_some(Fixed::Busy);
+                if let Some(fixed) = removing.or_else(|| self.ledger.stale(source, target, writes)) {
                     self.remember_place(source);
                     return self.give_up(id, CopyError::Stale(fixed));
                 }
                 self.swap(source, target);
                 self.remember_place(source);
             }
-            Purpose::Keep(lease) => {
+            Purpose::Keep(seconds) => {
+                let lease =
+                    seconds.map_or(Lease::Persistent, |seconds| Lease::time_to_live(seconds, self.now));
                 self.ledger.grant(target, LeaseId(Uuid::now_v7()), lease, self.now);
-                self.emit_created(target);
             }
-            Purpose::Component | Purpose::Into => {}
+            Purpose::Component { .. } | Purpose::Into => {}
         }
         let Some(copy) = self.copies.remove(&id) else { return };
         self.copy_ended(copy.operation, id, Ok((&copy, checksum)));
@@ -297,6 +315,9 @@ impl State {
         else {
             return;
         };
+        if self.removing.contains(&id) {
+            return;
+        }
         let request = &allocation.request;
         let change = row(id, request, allocation.device.clone(), request.generation);
         self.store(change, OnStored::Nothing);

@@ -55,6 +55,10 @@ struct Pass {
     left: BTreeSet<AllocationId>,
     settle_by: Tick,
     began: Tick,
+    /// When the last copy ended.
+    copied: Tick,
+    /// It was paused, which says nothing about the device's rate.
+    held: bool,
     /// In this pass.
     moved_bytes: u64,
     moves: u64,
@@ -273,7 +277,7 @@ impl State {
             let moves = running.request.max_moves.is_some_and(|most| running.moves >= most);
             running.ended_by = if moves { EndedBy::MaxMoves } else { EndedBy::MaxBytes };
         }
-        (pass.began, pass.moved_bytes) = (tick, 0);
+        (pass.began, pass.copied, pass.held, pass.moved_bytes) = (tick, tick, false, 0);
         pass.passes += u64::from(!plan.moves.is_empty());
         pass.planned = plan.moves.into();
         let total = running.bytes + bytes;
@@ -293,6 +297,9 @@ impl State {
             let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
             let late = running.request.max_milliseconds.is_some_and(|most| tick.0 - running.began.0 >= most);
             let Some(pass) = &mut running.current else {
+                if late && !running.devices.is_empty() {
+                    running.ended_by = EndedBy::MaxMilliseconds;
+                }
                 match running.devices.pop_front().filter(|_| !cancelled && !late) {
                     Some(device) => return self.begin_device(id, &device),
                     None => return self.end_defragment(id),
@@ -301,12 +308,14 @@ impl State {
             if pass.planning {
                 return;
             }
-            if late && !pass.planned.is_empty() {
+            // After a pass that moved something another would have been planned.
+            if late && (!pass.planned.is_empty() || pass.moved_bytes > 0) {
                 running.ended_by = EndedBy::MaxMilliseconds;
             }
             if cancelled || late {
                 pass.planned.clear();
             }
+            pass.held |= paused;
             if pass.copying.len() < WINDOW
                 && !paused
                 && let Some(planned) = pass.planned.pop_front()
@@ -323,8 +332,9 @@ impl State {
                 return;
             }
             let (device, moved) = (pass.device.clone(), pass.moved_bytes);
-            let took = (tick.0 - pass.began.0).max(1);
-            if moved >= 8 << 20 && running.request.max_bytes_per_second.is_none() {
+            let took = (pass.copied.0 - pass.began.0).max(1);
+            let free = running.request.max_bytes_per_second.is_none() && !pass.held;
+            if moved >= 8 << 20 && free {
                 self.rates.insert(device.clone(), moved as f64 * 1000.0 / took as f64);
             }
             if cancelled || late || moved == 0 {
@@ -350,6 +360,8 @@ impl State {
             left: BTreeSet::new(),
             settle_by: tick,
             began: tick,
+            copied: tick,
+            held: false,
             moved_bytes: 0,
             moves: 0,
             bytes: 0,
@@ -381,9 +393,13 @@ impl State {
     }
 
     fn fixed_now(&self, id: AllocationId) -> Option<FixedReason> {
-        let waits =
-            self.attachments.values().any(|reader| reader.allocation == id && reader.pending.is_some());
-        if waits { Some(FixedReason::ReaderNotAnswering) } else { self.ledger.fixed(id).map(reason) }
+        let leases = self.ledger.allocation(id).into_iter().flat_map(|allocation| allocation.leases.keys());
+        let mut readers = leases.filter_map(|lease| self.attachments.get(lease));
+        if readers.any(|reader| reader.pending.is_some()) {
+            Some(FixedReason::ReaderNotAnswering)
+        } else {
+            self.ledger.fixed(id).map(reason)
+        }
     }
 
     /// A block has its new place, or keeps its old one.
@@ -397,6 +413,7 @@ impl State {
         let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
         let Some(pass) = &mut running.current else { return };
         pass.copying.remove(&copy);
+        pass.copied = self.now.tick;
         match outcome {
             Ok((copy, _)) => {
                 pass.moves += 1;

@@ -479,6 +479,7 @@ impl State {
         }
         self.release_again();
         self.expire_waiting();
+        self.pack_for_waiting();
         self.expire_models();
         self.operations.prune();
         // Readers may have had their time.
@@ -512,7 +513,10 @@ impl State {
                 self.watch_pressure(device);
                 self.measured_since(device, began);
             }
-            Err(error) => self.note_failure(device, Some(&error)),
+            Err(error) => {
+                self.note_failure(device, Some(&error));
+                self.not_measured(device);
+            }
         }
         self.admit();
     }
@@ -631,4 +635,6 @@ struct Part {
     component: ComponentName,
     allocation: AllocationId,
     plan: Arc<Plan>,
+    /// While its bytes are read in, so that nobody moves or copies it.
+    writing: LeaseId,
 }

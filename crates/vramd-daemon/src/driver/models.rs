@@ -9,9 +9,9 @@ use std::sync::Arc;
 use uuid::Uuid;
 use vramd_api::{
     AllocationId, AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, Holder, KeepAlive,
-    ModelName, Operation, OperationId, OperationKind, Priority,
+    LeaseId, ModelName, Operation, OperationId, OperationKind, Priority,
 };
-use vramd_core::ledger::{Release, Request, State as AllocationState};
+use vramd_core::ledger::{Lease, Release, Request, State as AllocationState, Task};
 use vramd_core::models::{Busy, MAX_MODELS, Model, Plan, Residency};
 
 use super::allocations::{OnReady, OnReleased, attached, refusal};
@@ -331,7 +331,7 @@ impl State {
             entry
                 .residency
                 .insert(device.clone(), Residency::Loading { allocation, operation, plan: plan.clone() });
-            loading.parts.push(Part { component, allocation, plan });
+            loading.parts.push(Part { component, allocation, plan, writing: LeaseId(Uuid::now_v7()) });
             loading.prepared.push(prepared);
         }
         self.set_keep_alive(load);
@@ -371,9 +371,15 @@ impl State {
     }
 
     /// The segment of one part is there.
-    pub(super) fn part_ready(&mut self, id: OperationId) {
+    pub(super) fn part_ready(&mut self, id: OperationId, allocation: AllocationId) {
         let Some(Running::Load(loading)) = self.operations.running.get_mut(&id) else { return };
         loading.unready -= 1;
+        if let Some(part) = loading.parts.iter().find(|part| part.allocation == allocation) {
+            self.ledger.activate(allocation, part.writing, Lease::Operation { task: Task::Write }, self.now);
+            self.ledger.grant(allocation, LeaseId(Uuid::now_v7()), Lease::Model, self.now);
+        }
+        self.emit_created(allocation);
+        let Some(Running::Load(loading)) = self.operations.running.get_mut(&id) else { return };
         if loading.unready > 0 {
             return;
         }
@@ -432,6 +438,9 @@ impl State {
 
     fn loaded(&mut self, id: OperationId) {
         let Some(Running::Load(loading)) = self.operations.running.remove(&id) else { return };
+        for part in &loading.parts {
+            self.finish_lease(part.writing);
+        }
         let Some(model) = self.models.get_mut(&loading.model) else { return };
         for part in &loading.parts {
             if let Some(component) = model.components.get_mut(&part.component) {
@@ -457,19 +466,20 @@ impl State {
     /// A load has failed: what its parts have goes back, then it ends.
     fn give_parts_back(&mut self, id: OperationId) {
         let Some(Running::Load(loading)) = self.operations.running.get(&id) else { return };
-        let parts: Vec<_> = loading.parts.iter().map(|part| part.allocation).collect();
-        let mut releasing = 0;
-        for allocation in parts {
-            let work =
-                self.ledger.release(allocation, self.now).expect("nobody attaches to a part that is loading");
-            if let Release::Work(work) = work {
-                releasing += 1;
+        let mut works = Vec::new();
+        for part in &loading.parts {
+            // Its own lease is what keeps it now; one that never got a segment has none.
+            let _ = self.ledger.release(part.allocation, self.now);
+            if let Some((allocation, Some(work))) = self.ledger.end_lease(part.writing, self.now) {
                 self.releasing.insert(allocation, OnReleased::Operation(id));
-                self.perform(work);
+                works.push(work);
             }
         }
         if let Some(Running::Load(loading)) = self.operations.running.get_mut(&id) {
-            loading.releasing = releasing;
+            loading.releasing = works.len();
+        }
+        for work in works {
+            self.perform(work);
         }
         self.end_if_given_back(id);
     }
@@ -502,8 +512,10 @@ impl State {
                     "model": model, "devices": devices, "releasedBytes": bytes,
                     "verified": held_by.is_empty(), "heldBy": held_by,
                 });
-                let gone =
-                    devices.drain(..).map(|device| Change::RemoveResident(model.clone(), device)).collect();
+                let gone = devices
+                    .drain(..)
+                    .map(|device| Change::RemoveResident(model.clone(), None, device))
+                    .collect();
                 self.store_all(gone, OnStored::Nothing);
                 self.emit(EventKind::ModelUnloaded, data.clone());
                 self.end_operation(id, Ok(data));

@@ -257,6 +257,12 @@ impl State {
         let answer = self.operations.show(id).and_then(|operation| {
             let ended = operation.state.ended();
             match self.operations.running.get(&id) {
+                Some(Running::Transfer(_) | Running::Defragment(_)) if self.operations.cancelled(id) => {
+                    return Err(ApiError::new(
+                        ErrorCode::Conflict,
+                        format!("operation {id} was cancelled and ends in a moment"),
+                    ));
+                }
                 Some(Running::Transfer(_) | Running::Defragment(_)) => {}
                 _ if ended => {
                     return Err(ApiError::new(
@@ -266,8 +272,8 @@ impl State {
                     .detail("state", serde_json::json!(operation.state)));
                 }
                 _ => {
-                    return Err(ApiError::new(ErrorCode::Conflict, "a load or unload cannot be paused")
-                        .hint("cancel it, and begin it again later"));
+                    return Err(ApiError::new(ErrorCode::Conflict, "only what copies bytes can be paused")
+                        .hint("a load can be cancelled and begun again; the rest ends in a moment"));
                 }
             }
             self.mover.pause(flow(id), paused);

@@ -299,18 +299,17 @@ impl State {
                 {
                     entry.residency.insert(target.clone(), residency);
                 }
-                Purpose::Component
+                Purpose::Component { moves: request.mode == TransferMode::Move }
             }
             (None, TransferMode::Move) => Purpose::Move,
-            (None, TransferMode::Copy) if source.request.persistent => Purpose::Keep(Lease::Persistent),
+            (None, TransferMode::Copy) if source.request.persistent => Purpose::Keep(None),
             (None, TransferMode::Copy) => {
                 // One that only processes keep by now gets the time that everybody gets who asks for none.
                 let seconds = source.leases.values().find_map(|lease| match lease {
                     Lease::TimeToLive { seconds, .. } => Some(*seconds),
                     _ => None,
                 });
-                let seconds = seconds.unwrap_or(DEFAULT_LEASE_SECONDS);
-                Purpose::Keep(Lease::time_to_live(seconds, self.now))
+                Purpose::Keep(Some(seconds.unwrap_or(DEFAULT_LEASE_SECONDS)))
             }
         };
         let item = Item {
@@ -390,7 +389,7 @@ impl State {
         self.to_go_on.insert(operation);
     }
 
-    /// A component is on its new device; when it moves, the old one goes unless a process has attached it meanwhile.
+    /// A component is on its new device; when it moves, the old one goes: nobody has it attached, as was checked.
     fn component_arrived(
         &mut self,
         operation: OperationId,
@@ -406,11 +405,11 @@ impl State {
         let Some(entry) = entry.components.get_mut(component) else { return };
         let resident = Residency::Resident { allocation: item.target, plan: plan.clone() };
         entry.residency.insert(item.to.clone(), resident);
-        if moved && kept && !self.ledger.allocation(item.source).is_some_and(Allocation::is_attached) {
+        if moved && kept {
             entry
                 .residency
                 .insert(item.from.clone(), Residency::Evicting { allocation: item.source, operation });
-            changes.push(Change::RemoveResident(model.clone(), item.from.clone()));
+            changes.push(Change::RemoveResident(model.clone(), Some(component.clone()), item.from.clone()));
             self.await_release(operation, item.source);
             if let Some(Running::Transfer(transferring)) = self.operations.running.get_mut(&operation) {
                 transferring.releasing += 1;

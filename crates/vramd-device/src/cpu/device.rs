@@ -247,13 +247,21 @@ impl crate::Device for Device {
 
     fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
-        self.segments.get_range(Call::Write, range)?.write(offset, bytes);
+        let segment = self.segments.get_range(Call::Write, range)?;
+        if !bytes.is_empty() {
+            present(&segment, Call::Write, offset, range.bytes)?;
+            segment.write(offset, bytes);
+        }
         Ok(())
     }
 
     fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
-        self.segments.get_range(Call::Read, range)?.read(offset, bytes);
+        let segment = self.segments.get_range(Call::Read, range)?;
+        if !bytes.is_empty() {
+            present(&segment, Call::Read, offset, range.bytes)?;
+            segment.read(offset, bytes);
+        }
         Ok(())
     }
 
