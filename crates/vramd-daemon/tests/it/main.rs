@@ -11,6 +11,7 @@ mod idempotency;
 mod models;
 mod moves;
 mod parts;
+mod quiet_hours;
 mod restart;
 mod support;
 mod usage;
