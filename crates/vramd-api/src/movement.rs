@@ -238,6 +238,8 @@ pub enum EndedBy {
     MaxBytes,
     MaxMoves,
     MaxMilliseconds,
+    /// It was begun in quiet hours, and they were over before it was done.
+    QuietHoursEnded,
 }
 
 /// `POST /api/memory/operations/clear`.

@@ -29,12 +29,14 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use vramd_api::{ComponentName, DeviceId, ModelName, ReadyFile};
 
+pub use clock::LocalTime;
 pub use devices::Devices;
-use driver::{Driver, Event, Load};
+use driver::{Driver, Event, Load, Schedule};
 pub use http::openapi_json;
 use server::{RemoveOnDrop, Server};
 use source::Roots;
 use store::{Store, StoreError};
+pub use vramd_core::quiet_hours::QuietHours;
 
 /// How long the driver may take to end what runs when the daemon stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -52,6 +54,8 @@ pub struct Config {
     pub cpu_limit_bytes: Option<u64>,
     /// Simulated devices: `24GiB,8GiB`.
     pub sim: Option<String>,
+    /// When devices are defragmented without being asked.
+    pub quiet_hours: Option<QuietHours>,
     /// Written once the daemon serves.
     pub ready_file: Option<PathBuf>,
 }
@@ -118,13 +122,14 @@ pub async fn serve(
 ) -> Result<(), StartError> {
     let devices =
         Devices::open(config.cpu_limit_bytes, config.sim.as_deref()).map_err(StartError::Devices)?;
-    serve_on(config, devices, shutdown).await
+    serve_on(config, devices, LocalTime::system(), shutdown).await
 }
 
-/// Serves on devices that the caller opened.
+/// Serves on devices that the caller opened, by a clock of the caller's.
 pub async fn serve_on(
     config: Config,
     devices: Devices,
+    local: LocalTime,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), StartError> {
     if let Some(address) = config.listen.filter(|address| !address.ip().is_loopback()) {
@@ -159,7 +164,9 @@ pub async fn serve_on(
     let known: Vec<ModelName> = stored.models.iter().map(|model| model.name.clone()).collect();
     let residents = stored.residents.clone();
     let run = uuid::Uuid::now_v7().simple().to_string();
-    let (driver, mut task) = Driver::start(devices, store, stored, run).map_err(StartError::Threads)?;
+    let schedule = Schedule::new(config.quiet_hours, local);
+    let (driver, mut task) =
+        Driver::start(devices, store, stored, run, schedule).map_err(StartError::Threads)?;
     let stopping = CancellationToken::new();
     let usage = usage::UsageHistory::default();
     let sampler = tokio::spawn(usage::sample(driver.clone(), usage.clone()));

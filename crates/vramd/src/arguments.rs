@@ -12,6 +12,7 @@ use vramd_api::{
 };
 use vramd_core::ledger::BLOCK_QUANTUM;
 use vramd_core::replay::Format;
+use vramd_daemon::QuietHours;
 
 use crate::settings::{Layer, Switch};
 
@@ -212,6 +213,9 @@ pub struct ServeArguments {
     /// Write the address, the socket and the pid to this file once the daemon serves
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
+    /// When to defragment without being asked, in local time: 02:00-05:00 or 12:00-13:00,22:00-06:00 [default: none]
+    #[arg(long, value_name = "HOURS|none")]
+    quiet_hours: Option<Switch<QuietHours>>,
     /// What to log: a level or a filter [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -228,6 +232,7 @@ impl ServeArguments {
             cpu_limit: self.cpu_limit,
             sim: self.sim,
             ready_file: self.ready_file,
+            quiet_hours: self.quiet_hours,
             log: self.log,
         }
     }

@@ -12,6 +12,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use vramd_api::Bytes;
+use vramd_daemon::QuietHours;
 
 /// A setting as documents and `config show` name it.
 #[derive(Debug)]
@@ -47,6 +48,8 @@ settings! {
         "Simulated devices by their sizes: `24GiB` or `24GiB,8GiB`.";
     READY_FILE = "ready_file", "--ready-file", "VRAMD_READY_FILE", "none",
         "A file to write the address, the socket and the pid to, once the daemon serves.";
+    QUIET_HOURS = "quiet_hours", "--quiet-hours", "VRAMD_QUIET_HOURS", "none",
+        "When devices are defragmented without being asked, in local time: `02:00-05:00`, `12:00-13:00,22:00-06:00`, or `none`.";
     LOG = "log", "--log", "VRAMD_LOG", "info",
         "What to log: a level, or a filter such as `info,vramd_daemon=debug`.";
 }
@@ -98,6 +101,16 @@ impl FromStr for Switch<PathBuf> {
     }
 }
 
+impl FromStr for Switch<QuietHours> {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "none" => Ok(Self::Off),
+            _ => text.parse().map(Self::On),
+        }
+    }
+}
+
 impl<'de, T> Deserialize<'de> for Switch<T>
 where
     Self: FromStr<Err = &'static str>,
@@ -133,6 +146,7 @@ pub struct Layer {
     pub cpu_limit: Option<Bytes>,
     pub sim: Option<String>,
     pub ready_file: Option<PathBuf>,
+    pub quiet_hours: Option<Switch<QuietHours>>,
     pub log: Option<String>,
 }
 
@@ -171,6 +185,7 @@ pub struct Settings {
     pub cpu_limit: Sourced<Option<Bytes>>,
     pub sim: Sourced<Option<String>>,
     pub ready_file: Sourced<Option<PathBuf>>,
+    pub quiet_hours: Sourced<Switch<QuietHours>>,
     pub log: Sourced<String>,
 }
 
@@ -235,6 +250,7 @@ pub fn resolve(
         cpu_limit: pick.value(&CPU_LIMIT, |layer| layer.cpu_limit.map(Some)).or_default(None),
         sim: pick.value(&SIM, |layer| layer.sim.clone().map(Some)).or_default(None),
         ready_file: pick.value(&READY_FILE, |layer| layer.ready_file.clone().map(Some)).or_default(None),
+        quiet_hours: pick.value(&QUIET_HOURS, |layer| layer.quiet_hours.clone()).or_default(Switch::Off),
         log: pick.value(&LOG, |layer| layer.log.clone()).or_default(LOG.default.to_owned()),
     })
 }
@@ -330,6 +346,7 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
         cpu_limit: parse(environment, &CPU_LIMIT)?,
         sim: parse(environment, &SIM)?,
         ready_file: path(&READY_FILE),
+        quiet_hours: parse(environment, &QUIET_HOURS)?,
         log: parse(environment, &LOG)?,
     })
 }
@@ -352,7 +369,7 @@ fn default_state_dir(environment: &Environment) -> Result<PathBuf, SettingsError
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 8] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 9] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         [
@@ -363,6 +380,11 @@ impl Settings {
             (CPU_LIMIT.key, json!(self.cpu_limit.value.map(Bytes::get)), &self.cpu_limit.origin),
             (SIM.key, json!(self.sim.value), &self.sim.origin),
             (READY_FILE.key, json!(self.ready_file.value.as_ref().map(path)), &self.ready_file.origin),
+            (
+                QUIET_HOURS.key,
+                self.quiet_hours.value.shown(|hours| json!(hours.to_string())),
+                &self.quiet_hours.origin,
+            ),
             (LOG.key, json!(self.log.value), &self.log.origin),
         ]
     }
@@ -377,6 +399,7 @@ impl Settings {
             model_roots: self.model_roots.value.iter().map(std::path::absolute).collect::<io::Result<_>>()?,
             cpu_limit_bytes: self.cpu_limit.value.map(Bytes::get),
             sim: self.sim.value,
+            quiet_hours: self.quiet_hours.value.on(),
             ready_file: absolute(self.ready_file.value)?,
         })
     }

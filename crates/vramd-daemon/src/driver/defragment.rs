@@ -34,6 +34,7 @@ const AGAIN_MS: u64 = 10_000;
 #[derive(Debug)]
 pub(super) struct Defragmenting {
     request: DefragmentRequest,
+    pub(super) hours: Hours,
     began: Tick,
     devices: VecDeque<DeviceId>,
     current: Option<Pass>,
@@ -41,6 +42,16 @@ pub(super) struct Defragmenting {
     moves: u64,
     bytes: u64,
     ended_by: EndedBy,
+}
+
+/// When it may go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hours {
+    Any,
+    /// Only in quiet hours, which it now is.
+    Quiet,
+    /// The quiet hours that it was begun in are over.
+    Over,
 }
 
 /// What it does on one device now.
@@ -68,20 +79,31 @@ struct Pass {
 }
 
 /// One move of a plan.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Planned {
-    id: AllocationId,
-    from: NewPlace,
-    to: NewPlace,
-    bytes: u64,
+    pub(super) id: AllocationId,
+    pub(super) from: NewPlace,
+    pub(super) to: NewPlace,
+    pub(super) bytes: u64,
 }
 
 /// What a thread has planned for a pass.
 #[derive(Debug)]
 pub struct PassPlan {
-    moves: Vec<Planned>,
+    pub(super) moves: Vec<Planned>,
     /// Nothing was left out because of a bound.
     complete: bool,
+}
+
+impl Defragmenting {
+    /// Why nothing more may begin.
+    fn bound(&self, now: Tick) -> Option<EndedBy> {
+        if self.hours == Hours::Over {
+            return Some(EndedBy::QuietHoursEnded);
+        }
+        let late = self.request.max_milliseconds.is_some_and(|most| now.0 - self.began.0 >= most);
+        late.then_some(EndedBy::MaxMilliseconds)
+    }
 }
 
 impl State {
@@ -95,14 +117,15 @@ impl State {
             || self.ledger.devices().map(|facts| facts.device.clone()).collect(),
             |one| vec![one],
         );
-        let answer = self.begin_defragment(request, devices, "asked for");
+        let answer = self.begin_defragment(request, devices, Hours::Any, "asked for");
         self.answer(reply, answer);
     }
 
-    fn begin_defragment(
+    pub(super) fn begin_defragment(
         &mut self,
         request: DefragmentRequest,
         devices: Vec<DeviceId>,
+        hours: Hours,
         why: &str,
     ) -> Result<Operation, ApiError> {
         if self.stopping {
@@ -125,6 +148,7 @@ impl State {
         self.mover.join(flow(id), request.priority.unwrap_or(Priority::Low), rate);
         let running = Defragmenting {
             request,
+            hours,
             began: self.now.tick,
             devices: devices.into(),
             current: None,
@@ -141,7 +165,7 @@ impl State {
     }
 
     /// The defragmentation under way that has this device before it.
-    fn defragmenting(&self, device: &DeviceId) -> Option<OperationId> {
+    pub(super) fn defragmenting(&self, device: &DeviceId) -> Option<OperationId> {
         self.operations.running.iter().find_map(|(id, running)| match running {
             Running::Defragment(running) => {
                 let current = running.current.as_ref().map(|pass| &pass.device);
@@ -161,7 +185,8 @@ impl State {
             return None;
         }
         let request = DefragmentRequest { priority: Some(Priority::High), ..DefragmentRequest::default() };
-        let begun = self.begin_defragment(request, vec![device.clone()], "for a request that needs room");
+        let why = "for a request that needs room";
+        let begun = self.begin_defragment(request, vec![device.clone()], Hours::Any, why);
         begun.ok().map(|operation| operation.operation_id)
     }
 
@@ -200,7 +225,7 @@ impl State {
     }
 
     /// What cannot move on a device, and why.
-    fn fixed_on(&self, device: &DeviceId) -> BTreeMap<AllocationId, FixedReason> {
+    pub(super) fn fixed_on(&self, device: &DeviceId) -> BTreeMap<AllocationId, FixedReason> {
         let mut fixed = BTreeMap::new();
         let groups = self.ledger.groups(device, |_| None);
         fixed.extend(groups.iter().flat_map(|group| &group.fixed).map(|(id, why)| (*id, reason(*why))));
@@ -295,24 +320,22 @@ impl State {
             let paused = self.operations.is_paused(id);
             let tick = self.now.tick;
             let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
-            let late = running.request.max_milliseconds.is_some_and(|most| tick.0 - running.began.0 >= most);
+            let bound = running.bound(tick);
             let Some(pass) = &mut running.current else {
-                if late && !running.devices.is_empty() {
-                    running.ended_by = EndedBy::MaxMilliseconds;
+                match (running.devices.pop_front(), bound) {
+                    (Some(device), None) if !cancelled => return self.begin_device(id, &device),
+                    (Some(_), Some(bound)) => running.ended_by = bound,
+                    (Some(_) | None, _) => {}
                 }
-                match running.devices.pop_front().filter(|_| !cancelled && !late) {
-                    Some(device) => return self.begin_device(id, &device),
-                    None => return self.end_defragment(id),
-                }
+                return self.end_defragment(id);
             };
             if pass.planning {
                 return;
             }
-            // After a pass that moved something another would have been planned.
-            if late && (!pass.planned.is_empty() || pass.moved_bytes > 0) {
-                running.ended_by = EndedBy::MaxMilliseconds;
+            if let Some(bound) = bound.filter(|_| !pass.planned.is_empty()) {
+                running.ended_by = bound;
             }
-            if cancelled || late {
+            if cancelled || bound.is_some() {
                 pass.planned.clear();
             }
             pass.held |= paused;
@@ -337,7 +360,11 @@ impl State {
             if moved >= 8 << 20 && free {
                 self.rates.insert(device.clone(), moved as f64 * 1000.0 / took as f64);
             }
-            if cancelled || late || moved == 0 {
+            if let Some(bound) = bound.filter(|_| moved > 0) {
+                // The next pass might have found more to do.
+                running.ended_by = bound;
+            }
+            if cancelled || bound.is_some() || moved == 0 {
                 return self.end_device(id);
             }
             if !paused {
@@ -464,6 +491,7 @@ impl State {
         if after.largest_free_bytes <= pass.before.largest_free_bytes {
             self.defragmented_at.insert(pass.device.clone(), self.now.tick);
         }
+        self.schedule.ended(&pass.device, self.now.tick);
         let fixed: Vec<_> = pass
             .fixed
             .iter()
@@ -554,7 +582,7 @@ fn plan_groups(groups: &[Group], mut bounds: Bounds) -> Vec<compaction::Plan> {
 }
 
 /// The first pass of a plan.
-fn pass_plan(groups: &[Group], bounds: Bounds) -> PassPlan {
+pub(super) fn pass_plan(groups: &[Group], bounds: Bounds) -> PassPlan {
     let plans = plan_groups(groups, bounds);
     let complete = bounds == Bounds::default() || plans == plan_groups(groups, Bounds::default());
     let place = |place: compaction::Place| NewPlace { segment: SegmentId(place.pool), offset: place.offset };

@@ -11,6 +11,7 @@ mod copies;
 mod defragment;
 mod models;
 mod operations;
+mod quiet_hours;
 mod restore;
 mod snapshot;
 mod transfers;
@@ -42,6 +43,7 @@ use crate::store::{Change, Store, StoreError, Stored};
 
 pub use attachments::{Attachment, Moved, Told};
 pub use operations::{Entry, Progress};
+pub use quiet_hours::Schedule;
 pub use snapshot::{DeviceView, Snapshot, memory_status};
 
 /// How often leases, waits and keep-alives are looked at and devices are measured.
@@ -164,6 +166,11 @@ pub enum Event {
         operation: OperationId,
         plan: defragment::PassPlan,
     },
+    /// What a defragmentation in quiet hours would do first.
+    Surveyed {
+        device: DeviceId,
+        plan: defragment::PassPlan,
+    },
     SegmentCreated {
         device: DeviceId,
         segment: SegmentId,
@@ -233,6 +240,7 @@ impl Driver {
         store: Store,
         stored: Stored,
         run: String,
+        schedule: Schedule,
     ) -> std::io::Result<(Self, tokio::task::JoinHandle<()>)> {
         let mover = Mover::start()?;
         let (sender, inbox) = mpsc::channel(MAILBOX);
@@ -252,6 +260,7 @@ impl Driver {
             to_go_on: BTreeSet::new(),
             rates: BTreeMap::new(),
             defragmented_at: BTreeMap::new(),
+            schedule,
             mover,
             counts: BTreeMap::new(),
             unreleased: BTreeSet::new(),
@@ -328,6 +337,7 @@ struct State {
     rates: BTreeMap<DeviceId, f64>,
     /// When a device was last defragmented without a gain.
     defragmented_at: BTreeMap<DeviceId, vramd_core::Tick>,
+    schedule: Schedule,
     mover: Mover,
     /// What happened on each device since somebody asked.
     counts: BTreeMap<DeviceId, Counts>,
@@ -432,6 +442,10 @@ impl State {
                 self.jobs -= 1;
                 self.planned(operation, plan);
             }
+            Event::Surveyed { device, plan } => {
+                self.jobs -= 1;
+                self.surveyed(device, plan);
+            }
             Event::SegmentCreated { device, segment, outcome } => {
                 self.jobs -= 1;
                 self.segment_created(&device, segment, outcome);
@@ -482,6 +496,7 @@ impl State {
         self.pack_for_waiting();
         self.expire_models();
         self.operations.prune();
+        self.keep_quiet_hours();
         // Readers may have had their time.
         self.to_go_on.extend(self.operations.running.keys());
         if !self.stopping {

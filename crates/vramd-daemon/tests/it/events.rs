@@ -29,6 +29,7 @@ fn events_come_in_order_with_ids_that_resume() {
         [
             "allocation.created",
             "allocation.released",
+            "allocation.created",
             "model.loaded",
             "allocation.released",
             "model.unloaded",

@@ -14,7 +14,7 @@ use crate::support::{Daemon, Home, MIB, PATIENCE, caught, payload, wait_for, wit
 const KIB: u64 = 1 << 10;
 
 /// Writes to an allocation through an attachment of its own, which has ended when this returns.
-fn fill(daemon: &Daemon, id: &str, bytes: &[u8]) {
+pub fn fill(daemon: &Daemon, id: &str, bytes: &[u8]) {
     let writer = daemon.attach(&json!({"allocationId": id, "access": "write"})).expect("attached");
     let file = std::fs::File::from(writer.descriptors[0].try_clone().expect("a descriptor"));
     file.write_all_at(bytes, writer.attached.block.offset).expect("written");
@@ -26,7 +26,7 @@ fn fill(daemon: &Daemon, id: &str, bytes: &[u8]) {
     });
 }
 
-fn contents(descriptor: &OwnedFd, offset: u64, bytes: u64) -> Vec<u8> {
+pub fn contents(descriptor: &OwnedFd, offset: u64, bytes: u64) -> Vec<u8> {
     let file = std::fs::File::from(descriptor.try_clone().expect("a descriptor"));
     let mut read = vec![0; bytes as usize];
     file.read_exact_at(&mut read, offset).expect("read");
@@ -34,7 +34,7 @@ fn contents(descriptor: &OwnedFd, offset: u64, bytes: u64) -> Vec<u8> {
 }
 
 /// What an allocation holds now.
-fn held(daemon: &Daemon, id: &str) -> Vec<u8> {
+pub fn held(daemon: &Daemon, id: &str) -> Vec<u8> {
     let reader = daemon.attach(&json!({"allocationId": id})).expect("attached");
     let block = &reader.attached.block;
     contents(&reader.descriptors[0], block.offset, block.bytes)
@@ -53,7 +53,7 @@ fn told(reader: &mut Attachment) -> Place {
 
 /// Fills two segments with blocks of 300 KiB, so that the second is nearly empty once `keep` of it are left. Answers the
 /// blocks that stay: many in the first segment, with room between, and `keep` in the second.
-fn fragmented(daemon: &Daemon, keep: usize) -> Vec<String> {
+pub fn fragmented(daemon: &Daemon, keep: usize) -> Vec<String> {
     // 13 blocks of 300 KiB go into one segment of 4 MiB.
     let ids: Vec<_> =
         (0..26).map(|_| daemon.allocated(&json!({"sizeBytes": 300 * KIB, "leaseSeconds": 600}))).collect();
@@ -75,7 +75,7 @@ fn defragment(daemon: &Daemon, body: &Value) -> Value {
     operation["result"].clone()
 }
 
-fn all_released(daemon: &Daemon, ids: &[String], device: &str) {
+pub fn all_released(daemon: &Daemon, ids: &[String], device: &str) {
     for id in ids {
         wait_for("the release", || (daemon.release(id).status == 200).then_some(()));
     }

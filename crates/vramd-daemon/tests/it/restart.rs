@@ -142,13 +142,13 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         model_roots: Vec::new(),
         cpu_limit_bytes: None,
         sim: None,
+        quiet_hours: None,
         ready_file: None,
     };
     let start = |config: vramd_daemon::Config| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime
-            .block_on(vramd_daemon::serve_on(config, vramd_daemon::Devices::default(), async {}))
-            .expect_err("refused")
+        let (devices, local) = (vramd_daemon::Devices::default(), vramd_daemon::LocalTime::system());
+        runtime.block_on(vramd_daemon::serve_on(config, devices, local, async {})).expect_err("refused")
     };
     let error = start(config.clone());
     assert!(matches!(error, vramd_daemon::StartError::InUse { .. }) && error.hint().is_some(), "{error}");

@@ -4,16 +4,17 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use jiff::civil::Time;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use vramd_api::attach::Attach;
 use vramd_attach::{AttachError, Attachment, attach};
-use vramd_daemon::{Config, Devices, StartError, serve_on};
+use vramd_daemon::{Config, Devices, LocalTime, QuietHours, StartError, serve_on};
 use vramd_device::{Call, cpu, sim};
 
 /// Far above what anything here takes, also on a busy machine.
@@ -111,6 +112,21 @@ pub fn message(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) 
     [head.as_bytes(), b"\r\n", body].concat()
 }
 
+/// A clock on the wall that only tests move.
+#[derive(Clone, Default)]
+pub struct WallClock(Arc<Mutex<Time>>);
+
+impl WallClock {
+    /// To `HH:MM`.
+    pub fn set(&self, time: &str) {
+        *self.0.lock().expect("no test panics with it") = time.parse().expect("a time");
+    }
+
+    fn read(self) -> LocalTime {
+        LocalTime::of(move |_| *self.0.lock().expect("no test panics with it"))
+    }
+}
+
 /// A place on disk for one daemon after another.
 pub struct Home(Arc<TempDir>);
 
@@ -128,6 +144,18 @@ impl Home {
 
     /// A daemon with simulated devices of these sizes.
     pub fn start(&self, sizes: &[u64]) -> Daemon {
+        let (devices, simulated) = Self::simulated(sizes);
+        self.start_on(devices, simulated)
+    }
+
+    /// The same with quiet hours by that clock.
+    pub fn start_quiet(&self, sizes: &[u64], hours: &str, clock: &WallClock) -> Daemon {
+        let (devices, simulated) = Self::simulated(sizes);
+        let hours = hours.parse().expect("quiet hours");
+        self.start_by(devices, simulated, Some(hours), clock.clone().read())
+    }
+
+    fn simulated(sizes: &[u64]) -> (Devices, Vec<sim::Faults>) {
         let mut devices = Devices::default();
         let mut simulated = Vec::new();
         for (size, ordinal) in sizes.iter().zip(0..) {
@@ -135,7 +163,7 @@ impl Home {
             simulated.push(device.faults());
             devices.add(Arc::new(device), *size);
         }
-        self.start_on(devices, simulated)
+        (devices, simulated)
     }
 
     /// A daemon with host memory alone.
@@ -147,6 +175,16 @@ impl Home {
     }
 
     pub fn start_on(&self, devices: Devices, simulated: Vec<sim::Faults>) -> Daemon {
+        self.start_by(devices, simulated, None, LocalTime::system())
+    }
+
+    fn start_by(
+        &self,
+        devices: Devices,
+        simulated: Vec<sim::Faults>,
+        quiet_hours: Option<QuietHours>,
+        local: LocalTime,
+    ) -> Daemon {
         let ready = self.path("ready.json");
         let config = Config {
             listen: Some(([127, 0, 0, 1], 0).into()),
@@ -155,6 +193,7 @@ impl Home {
             model_roots: vec![self.path("models")],
             cpu_limit_bytes: None,
             sim: None,
+            quiet_hours,
             ready_file: Some(ready.clone()),
         };
         let (stop, stopped) = oneshot::channel::<()>();
@@ -164,7 +203,7 @@ impl Home {
                 .enable_all()
                 .build()
                 .expect("a runtime");
-            runtime.block_on(serve_on(config, devices, async {
+            runtime.block_on(serve_on(config, devices, local, async {
                 let _ = stopped.await;
             }))
         });

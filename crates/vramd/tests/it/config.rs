@@ -87,6 +87,7 @@ fn what_is_wrong_in_a_file_is_shown_with_its_line() {
         ("cpu_limit = \"much\"\n", &["line 1", "is not a size"]),
         ("cpu_limit = true\n", &["line 1", "a size such as \"24GiB\""]),
         ("listen = \"localhost:80\"\n", &["line 1", "an address and a port"]),
+        ("quiet_hours = \"22:00-24:00\"\n", &["line 1", "write midnight as 00:00"]),
         ("listen = [\n", &["line 1"]),
         ("state_dir = \"state\"\n", &["state_dir has the relative path state", "from the root"]),
         ("model_roots = [\"models\"]\n", &["model_roots has the relative path models"]),
@@ -105,4 +106,24 @@ fn what_is_wrong_in_the_environment_is_named() {
     let ended: Ended = home.command(&["serve"]).env("VRAMD_CPU_LIMIT", "much").output().expect("runs").into();
     let ended = ended.expect(2);
     assert!(ended.stderr.contains("VRAMD_CPU_LIMIT has the value \"much\""), "{ended:?}");
+}
+
+#[test]
+fn quiet_hours_are_shown_as_they_are_kept_and_others_are_refused() {
+    let home = Home::new();
+    let show = ["config", "show", "--json"];
+    assert_eq!(setting(&home.run(&show).expect(0).json(), "quiet_hours"), (&json!("none"), "default"));
+    let run = |arguments: &[&str], variable: &str| -> Ended {
+        home.command(arguments).env("VRAMD_QUIET_HOURS", variable).output().expect("runs").into()
+    };
+    let shown = run(&show, "22:00-06:00, 12:00-13:00").expect(0).json();
+    let value = json!("22:00-06:00,12:00-13:00");
+    assert_eq!(setting(&shown, "quiet_hours"), (&value, "environment VRAMD_QUIET_HOURS"));
+    let shown = run(&[&show[..], &["--quiet-hours", "none"]].concat(), "22:00-06:00").expect(0).json();
+    assert_eq!(setting(&shown, "quiet_hours"), (&json!("none"), "flag --quiet-hours"));
+
+    let ended = run(&["serve"], "02:00-02:00").expect(2);
+    assert!(ended.stderr.contains("VRAMD_QUIET_HOURS has the value \"02:00-02:00\""), "{ended:?}");
+    let ended = home.run(&["serve", "--quiet-hours", "at night"]).expect(2);
+    assert!(ended.stderr.contains("write hours such as 02:00-05:00"), "{ended:?}");
 }
