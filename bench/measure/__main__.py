@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import allocators, attach, idle, load, machine, model, serving
+from . import allocators, attach, idle, load, machine, model, moves, serving
 from .table import Table
 
-COMPARISONS = {"attach": attach, "http": serving, "load": load, "idle": idle, "allocators": allocators}
+COMPARISONS = {
+    "attach": attach,
+    "http": serving,
+    "load": load,
+    "idle": idle,
+    "moves": moves,
+    "allocators": allocators,
+}
 
 
 def main() -> None:
@@ -34,7 +41,7 @@ def main() -> None:
     table = Table()
     with machine.huge_pages():
         before = machine.describe()
-        if options.only != "allocators":
+        if options.only not in ("moves", "allocators"):
             model.ensure(setup)
         for name, comparison in COMPARISONS.items():
             if options.only in (None, name):

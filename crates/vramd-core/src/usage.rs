@@ -36,6 +36,17 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// Takes in what happened in another stretch of time.
+    fn add(&mut self, other: &Self) {
+        self.allocations += other.allocations;
+        self.allocated_bytes += other.allocated_bytes;
+        self.releases += other.releases;
+        self.released_bytes += other.released_bytes;
+        self.refusals += other.refusals;
+        self.peak_used_bytes = self.peak_used_bytes.max(other.peak_used_bytes);
+        self.peak_allocated_bytes = self.peak_allocated_bytes.max(other.peak_allocated_bytes);
+    }
+
     /// Takes the present use into the peaks.
     pub fn observe(&mut self, usage: &Usage) {
         self.peak_used_bytes = self.peak_used_bytes.max(usage.used_bytes);
@@ -100,10 +111,12 @@ pub struct History(BTreeMap<DeviceId, Ring>);
 
 impl History {
     /// Takes a sample in. One of a second that was sampled already, or of an earlier one (the clock was put back), is
-    /// left out.
+    /// counted to the last.
     pub fn push(&mut self, device: &DeviceId, sample: Sample) {
         let ring = self.0.entry(device.clone()).or_default();
-        if ring.samples.back().is_some_and(|last| last.second >= sample.second) {
+        if let Some(last) = ring.samples.back_mut().filter(|last| last.second >= sample.second) {
+            last.counts.add(&sample.counts);
+            (last.usage, last.total_bytes) = (sample.usage, sample.total_bytes);
             return;
         }
         ring.samples.push_back(sample);
@@ -125,8 +138,11 @@ impl History {
     /// The last `window` seconds up to `now`, in steps of `step` seconds, which divide the wall clock.
     pub fn show(&self, device: &DeviceId, now: i64, window: u64, step: u64) -> DeviceUsage {
         debug_assert!(step > 0 && window / step <= MAX_USAGE_POINTS);
-        let since = now - window.cast_signed();
         let ring = self.0.get(device);
+        // The sample of this second may not have been taken yet.
+        let last = ring.and_then(|ring| ring.samples.back()).map(|last| last.second);
+        let now = last.filter(|last| last + 1 == now).unwrap_or(now);
+        let since = now - window.cast_signed();
         let samples = || ring.into_iter().flat_map(|ring| &ring.samples).filter(|one| one.second > since);
         let mut steps: BTreeMap<i64, Vec<&Sample>> = BTreeMap::new();
         for sample in samples() {
@@ -306,9 +322,12 @@ mod tests {
         }
         let ring = &history.0[&device()];
         assert_eq!((ring.samples.len(), ring.splits.len()), (3600, 3600));
-        // A clock that is put back adds nothing.
+        // A clock that is put back adds no second, and what happened is not lost.
         history.push(&device(), sample(5, 1, 1, 1));
         assert_eq!(history.0[&device()].samples.len(), 3600);
+        // Neither is the last second, when the present one was not sampled yet.
+        let shown = history.show(&device(), 10_000, 1, 1);
+        assert_eq!((shown.sampled_seconds, shown.samples[0].allocations), (1, 2));
     }
 
     #[test]

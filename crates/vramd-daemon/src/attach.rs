@@ -85,7 +85,11 @@ async fn follow(
                 }
                 if filled == HEADER_BYTES {
                     filled = 0;
-                    let answer: Acknowledge = read_frame(stream, &header, FrameKind::Acknowledge).await?;
+                    let body = read_frame(stream, &header, FrameKind::Acknowledge);
+                    // While half of it is here nothing is told.
+                    let answer: Acknowledge = tokio::time::timeout(REQUEST_TIMEOUT, body)
+                        .await
+                        .map_err(|_| Malformed::Gone)??;
                     let refused = (!answer.moved).then(|| answer.reason.unwrap_or_default());
                     driver.tell(Event::MoveAnswered { lease, generation: answer.generation, refused }).await;
                 }

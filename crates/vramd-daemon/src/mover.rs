@@ -291,10 +291,10 @@ impl Piece {
             let id = device.0.facts().device.clone();
             move |error| CopyFailure::Device(id, error)
         };
-        buffer.resize(self.bytes as usize, 0);
         let (source_at, target_at) = (source.offset + self.offset, target.offset + self.offset);
         let staged = from.0.facts().device != to.0.facts().device;
         if staged || self.job.checksum {
+            buffer.resize(self.bytes as usize, 0);
             from.0.read(source.segment, source_at, buffer).map_err(on(from))?;
         }
         let sent = self.job.checksum.then(|| crc_fast::checksum(Crc64Nvme, buffer));

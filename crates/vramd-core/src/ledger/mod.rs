@@ -540,7 +540,7 @@ impl Ledger {
         Some(if segment.sharing == Sharing::Exclusive {
             let seen_by = allocation.seen_by.iter().cloned().collect();
             Work::Release { device, segment: segment_id, allocation: id, seen_by }
-        } else if segment.touched {
+        } else if segment.touched && segment.state != SegmentState::Destroying {
             let (offset, bytes) = (allocation.offset, allocation.block_bytes);
             Work::Zero { device, segment: segment_id, offset, bytes, allocation: id }
         } else {
@@ -560,7 +560,7 @@ impl Ledger {
             book.remove(allocation.segment);
             return Some((allocation, None));
         }
-        let touched = segment.touched;
+        let (touched, goes) = (segment.touched, segment.state == SegmentState::Destroying);
         let (offset, bytes) = (allocation.offset, allocation.block_bytes);
         let empty = book.change(allocation.segment, |ranges| {
             ranges.give(offset, bytes);
@@ -573,7 +573,9 @@ impl Ledger {
             book.set_sharing(allocation.segment, Sharing::Spare);
             return Some((allocation, None));
         }
-        book.destroy(allocation.segment);
+        if !goes {
+            book.destroy(allocation.segment);
+        }
         let work = Work::Destroy { device: allocation.device.clone(), segment: allocation.segment };
         Some((allocation, Some(work)))
     }

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vramd_api::attach::Access;
-use vramd_api::{AllocationId, AllocationType, DeviceId};
+use vramd_api::{AllocationId, AllocationType, DeviceId, LeaseId};
 
 use super::allocation::{Allocation, Lease, Request, State, Task};
 use super::book::{Book, Key, SegmentState, Sharing};
@@ -204,8 +204,46 @@ impl Ledger {
         self.allocations.insert(place, Arc::new(left));
     }
 
+    /// Whether blocks of so many bytes are all that is in a shared segment.
+    pub fn holds_only(&self, device: &DeviceId, segment: SegmentId, bytes: u64) -> bool {
+        let found = self.books.get(device).and_then(|book| book.segments.get(&segment));
+        found.is_some_and(|found| {
+            matches!(found.sharing, Sharing::Shared(_))
+                && found.state == SegmentState::Live
+                && found.ranges.free() + bytes == found.ranges.bytes()
+        })
+    }
+
+    /// Ends leases that alone keep all the blocks of one shared segment, `bytes` in all: it goes back as a whole, so that
+    /// none of them has to be zeroed. Answers the allocations, whose bytes are back at once; None, and nothing has
+    /// changed, while something else is in it.
+    pub fn empty_segment(
+        &mut self,
+        device: &DeviceId,
+        segment: SegmentId,
+        leases: &[LeaseId],
+        bytes: u64,
+        now: Now,
+    ) -> Option<Vec<AllocationId>> {
+        if !self.holds_only(device, segment, bytes) {
+            return None;
+        }
+        let alone = |lease: &LeaseId| {
+            let id = self.leases.get(lease)?;
+            let allocation = self.allocation(*id)?;
+            let there = (&allocation.device, allocation.segment) == (device, segment);
+            (there && allocation.state == State::Active && allocation.leases.len() == 1).then_some(*id)
+        };
+        let ids = leases.iter().map(alone).collect::<Option<Vec<_>>>()?;
+        self.books.get_mut(device)?.destroy(segment);
+        for lease in leases {
+            self.end_lease(*lease, now);
+        }
+        Some(ids)
+    }
+
     /// The readers of an allocation: they have to map its new place.
-    pub fn readers(&self, id: AllocationId) -> Vec<(vramd_api::LeaseId, Lease)> {
+    pub fn readers(&self, id: AllocationId) -> Vec<(LeaseId, Lease)> {
         let reader = |lease: &Lease| matches!(lease, Lease::Connection { access: Access::Read, .. });
         self.allocation(id)
             .into_iter()

@@ -24,8 +24,10 @@ pub struct Options {
 
 /// The trace needs more at once than any pool has.
 #[derive(Debug, thiserror::Error)]
-#[error("the trace asks for {0} bytes at once and more, which no pool has")]
-pub struct PoolTooSmall(pub u64);
+#[error("at event {event} the trace holds more than any pool has ({ENDLESS_BYTES} bytes)")]
+pub struct PoolTooSmall {
+    pub event: usize,
+}
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -208,7 +210,7 @@ fn smallest_pool(trace: &DeviceTrace, alignment: u64) -> Result<u64, PoolTooSmal
     for (number, event) in trace.events.iter().enumerate() {
         match event.step {
             Step::Allocate(block) if !pool.allocate(number, block) => {
-                return Err(PoolTooSmall(trace.blocks[block as usize]));
+                return Err(PoolTooSmall { event: number });
             }
             Step::Free(block) => pool.free(number, block),
             Step::Allocate(_) | Step::Failed(_) | Step::Gap => {}

@@ -485,7 +485,7 @@ impl State {
         }
     }
 
-    fn bytes_back(&mut self, id: AllocationId, held_by: Vec<Holder>) {
+    pub(super) fn bytes_back(&mut self, id: AllocationId, held_by: Vec<Holder>) {
         let Some((allocation, left)) = self.ledger.released(id) else { return };
         if let Some(work) = left {
             self.perform(work);

@@ -50,7 +50,7 @@ pub(super) struct Copy {
     pub checksum: bool,
     source_lease: LeaseId,
     /// None until the target is there.
-    target_lease: Option<LeaseId>,
+    pub target_lease: Option<LeaseId>,
     /// How often somebody had begun to write to the source.
     writes: u64,
     cancelled: Arc<AtomicBool>,
@@ -284,8 +284,8 @@ impl State {
             }
             Purpose::Component { .. } | Purpose::Into => {}
         }
-        let Some(copy) = self.copies.remove(&id) else { return };
-        self.copy_ended(copy.operation, id, Ok((&copy, checksum)));
+        let Some(mut copy) = self.copies.remove(&id) else { return };
+        self.copy_ended(copy.operation, id, Ok((&mut copy, checksum)));
         self.end_copy_leases(&copy);
     }
 
@@ -338,8 +338,10 @@ impl State {
 
     /// Ends a lease of our own; what is left without one goes.
     pub(super) fn finish_lease(&mut self, lease: LeaseId) {
-        if let Some((_, Some(work))) = self.ledger.end_lease(lease, self.now) {
-            self.perform(work);
+        match self.ledger.end_lease(lease, self.now) {
+            Some((_, Some(work))) => self.perform(work),
+            Some((id, None)) => self.place_let_go(id),
+            None => {}
         }
     }
 
@@ -378,7 +380,7 @@ impl State {
         &mut self,
         operation: OperationId,
         id: CopyId,
-        outcome: Result<(&Copy, Option<u64>), (&Copy, CopyError)>,
+        outcome: Result<(&mut Copy, Option<u64>), (&Copy, CopyError)>,
     ) {
         match self.operations.running.get(&operation) {
             Some(Running::Defragment(_)) => self.block_moved(operation, id, outcome),

@@ -10,13 +10,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use vramd_api::{
     AllocationId, ApiError, DefragmentPlan, DefragmentPlans, DefragmentRequest, Defragmented,
     DeviceDefragmented, DeviceId, EndedBy, ErrorCode, EventKind, FixedBlock, FixedReason,
-    FragmentationFigures, Operation, OperationId, OperationKind, Priority,
+    FragmentationFigures, LeaseId, Operation, OperationId, OperationKind, Priority,
 };
 use vramd_core::Tick;
 use vramd_core::compaction::{self, Bounds};
 use vramd_core::ledger::{Fixed, Group, Lease, NewPlace, SegmentId, Usage};
 use vramd_core::models::Residency;
 
+use super::allocations::OnReleased;
 use super::copies::{Copy, CopyError, CopyId, flow};
 use super::operations::Running;
 use super::{Event, Reply, State};
@@ -64,18 +65,29 @@ struct Pass {
     copying: BTreeSet<CopyId>,
     /// Old places that are not free yet.
     left: BTreeSet<AllocationId>,
+    /// Our leases on them, until a segment can go back as a whole or the pass has nothing more to copy.
+    held: BTreeMap<SegmentId, Held>,
+    /// Segments of which something was let go since.
+    look: BTreeSet<SegmentId>,
     settle_by: Tick,
     began: Tick,
     /// When the last copy ended.
     copied: Tick,
     /// It was paused, which says nothing about the device's rate.
-    held: bool,
+    was_paused: bool,
     /// In this pass.
     moved_bytes: u64,
     moves: u64,
     bytes: u64,
     passes: u64,
     fixed: BTreeMap<AllocationId, FixedReason>,
+}
+
+/// What moves have left in one segment.
+#[derive(Debug, Default)]
+struct Held {
+    leases: Vec<LeaseId>,
+    bytes: u64,
 }
 
 /// One move of a plan.
@@ -302,7 +314,7 @@ impl State {
             let moves = running.request.max_moves.is_some_and(|most| running.moves >= most);
             running.ended_by = if moves { EndedBy::MaxMoves } else { EndedBy::MaxBytes };
         }
-        (pass.began, pass.copied, pass.held, pass.moved_bytes) = (tick, tick, false, 0);
+        (pass.began, pass.copied, pass.was_paused, pass.moved_bytes) = (tick, tick, false, 0);
         pass.passes += u64::from(!plan.moves.is_empty());
         pass.planned = plan.moves.into();
         let total = running.bytes + bytes;
@@ -313,8 +325,52 @@ impl State {
         self.go_on(id);
     }
 
+    /// Gives back the segments in which nothing is but what the pass has left there.
+    fn empty_segments(&mut self, id: OperationId) {
+        let Some(pass) = self.pass(id) else { return };
+        let device = pass.device.clone();
+        for segment in std::mem::take(&mut pass.look) {
+            let Some(held) = self.pass(id).and_then(|pass| pass.held.remove(&segment)) else { continue };
+            match self.ledger.empty_segment(&device, segment, &held.leases, held.bytes, self.now) {
+                Some(places) => {
+                    for place in places {
+                        self.bytes_back(place, Vec::new());
+                    }
+                }
+                None => {
+                    if let Some(pass) = self.pass(id) {
+                        pass.held.insert(segment, held);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lets go of old places: of those in segments where other blocks are, or of all.
+    fn let_go(&mut self, id: OperationId, all: bool) {
+        let Some(pass) = self.pass(id) else { return };
+        let device = pass.device.clone();
+        for (segment, held) in std::mem::take(&mut pass.held) {
+            if all || !self.ledger.holds_only(&device, segment, held.bytes) {
+                for lease in held.leases {
+                    self.finish_lease(lease);
+                }
+            } else if let Some(pass) = self.pass(id) {
+                pass.held.insert(segment, held);
+            }
+        }
+    }
+
+    fn pass(&mut self, id: OperationId) -> Option<&mut Pass> {
+        match self.operations.running.get_mut(&id) {
+            Some(Running::Defragment(running)) => running.current.as_mut(),
+            _ => None,
+        }
+    }
+
     /// Does what can be done now.
     pub(super) fn go_on(&mut self, id: OperationId) {
+        self.empty_segments(id);
         loop {
             let cancelled = self.operations.cancelled(id);
             let paused = self.operations.is_paused(id);
@@ -338,7 +394,7 @@ impl State {
             if cancelled || bound.is_some() {
                 pass.planned.clear();
             }
-            pass.held |= paused;
+            pass.was_paused |= paused;
             if pass.copying.len() < WINDOW
                 && !paused
                 && let Some(planned) = pass.planned.pop_front()
@@ -349,14 +405,20 @@ impl State {
             if !pass.copying.is_empty() || !pass.planned.is_empty() {
                 return;
             }
-            let waits =
-                (!pass.left.is_empty() || self.ledger.gives_back(&pass.device)) && tick < pass.settle_by;
-            if waits {
+            let settled = tick >= pass.settle_by;
+            if !pass.held.is_empty() {
+                self.let_go(id, settled);
+            }
+            let Some(pass) = self.pass(id) else { return };
+            let device = pass.device.clone();
+            if !settled && (!pass.left.is_empty() || self.ledger.gives_back(&device)) {
                 return;
             }
-            let (device, moved) = (pass.device.clone(), pass.moved_bytes);
+            let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
+            let Some(pass) = &mut running.current else { return };
+            let moved = pass.moved_bytes;
             let took = (pass.copied.0 - pass.began.0).max(1);
-            let free = running.request.max_bytes_per_second.is_none() && !pass.held;
+            let free = running.request.max_bytes_per_second.is_none() && !pass.was_paused;
             if moved >= 8 << 20 && free {
                 self.rates.insert(device.clone(), moved as f64 * 1000.0 / took as f64);
             }
@@ -385,10 +447,12 @@ impl State {
             planned: VecDeque::new(),
             copying: BTreeSet::new(),
             left: BTreeSet::new(),
+            held: BTreeMap::new(),
+            look: BTreeSet::new(),
             settle_by: tick,
             began: tick,
             copied: tick,
-            held: false,
+            was_paused: false,
             moved_bytes: 0,
             moves: 0,
             bytes: 0,
@@ -434,7 +498,7 @@ impl State {
         &mut self,
         id: OperationId,
         copy: CopyId,
-        outcome: Result<(&Copy, Option<u64>), (&Copy, CopyError)>,
+        outcome: Result<(&mut Copy, Option<u64>), (&Copy, CopyError)>,
     ) {
         let settle_by = Tick(self.now.tick.0 + SETTLE_MS);
         let Some(Running::Defragment(running)) = self.operations.running.get_mut(&id) else { return };
@@ -451,6 +515,12 @@ impl State {
                 pass.left.insert(copy.target);
                 pass.settle_by = settle_by;
                 let left = copy.target;
+                if let (Some(lease), Some(place)) = (copy.target_lease.take(), self.ledger.allocation(left)) {
+                    let held = pass.held.entry(place.segment).or_default();
+                    held.leases.push(lease);
+                    held.bytes += place.block_bytes;
+                    pass.look.insert(place.segment);
+                }
                 self.await_release(id, left);
             }
             Err((copy, CopyError::Stale(fixed))) => {
@@ -469,6 +539,16 @@ impl State {
     /// Goes on once this batch's event has been dealt with: the copy that just ended still holds its leases.
     fn now_or_later(&mut self, id: OperationId) {
         self.to_go_on.insert(id);
+    }
+
+    /// A reader has let go of an old place, which something else still keeps.
+    pub(super) fn place_let_go(&mut self, place: AllocationId) {
+        let Some(OnReleased::Operation(id)) = self.releasing.get(&place) else { return };
+        let (id, segment) = (*id, self.ledger.allocation(place).map(|place| place.segment));
+        if let (Some(pass), Some(segment)) = (self.pass(id), segment) {
+            pass.look.insert(segment);
+            self.now_or_later(id);
+        }
     }
 
     /// The bytes that a move has left behind are free.

@@ -339,7 +339,7 @@ impl State {
         &mut self,
         operation: OperationId,
         id: CopyId,
-        outcome: Result<(&Copy, Option<u64>), (&Copy, CopyError)>,
+        outcome: Result<(&mut Copy, Option<u64>), (&Copy, CopyError)>,
     ) {
         let Some(Running::Transfer(transferring)) = self.operations.running.get_mut(&operation) else {
             return;

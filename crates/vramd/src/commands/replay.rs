@@ -40,6 +40,9 @@ fn read(path: &Path, format: Option<Format>) -> Result<Trace, CommandError> {
         let hint = match &error {
             TraceError::Empty => "`vramd record --out FILE` writes a trace",
             TraceError::Unknown => "if it is one nevertheless, say which with `--format`",
+            TraceError::Line { line: 1, .. } => {
+                "does it begin elsewhere in the file, or is it another format?"
+            }
             TraceError::Line { .. } => {
                 "what is before that line can be replayed if it and the rest are removed"
             }
