@@ -4,13 +4,15 @@ import json
 import resource
 import socket
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 import vramd
 from support import GOLDEN, PAGE, FakeDaemon, Row, attached_body, count_descriptors, memfd, until
-from vramd import frames
+from vramd import frames, kernel
 
 KINDS = {
     "attach": frames.ATTACH,
@@ -149,7 +151,14 @@ def test_a_tensor_that_does_not_fit_its_block_is_refused_when_it_is_used(
                 use("x")
 
 
-def test_descriptors_that_the_kernel_drops_are_noticed(fake: FakeDaemon) -> None:
+@pytest.mark.parametrize(
+    "receive",
+    [frames.receive, lambda connection: frames.Moves().read(partial(kernel.recvmsg, connection.fileno()))],
+    ids=["waiting", "at-once"],
+)
+def test_descriptors_that_the_kernel_drops_are_noticed(
+    fake: FakeDaemon, receive: Callable[[socket.socket], object]
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fake.then(frames.encode(frames.ATTACHED, attached_body(ROWS, 8), 8), [memfd(b"") for _ in range(8)])
     before = count_descriptors()
@@ -161,10 +170,16 @@ def test_descriptors_that_the_kernel_drops_are_noticed(fake: FakeDaemon) -> None
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
             with pytest.raises(vramd.ProtocolError, match="dropped descriptors"):
-                frames.receive(connection)
+                receive(connection)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     until(lambda: count_descriptors() <= before, "the end of all descriptors")
+
+
+def test_a_socket_with_nothing_to_read_is_not_waited_for() -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        assert frames.Moves().read(partial(kernel.recvmsg, near.fileno())) is None
 
 
 def test_the_daemons_refusal_is_raised_as_what_it_is(fake: FakeDaemon) -> None:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 
 import vramd as api
 from support import PAGE, Vramd, attached_body, count_descriptors, memfd, running, until
-from vramd import frames, moves
+from vramd import frames, kernel, moves
 
 PAYLOAD = bytes(range(256)) * 16
 ROWS = [("a", "U8", [len(PAYLOAD)], 0, len(PAYLOAD))]
@@ -47,15 +47,18 @@ class Mover:
         socket.send_fds(self.connection, [frame], [descriptor])
         os.close(descriptor)
 
-    def move(self, payload: bytes = PAYLOAD, before: int = PAGE, **changes: Any) -> dict[str, Any]:
+    def move(self, payload: bytes = PAYLOAD, before: int = PAGE) -> dict[str, Any]:
         """Moves to another file, where the block lies behind ``before`` bytes; the client's answer."""
-        self.tell(payload, before, **changes)
+        self.send(self.moved(payload, before), payload, before)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
         kind, body, _ = frames.receive(self.connection)
         assert kind == frames.ACKNOWLEDGE
         assert isinstance(body, dict)
         return body
 
-    def tell(self, payload: bytes = PAYLOAD, before: int = PAGE, **changes: Any) -> None:
+    def moved(self, payload: bytes = PAYLOAD, before: int = PAGE, **changes: Any) -> bytes:
         self.generation += 1
         pages = -(-(before + len(payload)) // PAGE)
         body = {
@@ -64,7 +67,7 @@ class Mover:
             "segments": [{"bytes": pages * PAGE, "pageBytes": PAGE}],
             "block": {"segment": 0, "offset": before, "bytes": len(payload)},
         }
-        self.send(frames.encode(frames.MOVED, body | changes, 1), payload, before)
+        return frames.encode(frames.MOVED, body | changes, 1)
 
     def ended(self) -> bool:
         """Whether the client has closed the connection."""
@@ -85,6 +88,14 @@ def mover(tmp_path: Path) -> Iterator[Mover]:
     daemon.stop()
 
 
+@pytest.fixture(params=["brief", "long"])
+def length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of the kernel that keep the interpreter, and such as give it up meanwhile."""
+    if request.param == "long":
+        monkeypatch.setattr(kernel, "_BRIEF_BYTES", 0)
+
+
+@pytest.mark.usefixtures("length")
 def test_arrays_keep_their_addresses_and_their_bytes_over_many_moves(mover: Mover) -> None:
     with api.attach("toy", socket=mover.path) as attached:
         assert mover.request["moves"] is True
@@ -116,6 +127,7 @@ def test_arrays_keep_their_addresses_and_their_bytes_over_many_moves(mover: Move
         assert bytes(attached.raw("a")) == PAYLOAD[::-1]
 
 
+@pytest.mark.usefixtures("length")
 def test_a_private_mapping_moves_until_it_is_written_to(tmp_path: Path) -> None:
     mover = Mover(tmp_path / "socket")
     try:
@@ -139,9 +151,9 @@ def test_a_private_mapping_moves_until_it_is_written_to(tmp_path: Path) -> None:
         mover.stop()
 
 
-def broken(mover: Mover, changes: dict[str, Any]) -> None:
-    """Sends a move that cannot be, and waits until the client has given up on its daemon."""
-    mover.tell(**changes)
+def broken(mover: Mover, send: Callable[[], object]) -> None:
+    """Sends what cannot be, and waits until the client has given up on its daemon."""
+    send()
     assert mover.ended()
     with moves._follower.lock:  # the warning comes under it
         pass
@@ -166,20 +178,73 @@ def test_a_move_that_cannot_be_ends_the_following_and_leaves_the_bytes(
     with api.attach("toy", socket=mover.path) as attached:
         array = attached["a"]
         with pytest.warns(RuntimeWarning, match="follows no moves"):
-            broken(mover, changes)
+            broken(mover, lambda: mover.send(mover.moved(**changes), PAYLOAD))
         assert bytes(np.asarray(array)) == PAYLOAD
 
 
 def test_a_segment_that_is_shorter_than_announced_is_refused(mover: Mover) -> None:
     with api.attach("toy", socket=mover.path) as attached:
         array = attached["a"]
-        short = {
+        short: dict[str, Any] = {
             "segments": [{"bytes": 64 * PAGE, "pageBytes": PAGE}],
             "block": {"segment": 0, "offset": 40 * PAGE, "bytes": len(PAYLOAD)},
         }
         with pytest.warns(RuntimeWarning, match="shorter than announced"):
-            broken(mover, short)
+            broken(mover, lambda: mover.send(mover.moved(**short), PAYLOAD))
         assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_a_place_that_is_no_file_is_refused(mover: Mover) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        array = attached["a"]
+        ends = os.pipe()
+        with pytest.warns(RuntimeWarning, match="shorter than announced"):
+            broken(mover, lambda: socket.send_fds(mover.connection, [mover.moved()], ends[:1]))
+        frames.close_all(list(ends))
+        assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_a_second_move_before_the_first_is_answered_ends_the_following(mover: Mover) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        array = attached["a"]
+        with pytest.warns(RuntimeWarning, match="more came than one frame"):
+            broken(mover, lambda: mover.send(mover.moved() + mover.moved(), PAYLOAD))
+        assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_when_the_daemon_goes_the_bytes_stay_and_nobody_is_warned(mover: Mover) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        array = attached["a"]
+        broken(mover, lambda: mover.connection.shutdown(socket.SHUT_WR))
+        assert not attached.closed
+        assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_an_end_within_a_frame_ends_the_following_and_leaves_no_descriptor(mover: Mover) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        array = attached["a"]
+        descriptors = count_descriptors()
+        mover.send(mover.moved()[:40], PAYLOAD)
+        with pytest.warns(RuntimeWarning, match="ended within a frame"):
+            broken(mover, lambda: mover.connection.shutdown(socket.SHUT_WR))
+        until(lambda: count_descriptors() < descriptors, "the end of all descriptors")
+        assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_a_frame_in_pieces_keeps_no_other_waiting(tmp_path: Path) -> None:
+    slow, other = Mover(tmp_path / "slow"), Mover(tmp_path / "other")
+    with api.attach("toy", socket=slow.path) as first, api.attach("toy", socket=other.path) as second:
+        frame = slow.moved(PAYLOAD[::-1])
+        slow.send(frame[:1], PAYLOAD[::-1])
+        for place in range(1, len(frame)):
+            if place in (1, 16, 40):
+                assert other.move()["moved"] is True
+            slow.connection.sendall(frame[place : place + 1])
+        assert slow.answer() == {"generation": slow.generation, "moved": True}
+        assert bytes(first.raw("a")) == PAYLOAD[::-1]
+        assert bytes(second.raw("a")) == PAYLOAD
+    slow.stop()
+    other.stop()
 
 
 def test_after_a_fork_the_bytes_stay_where_they_are(mover: Mover) -> None:
@@ -200,7 +265,7 @@ def test_closing_while_a_move_comes_leaves_what_arrays_refer_to(tmp_path: Path) 
         mover = Mover(tmp_path / f"socket-{number}")
         attached = api.attach("toy", socket=mover.path)
         view = np.asarray(attached["a"])
-        mover.tell()
+        mover.send(mover.moved(), PAYLOAD)
         attached.close()
         assert bytes(view) == PAYLOAD
         mover.stop()

@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .errors import ProtocolError, Timeout
@@ -59,6 +59,9 @@ class Tensor(NamedTuple):
     offset: int
     bytes: int
 
+
+#: ``socket.recvmsg``, or what answers like it.
+Recvmsg = Callable[[int, int, int], tuple[bytes, list[tuple[int, int, bytes]], int, Any]]
 
 #: One row of the tensor table: what ``Tensor`` has, in its order.
 Row = Sequence[Any]
@@ -111,16 +114,12 @@ def receive(connection: socket.socket) -> tuple[int, Any, list[int]]:
     """Reads one frame: kind, body as JSON, and descriptors, which are then the caller's to close."""
     descriptors: list[int] = []
     try:
-        header = decode_header(_receive_header(connection, descriptors))
-        body = _receive_exactly(connection, header.body_bytes)
-        if len(descriptors) != header.descriptors:
-            raise ProtocolError(
-                f"the frame announces {header.descriptors} descriptors and {len(descriptors)} came"
-            )
-        try:
-            return header.kind, json.loads(body), descriptors
-        except (ValueError, RecursionError) as error:
-            raise ProtocolError(f"the frame's body is not JSON: {error}") from error
+        # Reading no further than the header keeps what follows it for plain reads.
+        data = _read(connection.recvmsg, HEADER.size, descriptors)
+        if not data:
+            raise ProtocolError("the daemon closed the connection before it answered")
+        header = _arrived(data + _receive_exactly(connection, HEADER.size - len(data)), descriptors)
+        return header.kind, _json(_receive_exactly(connection, header.body_bytes)), descriptors
     except BaseException as error:
         close_all(descriptors)
         if isinstance(error, TimeoutError):
@@ -130,17 +129,57 @@ def receive(connection: socket.socket) -> tuple[int, Any, list[int]]:
         raise
 
 
+class Moves:
+    """The ``Moved`` frames of one connection, read without waiting for what has not come yet.
+
+    One comes only after the one before was acknowledged, so each is alone on its connection.
+    """
+
+    def __init__(self) -> None:
+        self._begun = b""
+        self._descriptors: list[int] = []
+
+    def read(self, recvmsg: Recvmsg) -> tuple[Any, list[int]] | None:
+        """Reads once. When that makes a frame whole: its body, and descriptors, then the caller's to close.
+
+        Raises ``EOFError`` when the connection ended, and not within a frame.
+        """
+        try:
+            data = _read(recvmsg, HEADER.size + MAX_REQUEST_BYTES - len(self._begun), self._descriptors)
+        except BlockingIOError:
+            return None
+        if not data and not self._begun:
+            raise EOFError
+        if not data:
+            raise ProtocolError("the connection ended within a frame")
+        self._begun += data
+        if len(self._begun) < HEADER.size:
+            return None
+        header, body = _arrived(self._begun[: HEADER.size], self._descriptors), self._begun[HEADER.size :]
+        if header.kind != MOVED:
+            raise ProtocolError(f"the daemon sent a frame of kind {header.kind} to an attachment")
+        if len(body) < header.body_bytes:
+            return None
+        if len(body) > header.body_bytes:
+            raise ProtocolError("more came than one frame, which was not answered yet")
+        moved = _json(body), self._descriptors
+        self._begun, self._descriptors = b"", []
+        return moved
+
+    def close(self) -> None:
+        close_all(self._descriptors)
+
+
 def close_all(descriptors: list[int]) -> None:
     while descriptors:
         os.close(descriptors.pop())
 
 
-def _receive_header(connection: socket.socket, descriptors: list[int]) -> bytes:
-    # Descriptors come with the first byte. Reading no further than the header keeps the kernel from ever
-    # handing over the ancillary data of two messages at once.
+def _read(recvmsg: Recvmsg, size: int, descriptors: list[int]) -> bytes:
+    """Reads once, and takes the descriptors that come with it."""
     fds = array("i")
     space = socket.CMSG_SPACE(MAX_DESCRIPTORS * fds.itemsize)
-    data, ancillary, flags, _ = connection.recvmsg(HEADER.size, space, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
@@ -150,9 +189,7 @@ def _receive_header(connection: socket.socket, descriptors: list[int]) -> bytes:
             "the kernel dropped descriptors of the frame",
             hint="this process has too many open files: raise RLIMIT_NOFILE (ulimit -n)",
         )
-    if not data:
-        raise ProtocolError("the daemon closed the connection before it answered")
-    return data + _receive_exactly(connection, HEADER.size - len(data))
+    return data
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> bytes:
@@ -164,6 +201,23 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
             raise ProtocolError(f"the connection ended {len(rest)} bytes before the end of the frame")
         rest = rest[count:]
     return bytes(data)
+
+
+def _arrived(data: bytes, descriptors: list[int]) -> Header:
+    """A header, held to the descriptors that came with it."""
+    header = decode_header(data)
+    if len(descriptors) != header.descriptors:
+        raise ProtocolError(
+            f"the frame announces {header.descriptors} descriptors and {len(descriptors)} came"
+        )
+    return header
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"the frame's body is not JSON: {error}") from error
 
 
 def read_reply(body: Any, descriptors: int) -> Reply:
