@@ -569,7 +569,7 @@ impl Ledger {
         if !empty {
             return Some((allocation, None));
         }
-        if book.spare.is_none() && !touched && !book.lost {
+        if book.spare.is_none() && !touched && !goes && !book.lost {
             book.set_sharing(allocation.segment, Sharing::Spare);
             return Some((allocation, None));
         }

@@ -122,6 +122,8 @@ enum Step {
         follow: bool,
     },
     EndLease(usize),
+    /// The leases of all that is active in one segment end together.
+    Empty(usize),
     Release(usize),
     Expire(u64),
     Limit {
@@ -151,6 +153,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             .prop_map(|(which, on, hole)| Step::Move { which, on, hole }),
         4 => (any::<usize>(), any::<bool>()).prop_map(|(which, follow)| Step::Copied { which, follow }),
         3 => any::<usize>().prop_map(Step::EndLease),
+        2 => any::<usize>().prop_map(Step::Empty),
         3 => any::<usize>().prop_map(Step::Release),
         1 => (0u64..3000).prop_map(Step::Expire),
         1 => (0u8..2, prop::option::of(0u64..64)).prop_map(|(device, mib)| Step::Limit { device, mib }),
@@ -235,6 +238,39 @@ impl World {
             Readiness::Ready => self.activate(place),
             Readiness::Needs(work) => self.work.push(work),
             Readiness::Waits => {}
+        }
+    }
+
+    fn empty(&mut self, id: AllocationId) {
+        let place = |id: &AllocationId| {
+            let allocation = self.ledger.allocation(*id).unwrap();
+            (allocation.device.clone(), allocation.segment)
+        };
+        let (on, segment) = place(&id);
+        let together: Vec<_> =
+            self.held.iter().filter(|(id, held)| held.active && place(id) == (on.clone(), segment)).collect();
+        let leases: Vec<_> = together.iter().flat_map(|(_, held)| held.leases.iter().copied()).collect();
+        let bytes: u64 =
+            together.iter().map(|(id, _)| self.ledger.allocation(**id).unwrap().block_bytes).sum();
+        let alone = together.iter().all(|(_, held)| held.leases.len() == 1);
+        let mut ids: Vec<_> = together.iter().map(|(id, _)| **id).collect();
+        if leases.iter().any(|lease| self.of_operation(*lease)) {
+            return;
+        }
+        let whole = self.ledger.holds_only(&on, segment, bytes);
+        match self.ledger.empty_segment(&on, segment, &leases, bytes, now(self.tick)) {
+            Some(mut emptied) => {
+                emptied.sort_unstable();
+                ids.sort_unstable();
+                assert_eq!(emptied, ids);
+                for id in ids {
+                    let held = self.held.get_mut(&id).unwrap();
+                    (held.active, held.leases) = (false, BTreeSet::new());
+                    // Whatever comes between now and then finds no room in that segment.
+                    self.work.push(Work::Free { allocation: id });
+                }
+            }
+            None => assert!(!(whole && alone), "nothing but these leases keeps the segment"),
         }
     }
 
@@ -332,6 +368,11 @@ impl World {
                     if !self.of_operation(lease) {
                         self.end_lease(lease);
                     }
+                }
+            }
+            Step::Empty(which) => {
+                if let Some(id) = self.pick(which, |held| held.active) {
+                    self.empty(id);
                 }
             }
             Step::Release(which) => {
