@@ -151,6 +151,10 @@ pub struct Allocation {
     /// What keeps it; the last to end releases it.
     pub leases: Vec<Lease>,
     pub created_at: Timestamp,
+    /// Present where this is no allocation of its own, but the other place of one that moves: the new one until the bytes
+    /// are there, the old one until the last reader has followed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub place_of: Option<AllocationId>,
     /// Present in the answer to a request for memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placement: Option<Placement>,

@@ -113,6 +113,7 @@ class Allocation(TypedDict):
     generation: int
     leases: list[Lease]
     createdAt: str
+    placeOf: NotRequired[str]
     placement: NotRequired[Placement]
     history: NotRequired[list[AllocationHistoryEntry]]
 

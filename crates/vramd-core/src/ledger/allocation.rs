@@ -214,6 +214,7 @@ impl Allocation {
             generation: request.generation,
             leases: self.leases.iter().map(|(id, lease)| lease.to_api(*id)).collect(),
             created_at: self.created_at,
+            place_of: self.place_of,
             placement: None,
             history: None,
         })

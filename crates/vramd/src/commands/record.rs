@@ -87,14 +87,21 @@ struct Counts {
     gaps: u64,
 }
 
+#[derive(Debug, Clone, PartialEq)]
+struct Live {
+    device: String,
+    owner: String,
+    purpose: String,
+}
+
 struct Recording<'a> {
     client: &'a Client,
     /// Only this one.
     device: Option<String>,
     started_at: Timestamp,
     out: Box<dyn Write>,
-    /// What the trace says is allocated, and where.
-    live: BTreeMap<AllocationId, String>,
+    /// What the trace says is allocated.
+    live: BTreeMap<AllocationId, Live>,
     counts: Counts,
 }
 
@@ -110,18 +117,22 @@ impl Recording<'_> {
         match event.event {
             EventKind::AllocationCreated => {
                 let (id, bytes) = (id(data)?, number(data, "sizeBytes")?);
-                let [device, owner, purpose] = ["deviceId", "owner", "purpose"].map(|name| text(data, name));
-                self.allocate(at, id, device?, bytes, (owner?, purpose?))
+                let text = |name| text(data, name).map(str::to_owned);
+                let live =
+                    Live { device: text("deviceId")?, owner: text("owner")?, purpose: text("purpose")? };
+                self.allocate(at, id, bytes, live)
             }
             EventKind::AllocationReleased => self.free(at, id(data)?),
             EventKind::AllocationMoved => {
-                let (id, device) = (id(data)?, text(data, "deviceId")?);
-                if self.live.get(&id).is_none_or(|from| from != device) {
-                    // The event names no owner and no purpose.
-                    self.free(at, id)?;
-                    self.allocate(at, id, device, number(data, "sizeBytes")?, ("", ""))?;
+                let (id, device) = (id(data)?, text(data, "deviceId")?.to_owned());
+                // What came from a device that is not recorded has no labels: the event names none.
+                let before = self.live.get(&id).cloned();
+                if before.as_ref().is_some_and(|before| before.device == device) {
+                    return Ok(());
                 }
-                Ok(())
+                let (owner, purpose) = before.map(|live| (live.owner, live.purpose)).unwrap_or_default();
+                self.free(at, id)?;
+                self.allocate(at, id, number(data, "sizeBytes")?, Live { device, owner, purpose })
             }
             EventKind::Lag => {
                 self.gap(at, data.get("missed").and_then(Value::as_u64))?;
@@ -143,10 +154,16 @@ impl Recording<'_> {
         for id in gone {
             self.free(at, id)?;
         }
-        for allocation in now.iter().filter(|allocation| allocation.status != AllocationStatus::Releasing) {
-            let (id, device) = (allocation.allocation_id, allocation.device_id.to_string());
-            let labels = (allocation.owner.as_str(), allocation.purpose.as_str());
-            self.allocate(at, id, &device, allocation.size_bytes, labels)?;
+        for allocation in now {
+            if allocation.status == AllocationStatus::Releasing || allocation.place_of.is_some() {
+                continue;
+            }
+            let live = Live {
+                device: allocation.device_id.to_string(),
+                owner: allocation.owner.to_string(),
+                purpose: allocation.purpose,
+            };
+            self.allocate(at, allocation.allocation_id, allocation.size_bytes, live)?;
         }
         Ok(())
     }
@@ -155,21 +172,20 @@ impl Recording<'_> {
         &mut self,
         at: Timestamp,
         id: AllocationId,
-        device: &str,
         bytes: u64,
-        (owner, purpose): (&str, &str),
+        live: Live,
     ) -> Result<(), CommandError> {
-        if self.live.contains_key(&id) || self.device.as_deref().is_some_and(|only| only != device) {
+        if self.live.contains_key(&id) || self.device.as_ref().is_some_and(|only| *only != live.device) {
             return Ok(());
         }
-        self.live.insert(id, device.to_owned());
+        self.live.insert(id, live.clone());
         self.counts.allocated += 1;
-        let [device, owner, purpose] = [device, owner, purpose].map(str::to_owned);
+        let Live { device, owner, purpose } = live;
         self.write(&Record::Allocate { ms: self.ms(at), id, device, bytes, owner, purpose })
     }
 
     fn free(&mut self, at: Timestamp, id: AllocationId) -> Result<(), CommandError> {
-        let Some(device) = self.live.remove(&id) else { return Ok(()) };
+        let Some(Live { device, .. }) = self.live.remove(&id) else { return Ok(()) };
         self.counts.freed += 1;
         self.write(&Record::Free { ms: self.ms(at), id, device })
     }

@@ -1,10 +1,11 @@
 //! `vramd replay` on traces of every format, and `vramd record` beside a running daemon.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
 use std::process::{Child, Stdio};
 
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{Daemon, Ended, Home, kill, wait_for};
 
@@ -129,6 +130,118 @@ fn a_recording_begins_with_what_lives_and_replays() {
     assert_eq!((&report["poolBytes"], &report["liveAtEnd"]), (&Value::from(3 << 20), &Value::from(1)));
     let again = daemon.run(&["record", "--out", "a.jsonl"]).expect(2);
     assert!(again.stderr.contains("hint: name a file that does not exist yet"), "{again:?}");
+}
+
+/// A daemon that tells these events once and then stops; each look at its state shows the next of `states`.
+fn told(events: &[(&str, Value)], states: Vec<Value>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let mut stream = String::new();
+    for (number, (kind, data)) in events.iter().enumerate() {
+        let event =
+            json!({"id": format!("r-{number}"), "event": kind, "at": "2026-01-01T00:00:00Z", "data": data});
+        stream.extend([
+            "id: r-",
+            &number.to_string(),
+            "\nevent: ",
+            kind,
+            "\ndata: ",
+            &event.to_string(),
+            "\n\n",
+        ]);
+    }
+    let mut states = states.into_iter();
+    std::thread::spawn(move || {
+        // As many connections as there are looks, and the one of the stream.
+        for _ in 0..=states.len() {
+            let (mut connection, _) = listener.accept().expect("a client");
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                connection.read_exact(&mut byte).expect("a request");
+                head.push(byte[0]);
+            }
+            let (kind, body) = if head.starts_with(b"GET /api/events") {
+                ("text/event-stream", stream.clone())
+            } else {
+                let allocations = states.next().expect("a state");
+                let body = json!({"success": true, "requestId": "r", "data": {"allocations": allocations}});
+                ("application/json", body.to_string())
+            };
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n");
+            connection.write_all(&[head.as_bytes(), body.as_bytes()].concat()).expect("sent");
+        }
+    });
+    format!("http://{address}")
+}
+
+/// An allocation as the daemon shows it.
+fn shown(id: &str, purpose: &str, more: &Value) -> Value {
+    let mut allocation = json!({
+        "allocationId": id, "deviceId": "sim:0", "sizeBytes": 4096, "blockBytes": 4096, "alignment": 256,
+        "allocationType": "Buffer", "purpose": purpose, "priority": "Normal", "persistent": false, "status": "Active",
+        "owner": "one", "generation": 1, "leases": [], "createdAt": "2026-01-01T00:00:00Z",
+    });
+    for (name, value) in more.as_object().expect("an object") {
+        allocation[name] = value.clone();
+    }
+    allocation
+}
+
+#[test]
+fn gaps_and_moves_are_in_the_recording() {
+    let ids = ["a", "b", "c", "d"].map(|last| format!("0198c2de-7a51-7c3e-9d0f-5b1a2c3d4e5{last}"));
+    let [one, two, three, place] = &ids;
+    let moved =
+        |device: &str| json!({"allocationId": one, "generation": 2, "deviceId": device, "sizeBytes": 4096});
+    let released = json!({"allocationId": three});
+    let events = [
+        // Within its device, which is no news; then to another.
+        ("allocation.moved", moved("sim:0")),
+        ("allocation.moved", moved("sim:1")),
+        ("lag", json!({"missed": 7})),
+        ("allocation.released", released),
+        ("reset", json!({"lastEventId": "old-1"})),
+        ("daemon.stopping", json!({})),
+    ];
+    let moved_on = shown(one, "kept", &json!({"deviceId": "sim:1", "generation": 2}));
+    let states = vec![
+        json!([
+            shown(one, "kept", &json!({})),
+            shown(two, "gone meanwhile", &json!({})),
+            shown(place, "new place", &json!({"placeOf": one, "status": "Moving"})),
+        ]),
+        json!([moved_on, shown(three, "new meanwhile", &json!({}))]),
+        json!([moved_on]),
+    ];
+    let home = Home::new();
+    let ended = home.run(&["record", "--server", &told(&events, states)]).expect(0);
+    assert!(ended.stderr.contains("recorded 4 allocations, 3 frees, 2 gaps"), "{ended:?}");
+    let lines: Vec<Value> =
+        ended.stdout.lines().skip(1).map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let told: Vec<_> =
+        lines.iter().map(|line| [&line["event"], &line["id"], &line["device"], &line["purpose"]]).collect();
+    let null = &Value::Null;
+    let [allocate, free, gap] = ["allocate", "free", "gap"].map(Value::from);
+    let [one, two, three] = [one, two, three].map(|id| Value::from(id.as_str()));
+    let [first, second] = ["sim:0", "sim:1"].map(Value::from);
+    let [kept, gone, new] = ["kept", "gone meanwhile", "new meanwhile"].map(Value::from);
+    assert_eq!(
+        told,
+        [
+            [&allocate, &one, &first, &kept],
+            [&allocate, &two, &first, &gone],
+            [&free, &one, &first, null],
+            [&allocate, &one, &second, &kept],
+            [&gap, null, null, null],
+            [&free, &two, &first, null],
+            [&allocate, &three, &first, &new],
+            [&free, &three, &first, null],
+            [&gap, null, null, null],
+            [&"end".into(), null, null, null],
+        ]
+    );
+    assert_eq!((&lines[4]["missed"], &lines[8]["missed"]), (&Value::from(7), null));
 }
 
 #[test]
