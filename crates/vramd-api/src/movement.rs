@@ -148,7 +148,7 @@ pub struct DefragmentPlan {
     pub moves: u64,
     /// What is copied for it.
     pub bytes: u64,
-    /// At the rate that copies on this device were last measured at; absent before the first.
+    /// At the rate that moves on this device were last measured at; before the first, at that of making a segment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected_seconds: Option<f64>,
     /// Rounds that one after another need the places that the one before has left.

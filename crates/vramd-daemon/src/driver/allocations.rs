@@ -207,7 +207,9 @@ impl State {
                 let id = device.clone();
                 self.spawn(&id, move |on| {
                     let first = first.map_or(Ok(()), |first| on.destroy(Segment(first.0)));
+                    let begun = Instant::now();
                     let outcome = first.and_then(|()| on.create(Segment(segment.0), bytes, writers));
+                    let outcome = outcome.map(|()| bytes as f64 / begun.elapsed().as_secs_f64().max(1e-6));
                     Event::SegmentCreated { device, segment, outcome }
                 });
             }
@@ -234,13 +236,17 @@ impl State {
         &mut self,
         device: &DeviceId,
         segment: SegmentId,
-        outcome: Result<(), DeviceError>,
+        outcome: Result<f64, DeviceError>,
     ) {
-        let Err(error) = outcome else {
-            for id in self.ledger.segment_created(device, segment) {
-                self.ready(id);
+        let error = match outcome {
+            Ok(rate) => {
+                self.rates.entry(device.clone()).or_insert(rate);
+                for id in self.ledger.segment_created(device, segment) {
+                    self.ready(id);
+                }
+                return;
             }
-            return;
+            Err(error) => error,
         };
         self.note_failure(device, Some(&error));
         for id in self.ledger.segment_failed(device, segment) {

@@ -174,7 +174,8 @@ pub enum Event {
     SegmentCreated {
         device: DeviceId,
         segment: SegmentId,
-        outcome: Result<(), DeviceError>,
+        /// Bytes per second.
+        outcome: Result<f64, DeviceError>,
     },
     SegmentDestroyed {
         device: DeviceId,
@@ -333,7 +334,8 @@ struct State {
     last_copy: copies::CopyId,
     /// Operations that can take their next step.
     to_go_on: BTreeSet<OperationId>,
-    /// Bytes per second that copies on a device were last measured at.
+    /// Bytes per second that moves on a device were last measured at; before the first, those at which a segment was
+    /// made, which is mostly writing zeros.
     rates: BTreeMap<DeviceId, f64>,
     /// When a device was last defragmented without a gain.
     defragmented_at: BTreeMap<DeviceId, vramd_core::Tick>,

@@ -105,6 +105,7 @@ fn a_reader_follows_its_block_to_another_segment_and_the_old_one_goes_back() {
         // Two empty the second segment, two more close the holes of the first.
         assert_eq!((&plan["moves"], &plan["bytes"]), (&json!(4), &json!(4 * 300 * KIB)), "{plan:#}");
         assert_eq!(plan["reclaimedBytes"], 4 * MIB);
+        assert!(plan["expectedSeconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{plan:#}");
         let largest = |figures: &Value| figures["largestFreeBytes"].as_u64().expect("a number");
         assert_eq!(largest(&plan["after"]), largest(&plan["before"]) + 4 * MIB);
 

@@ -57,6 +57,7 @@ on_every_backend![
     a_copy_is_what_was_there_and_nothing_else,
     a_copy_that_overlaps_or_leaves_its_segment_is_misuse_and_changes_nothing,
     an_importer_sees_what_was_copied_into_a_sealed_segment,
+    a_segment_is_emptied_into_the_holes_of_another,
     a_file_fills_exactly_its_range,
     a_file_that_ends_early_is_an_error,
     parallel_fills_do_not_mix,
@@ -387,8 +388,6 @@ fn what_is_destroyed_lives_on_for_who_still_has_it(device: &dyn Device) {
     assert!(Import::read(&descriptor, SIZE).bytes() == bytes);
 }
 
-/// Any part of a file to any place, direct and buffered, aligned alike or not: the range is right, the rest of the
-/// segment untouched.
 /// Random copies between two segments and inside of each, against two vectors.
 fn a_copy_is_what_was_there_and_nothing_else(device: &dyn Device) {
     let place = (0_usize..2, 0..SIZE as usize);
@@ -441,6 +440,42 @@ fn an_importer_sees_what_was_copied_into_a_sealed_segment(device: &dyn Device) {
     assert_eq!(&import.bytes()[7..12], b"moved");
 }
 
+/// What a defragmentation does to a device: the blocks of one segment go into the holes of another and what is left of
+/// the first goes back, while a process has both mapped.
+fn a_segment_is_emptied_into_the_holes_of_another(device: &dyn Device) {
+    const BLOCK: usize = 300 << 10;
+    let before = available(device);
+    let (packed, emptied) = (create(device, Writers::Importers), create(device, Writers::Importers));
+    let blocks = SIZE as usize / BLOCK;
+    let written = |number: usize| pattern(2 * blocks * BLOCK)[number * BLOCK..][..BLOCK].to_vec();
+    for number in 0..blocks {
+        // Odd ones go: every second place of the first is a hole.
+        if number % 2 == 0 {
+            device.write(packed, (number * BLOCK) as u64, &written(number)).unwrap();
+            device.write(emptied, (number * BLOCK) as u64, &written(blocks + number)).unwrap();
+        }
+    }
+    let old = Import::read(export(device, emptied, ExportAccess::Read), SIZE);
+    let new = Import::read(export(device, packed, ExportAccess::Read), SIZE);
+    for number in (0..blocks - 1).step_by(2) {
+        let (from, to) = ((number * BLOCK) as u64, ((number + 1) * BLOCK) as u64);
+        device.copy(Range { segment: emptied, offset: from, bytes: BLOCK as u64 }, packed, to).unwrap();
+        assert!(old.bytes()[from as usize..][..BLOCK] == written(blocks + number), "the old one stays");
+        assert!(new.bytes()[to as usize..][..BLOCK] == written(blocks + number));
+        assert!(new.bytes()[from as usize..][..BLOCK] == written(number), "its neighbour stays");
+    }
+    drop(old);
+    device.destroy(emptied).unwrap();
+    assert!(available(device) >= before - SIZE, "the emptied segment is back");
+    // What is given out again reads as zero.
+    device.zero(Range { segment: packed, offset: BLOCK as u64, bytes: BLOCK as u64 }).unwrap();
+    assert!(new.bytes()[BLOCK..][..BLOCK].iter().all(|byte| *byte == 0));
+    assert!(new.bytes()[..BLOCK] == written(0) && new.bytes()[2 * BLOCK..][..BLOCK] == written(2));
+    device.destroy(packed).unwrap();
+}
+
+/// Any part of a file to any place, direct and buffered, aligned alike or not: the range is right, the rest of the
+/// segment untouched.
 fn a_file_fills_exactly_its_range(device: &dyn Device) {
     const FILE: usize = 6_000_123;
     let bytes = pattern(FILE);
