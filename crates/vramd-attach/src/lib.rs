@@ -3,6 +3,19 @@
 //! [`attach`] asks the daemon and checks its answer: descriptors and a table of tensors, for who maps them himself.
 //! [`Mapped`] maps them as well and stays mapped, at the same address with the same bytes, while the daemon moves
 //! them. What is resident is decided over REST, not here.
+//!
+//! ```no_run
+//! use vramd_api::attach::Attach;
+//! use vramd_attach::{Mapped, default_socket};
+//!
+//! let request = Attach { model: Some("minilm".parse()?), ..Attach::default() };
+//! let weights = Mapped::attach(&default_socket(), &request)?;
+//! for tensor in weights.tensors() {
+//!     let mut bytes = vec![0; tensor.bytes as usize];
+//!     weights.read_at(tensor.offset, &mut bytes);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![cfg(target_os = "linux")]
 
 mod connection;
