@@ -15,8 +15,8 @@ BLOCK_BYTES = 1 << 20
 SEGMENT_BLOCKS = 4
 DEVICE = "cpu:0"
 AIM = 0.8
-#: How often the copier copies while readers notice what that does to them.
-COPIES = 20
+#: Copies are short: so many of them to one defragmentation.
+COPIES = 5
 
 
 class Load(NamedTuple):
@@ -35,42 +35,63 @@ class Load(NamedTuple):
 LOADS = (Load(0, False), Load(1, False), Load(4, False), Load(1, True))
 
 
+class Round(NamedTuple):
+    """One defragmentation and the copies beside it: GB/s, and what busy readers noticed of either, in µs."""
+
+    moved: float
+    copied: list[float]
+    copied_by_two: float
+    beside_moves: list[Any]
+    beside_copies: list[Any]
+
+
 def measure(setup: Setup, table: Table) -> None:
-    segments = 64 if setup.quick else 256
     with Daemon(setup) as daemon:
         for load in LOADS:
-            rates, copies, threads, walls = [], [], [], []
-            stalls: list[float] = []
-            still: list[float] = []
-            for _ in range(setup.rounds(5)):
-                kept = _fragment(daemon, segments)
-                readers = [Reader(setup, daemon, kept[number :: load.readers], load.busy)
-                           for number in range(load.readers)]  # fmt: skip
-                moved = daemon.client.defragment(DEVICE, priority="High")
-                result: Any = moved["result"]
-                stalls += [reader.stop(result["moves"])["longestMicros"] or 0 for reader in readers]
-                rates.append(result["bytes"] / result["milliseconds"] / 1e6)
-                walls.append(result["milliseconds"])
-                readers = [Reader(setup, daemon, kept[number :: load.readers], load.busy)
-                           for number in range(load.readers)]  # fmt: skip
-                for _ in range(COPIES):
-                    copies.append(_copy(setup, result["bytes"], 1))
-                threads.append(_copy(setup, result["bytes"], 2))
-                still += [reader.stop(None)["longestMicros"] or 0 for reader in readers]
-                for name in kept:
-                    daemon.client.release(name)
-            say(f"{load}: {result['moves']} moves in {median(walls):.0f} ms")
-            ours, theirs = median(rates), median(copies)
+            say(str(load))
+            rounds = [_round(setup, daemon, load) for _ in range(setup.rounds(5))]
+            ours = median([one.moved for one in rounds])
+            theirs = median([rate for one in rounds for rate in one.copied])
             aim = Aim(f"≥ {AIM} of one thread", ours >= AIM * theirs) if load.readers else None
             rows = [
                 Row("vramd", ours),
                 Row("memcpy of as many bytes, one thread", theirs),
-                Row("memcpy, two threads", median(threads)),
+                Row("memcpy, two threads", median([one.copied_by_two for one in rounds])),
             ]
             table.add(f"blocks of 1 MiB moved, {load}", "GB/s", rows, aim, more_is_better=True)
             if load.busy:
-                rows = [Row("vramd", median(stalls)), Row("beside the memcpy", median(still))]
-                table.add("the reader's longest time between two reads", "µs", rows)
+                _stalls(table, rounds)
+
+
+def _stalls(table: Table, rounds: list[Round]) -> None:
+    for what, key in (("longest time", "longestMicros"), ("p99.99", "p9999Micros")):
+        rows = [
+            Row("vramd", median([noticed[key] for one in rounds for noticed in one.beside_moves])),
+            Row(
+                "beside the memcpy", median([noticed[key] for one in rounds for noticed in one.beside_copies])
+            ),
+        ]
+        table.add(f"between two reads of the reader, {what}", "µs", rows)
+
+
+def _round(setup: Setup, daemon: Daemon, load: Load) -> Round:
+    kept = _fragment(daemon, 64 if setup.quick else 256)
+
+    def readers() -> list[Reader]:
+        each = (kept[number :: load.readers] for number in range(load.readers))
+        return [Reader(setup, daemon, allocations, load.busy) for allocations in each]
+
+    attached = readers()
+    result: Any = daemon.client.defragment(DEVICE, priority="High")["result"]
+    beside_moves = [reader.stop(moved=True) for reader in attached]
+    attached = readers()
+    copied = [_copy(setup, result["bytes"], 1) for _ in range(COPIES)]
+    beside_copies = [reader.stop(moved=False) for reader in attached]
+    copied_by_two = _copy(setup, result["bytes"], 2)
+    for name in kept:
+        daemon.client.release(name)
+    moved = result["bytes"] / result["milliseconds"] / 1e6
+    return Round(moved, copied, copied_by_two, beside_moves, beside_copies)
 
 
 def _fragment(daemon: Daemon, segments: int) -> list[str]:
@@ -101,13 +122,13 @@ class Reader:
         if self._process.stdout.readline().strip() != "ready":
             raise SystemExit("a reader did not start")
 
-    def stop(self, moves: int | None) -> Any:
-        """Ends it; it fails if a byte has changed."""
+    def stop(self, *, moved: bool) -> Any:
+        """Ends it; it fails if a byte has changed, or if nothing was moved that should have been."""
         out, _ = self._process.communicate("")
         if self._process.returncode != 0:
             raise SystemExit("a reader read other bytes than before")
         noticed = json.loads(out)
-        if moves and not noticed["moved"]:
+        if moved and not noticed["moved"]:
             raise SystemExit("a reader saw no move: what is measured is not the same")
         return noticed
 
