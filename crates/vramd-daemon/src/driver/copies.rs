@@ -250,9 +250,7 @@ impl State {
     fn change_of(&self, copy: &Copy) -> Option<Change> {
         let (source, target) = (self.ledger.allocation(copy.source)?, self.ledger.allocation(copy.target)?);
         let (id, generation) = match &copy.purpose {
-            Purpose::Move if source.request.persistent && source.device != target.device => {
-                (copy.source, source.request.generation + 1)
-            }
+            Purpose::Move if source.request.persistent => (copy.source, source.request.generation + 1),
             Purpose::Keep(None) => (copy.target, 1),
             Purpose::Move | Purpose::Keep(_) | Purpose::Component { .. } | Purpose::Into => return None,
         };
@@ -275,7 +273,6 @@ impl State {
                     return self.give_up(id, CopyError::Stale(fixed));
                 }
                 self.swap(source, target);
-                self.remember_place(source);
             }
             Purpose::Keep(seconds) => {
                 let lease =
@@ -309,7 +306,7 @@ impl State {
         self.emit(EventKind::AllocationMoved, data);
     }
 
-    /// Where a persistent allocation is, for a restart only.
+    /// The journal knows a move that came to nothing: it is told where the allocation is.
     fn remember_place(&mut self, id: AllocationId) {
         let Some(allocation) = self.ledger.allocation(id).filter(|it| it.is_kept() && it.request.persistent)
         else {

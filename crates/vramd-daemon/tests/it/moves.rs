@@ -440,12 +440,14 @@ fn a_persistent_allocation_is_on_its_new_device_after_a_restart() {
     );
     let copy = copied["result"]["items"][0]["copyAllocationId"].as_str().expect("an id").to_owned();
     let daemon = daemon.stop().start(&[64 * MIB, 64 * MIB]);
-    for (id, device) in [(id, "sim:1"), (copy, "sim:0")] {
+    // Higher than any that a client has seen: the bytes are others.
+    for (id, device, generation) in [(id, "sim:1", 3), (copy, "sim:0", 2)] {
         let shown = wait_for("it to be back", || {
             let answer = daemon.get(&format!("/api/memory/allocation/{id}"));
             (answer.status == 200).then(|| answer.data(200))
         });
         assert_eq!((&shown["deviceId"], &shown["persistent"]), (&json!(device), &json!(true)));
+        assert_eq!(shown["generation"], generation);
     }
 }
 
