@@ -11,6 +11,7 @@ mod copies;
 mod defragment;
 mod models;
 mod operations;
+mod plans;
 mod quiet_hours;
 mod restore;
 mod snapshot;
@@ -164,12 +165,12 @@ pub enum Event {
     /// The next pass of a defragmentation is planned.
     Planned {
         operation: OperationId,
-        plan: defragment::PassPlan,
+        plan: plans::PassPlan,
     },
     /// What a defragmentation in quiet hours would do first.
     Surveyed {
         device: DeviceId,
-        plan: defragment::PassPlan,
+        plan: plans::PassPlan,
     },
     SegmentCreated {
         device: DeviceId,

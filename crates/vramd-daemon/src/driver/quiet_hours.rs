@@ -14,8 +14,9 @@ use vramd_core::ledger::Fixed;
 use vramd_core::quiet_hours::QuietHours;
 
 use super::copies::flow;
-use super::defragment::{self, Hours, PassPlan, Planned};
+use super::defragment::Hours;
 use super::operations::Running;
+use super::plans::{self, PassPlan, Planned};
 use super::{Event, State};
 use crate::clock::LocalTime;
 
@@ -111,7 +112,7 @@ impl State {
         self.schedule.surveying = true;
         self.jobs += 1;
         tokio::task::spawn_blocking(move || {
-            let plan = defragment::pass_plan(&groups, Bounds::default());
+            let plan = plans::pass_plan(&groups, Bounds::default());
             let _ = sender.blocking_send(Event::Surveyed { device, plan });
         });
     }
