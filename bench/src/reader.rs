@@ -17,7 +17,7 @@ pub fn run(socket: &Path, allocations: &[String], busy: bool) -> anyhow::Result<
     let blocks = allocations
         .iter()
         .map(|id| {
-            let request = Attach { allocation_id: Some(id.parse()?), ..Attach::default() };
+            let request = Attach { allocation_id: Some(id.parse()?), moves: true, ..Attach::default() };
             Mapped::attach(socket, &request).with_context(|| format!("could not attach {id}"))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;

@@ -4,7 +4,6 @@ import json
 import resource
 import socket
 import threading
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -151,14 +150,7 @@ def test_a_tensor_that_does_not_fit_its_block_is_refused_when_it_is_used(
                 use("x")
 
 
-@pytest.mark.parametrize(
-    "receive",
-    [frames.receive, lambda connection: frames.Moves().read(partial(kernel.recvmsg, connection.fileno()))],
-    ids=["waiting", "at-once"],
-)
-def test_descriptors_that_the_kernel_drops_are_noticed(
-    fake: FakeDaemon, receive: Callable[[socket.socket], object]
-) -> None:
+def test_descriptors_that_the_kernel_drops_are_noticed(fake: FakeDaemon) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fake.then(frames.encode(frames.ATTACHED, attached_body(ROWS, 8), 8), [memfd(b"") for _ in range(8)])
     before = count_descriptors()
@@ -170,7 +162,7 @@ def test_descriptors_that_the_kernel_drops_are_noticed(
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
             with pytest.raises(vramd.ProtocolError, match="dropped descriptors"):
-                receive(connection)
+                frames.receive(connection)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     until(lambda: count_descriptors() <= before, "the end of all descriptors")

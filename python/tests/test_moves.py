@@ -151,72 +151,153 @@ def test_a_private_mapping_moves_until_it_is_written_to(tmp_path: Path) -> None:
         mover.stop()
 
 
-def broken(mover: Mover, send: Callable[[], object]) -> None:
-    """Sends what cannot be, and waits until the client has given up on its daemon."""
-    send()
-    assert mover.ended()
-    with moves._follower.lock:  # the warning comes under it
-        pass
+CHANGES: list[dict[str, Any]] = [
+    {"block": {"segment": 0, "offset": PAGE + 8, "bytes": len(PAYLOAD)}},
+    {"block": {"segment": 0, "offset": PAGE, "bytes": len(PAYLOAD) - 1}},
+    {"block": {"segment": 1, "offset": PAGE, "bytes": len(PAYLOAD)}},
+    {"block": {"segment": 0, "offset": 1 << 40, "bytes": len(PAYLOAD)}},
+    {"segments": [{"bytes": 1 << 30, "pageBytes": 2 << 20}]},
+    {"segments": []},
+    {"generation": 3},
+    {"deviceId": 7},
+    # The file is shorter.
+    {
+        "segments": [{"bytes": 64 * PAGE, "pageBytes": PAGE}],
+        "block": {"segment": 0, "offset": 40 * PAGE, "bytes": len(PAYLOAD)},
+    },
+]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"block": {"segment": 0, "offset": PAGE + 8, "bytes": len(PAYLOAD)}},
-        {"block": {"segment": 0, "offset": PAGE, "bytes": len(PAYLOAD) - 1}},
-        {"block": {"segment": 1, "offset": PAGE, "bytes": len(PAYLOAD)}},
-        {"block": {"segment": 0, "offset": 1 << 40, "bytes": len(PAYLOAD)}},
-        {"segments": [{"bytes": 1 << 30, "pageBytes": 2 << 20}]},
-        {"segments": []},
-        {"generation": 3},
-        {"deviceId": 7},
-    ],
-)
-def test_a_move_that_cannot_be_ends_the_following_and_leaves_the_bytes(
+@pytest.mark.parametrize("changes", CHANGES)
+def test_a_move_that_cannot_be_is_declined_and_the_next_one_followed(
     mover: Mover, changes: dict[str, Any]
 ) -> None:
     with api.attach("toy", socket=mover.path) as attached:
         array = attached["a"]
-        with pytest.warns(RuntimeWarning, match="follows no moves"):
-            broken(mover, lambda: mover.send(mover.moved(**changes), PAYLOAD))
+        mover.send(mover.moved(**changes), PAYLOAD)
+        answer = mover.answer()
+        assert answer["generation"] == changes.get("generation", mover.generation)
+        assert answer["moved"] is False
+        assert answer["reason"]
+        assert attached.generation < mover.generation
+        assert mover.move()["moved"] is True
+        assert attached.ended is None
         assert bytes(np.asarray(array)) == PAYLOAD
 
 
-def test_a_segment_that_is_shorter_than_announced_is_refused(mover: Mover) -> None:
-    with api.attach("toy", socket=mover.path) as attached:
-        array = attached["a"]
-        short: dict[str, Any] = {
-            "segments": [{"bytes": 64 * PAGE, "pageBytes": PAGE}],
-            "block": {"segment": 0, "offset": 40 * PAGE, "bytes": len(PAYLOAD)},
-        }
-        with pytest.warns(RuntimeWarning, match="shorter than announced"):
-            broken(mover, lambda: mover.send(mover.moved(**short), PAYLOAD))
-        assert bytes(np.asarray(array)) == PAYLOAD
-
-
-def test_a_place_that_is_no_file_is_refused(mover: Mover) -> None:
+def test_a_place_that_is_no_file_is_declined(mover: Mover) -> None:
     with api.attach("toy", socket=mover.path) as attached:
         array = attached["a"]
         ends = os.pipe()
-        with pytest.warns(RuntimeWarning, match="shorter than announced"):
-            broken(mover, lambda: socket.send_fds(mover.connection, [mover.moved()], ends[:1]))
+        socket.send_fds(mover.connection, [mover.moved()], ends[:1])
+        assert "shorter than announced" in mover.answer()["reason"]
         frames.close_all(list(ends))
         assert bytes(np.asarray(array)) == PAYLOAD
+
+
+@pytest.mark.parametrize("came", [0, 2])
+def test_descriptors_that_were_not_announced_are_declined(mover: Mover, came: int) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        before = count_descriptors()
+        descriptors = [memfd(PAYLOAD, PAGE) for _ in range(came)]
+        socket.send_fds(mover.connection, [mover.moved()], descriptors)
+        frames.close_all(descriptors)
+        answer = mover.answer()
+        assert answer["moved"] is False
+        assert f"{came} came" in answer["reason"]
+        assert attached.ended is None
+        until(lambda: count_descriptors() == before, "the descriptors to be closed")
+
+
+# In a process of its own: the limit, and what becomes of warnings, are everybody's.
+FULL = """
+import os, resource, sys, threading
+sys.path.insert(0, os.path.join(sys.argv[1], "tests"))
+from pathlib import Path
+import tempfile
+from test_moves import PAYLOAD, Mover
+import vramd
+mover = Mover(Path(tempfile.mkdtemp()) / "socket")
+attached = vramd.attach("toy", socket=mover.path)
+raw = attached.raw("a")
+frame = mover.moved()
+descriptor = os.memfd_create("x")
+os.ftruncate(descriptor, 1 << 20)
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+import socket
+socket.send_fds(mover.connection, [frame], [descriptor])
+answer = mover.answer()
+resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+assert not answer["moved"] and "ulimit -n" in answer["reason"], answer
+assert mover.move()["moved"]
+assert bytes(raw) == PAYLOAD
+mover.connection.sendall(b"HTTP/1.1 400 Bad Request")
+while attached.ended is None:
+    pass
+assert "VRMD" in attached.ended, attached.ended
+other = Mover(Path(tempfile.mkdtemp()) / "socket")
+second = vramd.attach("toy", socket=other.path)
+assert other.move()["moved"], "the thread lives"
+mover.stop(), other.stop()
+"""
+
+
+def test_no_descriptor_left_and_warnings_that_are_errors_stop_nothing() -> None:
+    place = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", FULL, place]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def ended(mover: Mover, attached: api.Attachment[Any], send: Callable[[], object]) -> str:
+    """Sends what cannot be read, and waits until the client has given up on its daemon."""
+    send()
+    until(lambda: attached.ended is not None, "the end of the following")
+    with moves._follower.lock:  # the warning comes under it
+        pass
+    assert not attached.closed
+    assert attached.ended is not None
+    return attached.ended
+
+
+def is_open(mover: Mover) -> bool:
+    """The client has not closed: or the daemon would give its pages to others."""
+    mover.connection.setblocking(False)
+    try:
+        return bool(mover.connection.recv(1))
+    except BlockingIOError:
+        return True
+
+
+@pytest.mark.parametrize("text", [b"HTTP/1.1 400 Bad Request", None])
+def test_what_cannot_be_read_ends_the_following_and_keeps_the_lease(mover: Mover, text: bytes | None) -> None:
+    with api.attach("toy", socket=mover.path) as attached:
+        array = attached["a"]
+        before = count_descriptors()
+        frame = text or mover.moved(generation="2")
+        with pytest.warns(RuntimeWarning, match="follows no moves"):
+            ended(mover, attached, lambda: mover.send(frame, PAYLOAD))
+        assert bytes(np.asarray(array)) == PAYLOAD
+        assert is_open(mover)
+        until(lambda: count_descriptors() <= before, "the descriptors to be closed")
+    mover.connection.setblocking(True)
+    assert mover.ended()
 
 
 def test_a_second_move_before_the_first_is_answered_ends_the_following(mover: Mover) -> None:
     with api.attach("toy", socket=mover.path) as attached:
         array = attached["a"]
         with pytest.warns(RuntimeWarning, match="more came than one frame"):
-            broken(mover, lambda: mover.send(mover.moved() + mover.moved(), PAYLOAD))
+            ended(mover, attached, lambda: mover.send(mover.moved() + mover.moved(), PAYLOAD))
         assert bytes(np.asarray(array)) == PAYLOAD
 
 
 def test_when_the_daemon_goes_the_bytes_stay_and_nobody_is_warned(mover: Mover) -> None:
     with api.attach("toy", socket=mover.path) as attached:
         array = attached["a"]
-        broken(mover, lambda: mover.connection.shutdown(socket.SHUT_WR))
-        assert not attached.closed
+        why = ended(mover, attached, lambda: mover.connection.shutdown(socket.SHUT_WR))
+        assert why == "the daemon has closed the connection"
         assert bytes(np.asarray(array)) == PAYLOAD
 
 
@@ -226,9 +307,15 @@ def test_an_end_within_a_frame_ends_the_following_and_leaves_no_descriptor(mover
         descriptors = count_descriptors()
         mover.send(mover.moved()[:40], PAYLOAD)
         with pytest.warns(RuntimeWarning, match="ended within a frame"):
-            broken(mover, lambda: mover.connection.shutdown(socket.SHUT_WR))
-        until(lambda: count_descriptors() < descriptors, "the end of all descriptors")
+            ended(mover, attached, lambda: mover.connection.shutdown(socket.SHUT_WR))
+        until(lambda: count_descriptors() <= descriptors, "the end of the frame's descriptor")
         assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_who_does_not_follow_says_so(mover: Mover) -> None:
+    with api.attach("toy", socket=mover.path, moves=False) as attached:
+        assert mover.request["moves"] is False
+        assert bytes(attached.raw("a")) == PAYLOAD
 
 
 def test_a_frame_in_pieces_keeps_no_other_waiting(tmp_path: Path) -> None:
@@ -258,6 +345,37 @@ def test_after_a_fork_the_bytes_stay_where_they_are(mover: Mover) -> None:
         assert answer["moved"] is False
         assert "fork" in answer["reason"]
         assert bytes(np.asarray(array)) == PAYLOAD
+
+
+def test_a_fork_marks_all_attachments_though_some_are_collected_meanwhile(tmp_path: Path) -> None:
+    movers = [Mover(tmp_path / f"socket-{number}") for number in range(6)]
+    attached: list[Any] = [api.attach("toy", socket=mover.path) for mover in movers]
+
+    class Reference:
+        """Drops another attachment when it is looked at, as a collection at that moment would."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __call__(self) -> Any:
+            found = attached[self.number]
+            if self.number == 1:
+                attached[4].close()
+            return found
+
+    with moves._follower.lock:
+        for number, (descriptor, followed) in enumerate(moves._follower._followed.items()):
+            replaced = followed._replace(attached=Reference(number))  # type: ignore[arg-type]
+            moves._follower._followed[descriptor] = replaced
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    for number, mover in enumerate(movers):
+        if number != 4:
+            assert mover.move()["moved"] is False
+        attached[number].close()
+        mover.stop()
 
 
 def test_closing_while_a_move_comes_leaves_what_arrays_refer_to(tmp_path: Path) -> None:

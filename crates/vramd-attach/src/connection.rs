@@ -57,19 +57,28 @@ pub struct Place {
 
 impl Attachment {
     /// Blocks until the bytes have another place, which has to be accepted or declined; `None` once the connection has
-    /// ended. Only a request with `moves` is ever told of one.
+    /// ended. Only a request with `moves` is ever told of one. What cannot be used is declined here.
+    ///
+    /// After an error nothing more can be read, but the bytes are safe for as long as the connection is open.
     pub fn next_move(&mut self) -> Result<Option<Place>, AttachError> {
-        let (header, descriptors) = match receive_header(&self.stream) {
-            Err(AttachError::Broken(error)) if is_end(&error) => return Ok(None),
-            other => other?,
-        };
-        if header.kind != FrameKind::Moved {
-            return Err(AttachError::Frame("only a move has a place here".to_owned()));
+        loop {
+            let (header, descriptors, dropped) = match receive_header(&self.stream) {
+                Err(AttachError::Broken(error)) if is_end(&error) => return Ok(None),
+                other => other?,
+            };
+            if header.kind != FrameKind::Moved {
+                return Err(AttachError::Frame("only a move has a place here".to_owned()));
+            }
+            let moved: Moved = receive_body(&mut self.stream, &header)?;
+            let usable = all_came(dropped)
+                .and_then(|()| check_place(&moved.segments, &moved.block, header.descriptors, &descriptors))
+                .and_then(|()| check_move(&self.attached, &moved));
+            let place = Place { moved, descriptors };
+            match usable {
+                Ok(()) => return Ok(Some(place)),
+                Err(error) => self.decline(&place, error.to_string())?,
+            }
         }
-        let moved: Moved = receive_body(&mut self.stream, &header)?;
-        check_place(&moved.segments, &moved.block, header.descriptors, &descriptors)?;
-        check_move(&self.attached, &moved)?;
-        Ok(Some(Place { moved, descriptors }))
     }
 
     /// Says that the old place is mapped nowhere in this process any more. The daemon may then give it to others.
@@ -148,7 +157,8 @@ pub fn attach(socket: &Path, request: &Attach) -> Result<Attachment, AttachError
 pub(crate) fn attach_over(mut stream: UnixStream, request: &Attach) -> Result<Attachment, AttachError> {
     stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
     stream.write_all(&encode_frame(FrameKind::Attach, request, 0)?)?;
-    let (header, descriptors) = receive_header(&stream)?;
+    let (header, descriptors, dropped) = receive_header(&stream)?;
+    all_came(dropped)?;
     match header.kind {
         FrameKind::Attached => {
             let attached: Attached = receive_body(&mut stream, &header)?;
@@ -165,10 +175,12 @@ pub(crate) fn attach_over(mut stream: UnixStream, request: &Attach) -> Result<At
     }
 }
 
-/// Reads exactly one header, so that no descriptor of a later frame could be lost, with what came beside it.
-fn receive_header(stream: &UnixStream) -> Result<(Header, Vec<OwnedFd>), AttachError> {
+/// Reads exactly one header, so that no descriptor of a later frame could be lost, with what came beside it, and
+/// whether the kernel dropped some of that.
+fn receive_header(stream: &UnixStream) -> Result<(Header, Vec<OwnedFd>, bool), AttachError> {
     let mut bytes = [0; HEADER_BYTES];
     let mut filled = 0;
+    let mut dropped = false;
     let mut descriptors = Vec::new();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS as usize))];
     while filled < HEADER_BYTES {
@@ -189,18 +201,20 @@ fn receive_header(stream: &UnixStream) -> Result<(Header, Vec<OwnedFd>), AttachE
             Err(rustix::io::Errno::INTR) => continue,
             other => other.map_err(io::Error::from)?,
         };
-        if received.flags.contains(ReturnFlags::CTRUNC) {
-            return Err(AttachError::Frame(
-                "the kernel dropped some of its descriptors: this process has too many open (ulimit -n)"
-                    .to_owned(),
-            ));
-        }
+        dropped |= received.flags.contains(ReturnFlags::CTRUNC);
         if received.bytes == 0 {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
         filled += received.bytes;
     }
-    Ok((Header::decode(&bytes)?, descriptors))
+    Ok((Header::decode(&bytes)?, descriptors, dropped))
+}
+
+fn all_came(dropped: bool) -> Result<(), AttachError> {
+    if dropped {
+        return bad("the kernel dropped some of its descriptors: this process has too many open (ulimit -n)");
+    }
+    Ok(())
 }
 
 fn receive_body<T: DeserializeOwned>(stream: &mut UnixStream, header: &Header) -> Result<T, AttachError> {

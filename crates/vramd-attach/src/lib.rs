@@ -8,7 +8,7 @@
 //! use vramd_api::attach::Attach;
 //! use vramd_attach::{Mapped, default_socket};
 //!
-//! let request = Attach { model: Some("minilm".parse()?), ..Attach::default() };
+//! let request = Attach { model: Some("minilm".parse()?), moves: true, ..Attach::default() };
 //! let weights = Mapped::attach(&default_socket(), &request)?;
 //! for tensor in weights.tensors() {
 //!     let mut bytes = vec![0; tensor.bytes as usize];

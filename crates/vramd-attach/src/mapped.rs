@@ -19,7 +19,10 @@ const STACK_BYTES: usize = 128 << 10;
 /// Bytes of the daemon in this process's memory. Their address never changes, wherever the daemon moves them.
 ///
 /// Dropping it ends the lease and unmaps them. When the daemon goes, they stay readable. A child of `fork` does not
-/// have them mapped.
+/// have them mapped; it keeps the lease until it ends.
+///
+/// A request with `moves` lets the daemon move them. Leave it out for memory that the kernel or a device reads or writes
+/// by itself (`O_DIRECT`, `io_uring` buffers, RDMA, registered with CUDA) or that is locked: those keep the old pages.
 #[derive(Debug)]
 pub struct Mapped {
     attached: Attached,
@@ -27,6 +30,8 @@ pub struct Mapped {
     shared: Arc<Shared>,
     stream: UnixStream,
     follower: Option<JoinHandle<()>>,
+    /// The process that attached: a child of its has no follower.
+    process: u32,
 }
 
 #[derive(Debug)]
@@ -36,19 +41,20 @@ struct Shared {
     ended: OnceLock<Ended>,
 }
 
-/// Why an attachment follows no moves any more. Its pages stay.
+/// Why an attachment follows no moves any more.
 #[derive(Debug)]
 pub enum Ended {
-    /// The daemon closed the connection, or is gone.
+    /// The daemon is gone, and the pages stay as they are; or it has ended the attachment by force (`vramd clear
+    /// --force`), and the pages may soon be others'.
     Closed,
-    /// The daemon broke the protocol, or the connection broke.
+    /// The daemon cannot be understood. It goes on holding the pages.
     Broken(AttachError),
 }
 
 impl Mapped {
     /// Attaches what `request` names and maps it. Blocks until the daemon answers.
     pub fn attach(socket: &Path, request: &Attach) -> Result<Self, AttachError> {
-        Self::new(attach(socket, &Attach { moves: true, ..request.clone() })?)
+        Self::new(attach(socket, request)?)
     }
 
     pub(crate) fn new(mut attachment: Attachment) -> Result<Self, AttachError> {
@@ -74,7 +80,8 @@ impl Mapped {
             let thread = std::thread::Builder::new().name("vramd-moves".to_owned()).stack_size(STACK_BYTES);
             thread.spawn(move || shared.follow(attachment))?
         };
-        Ok(Self { attached, tensors, shared, stream, follower: Some(follower) })
+        let process = std::process::id();
+        Ok(Self { attached, tensors, shared, stream, follower: Some(follower), process })
     }
 
     /// What the daemon answered; its place is the first one.
@@ -151,6 +158,10 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
+        if std::process::id() != self.process {
+            // The connection is the parent's too, and the thread is only there. The pages were never mapped here.
+            return std::mem::forget(self.follower.take());
+        }
         // Ends the lease, and the wait of the thread. The pages go after it: it may be replacing them.
         let _ = self.stream.shutdown(Shutdown::Both);
         if let Some(follower) = self.follower.take() {
@@ -172,8 +183,7 @@ impl Shared {
                 Err(error) => break Ended::Broken(error),
             }
         };
-        // Or the daemon would wait for answers that never come.
-        let _ = attachment.stream.shutdown(Shutdown::Both);
+        // The connection stays open: while it is, the daemon gives the pages to nobody else.
         let _ = self.ended.set(ended);
     }
 

@@ -57,7 +57,8 @@ impl Pages {
         unsafe { self.address.cast::<u8>().add(self.block) }
     }
 
-    /// Puts `new` in the place of these pages, in one step of the kernel. On an error these stay.
+    /// Puts `new` in the place of these pages, in one step of the kernel. On an error these stay; if the kernel could not
+    /// even do that, for want of memory of its own, the process ends: whoever read them next would crash.
     ///
     /// # Safety
     /// `new` has the same bytes as these pages.
@@ -70,7 +71,16 @@ impl Pages {
         // under the lock that a fault takes.
         unsafe {
             let flags = MremapFlags::MAYMOVE;
-            mremap_fixed(new.address.as_ptr(), new.bytes, new.bytes, flags, self.address.as_ptr())?;
+            let moved =
+                mremap_fixed(new.address.as_ptr(), new.bytes, new.bytes, flags, self.address.as_ptr());
+            if let Err(error) = moved {
+                let there = madvise(self.address.as_ptr(), self.bytes, Advice::LinuxDontFork);
+                if there == Err(rustix::io::Errno::NOMEM) {
+                    eprintln!("vramd: the kernel has lost pages while it replaced them ({error})");
+                    std::process::abort();
+                }
+                return Err(error.into());
+            }
         }
         // Its range is mapped no more.
         std::mem::forget(new);

@@ -48,8 +48,7 @@ impl Queue {
         let mut granted = Vec::new();
         let mut closed: BTreeSet<DeviceId> = BTreeSet::new();
         self.entries.retain(|_, waiting| {
-            let mut open = ledger.devices_for(&waiting.request, &waiting.on);
-            open.retain(|device| !closed.contains(device) && !ledger.is_lost(device));
+            let open = open_to(waiting, ledger, &closed);
             if open.is_empty() {
                 return true;
             }
@@ -63,9 +62,15 @@ impl Queue {
         granted
     }
 
-    /// Who is next.
-    pub fn first(&self) -> Option<&Waiting> {
-        self.entries.values().next()
+    /// Those who are next, and the devices on which they are.
+    pub fn next_on(&self, ledger: &Ledger) -> Vec<(&Request, Vec<DeviceId>)> {
+        let mut closed = BTreeSet::new();
+        let next = |waiting| {
+            let open = open_to(waiting, ledger, &closed);
+            closed.extend(open.iter().cloned());
+            (!open.is_empty()).then_some((&waiting.request, open))
+        };
+        self.entries.values().filter_map(next).collect()
     }
 
     /// Takes out the requests whose time is over.
@@ -80,4 +85,11 @@ impl Queue {
     pub fn retain(&mut self, mut wanted: impl FnMut(AllocationId) -> bool) {
         self.entries.retain(|_, waiting| wanted(waiting.request.id));
     }
+}
+
+/// The devices that a request may go to and that nobody before it waits for.
+fn open_to(waiting: &Waiting, ledger: &Ledger, closed: &BTreeSet<DeviceId>) -> Vec<DeviceId> {
+    let mut open = ledger.devices_for(&waiting.request, &waiting.on);
+    open.retain(|device| !closed.contains(device) && !ledger.is_lost(device));
+    open
 }

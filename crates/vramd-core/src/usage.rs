@@ -84,7 +84,9 @@ impl Split {
             |one: &&Arc<crate::ledger::Allocation>| one.device == *device && one.state != State::Reserved;
         for allocation in allocations.values().filter(here) {
             *owners.entry(allocation.request.owner.as_str()).or_default() += allocation.block_bytes;
-            *purposes.entry(allocation.request.purpose.as_str()).or_default() += allocation.block_bytes;
+            // The other place of one that moves is for what that is for.
+            let whose = allocation.place_of.and_then(|of| allocations.get(&of)).unwrap_or(allocation);
+            *purposes.entry(whose.request.purpose.as_str()).or_default() += allocation.block_bytes;
         }
         Self { second, owners: largest(owners), purposes: largest(purposes) }
     }

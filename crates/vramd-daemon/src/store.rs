@@ -49,7 +49,7 @@ pub enum Change {
     SetKeepAlive(ModelName, KeepAlive),
     PutResident(ModelName, ComponentName, DeviceId),
     /// One component of it, or all.
-    RemoveResident(ModelName, Option<ComponentName>, DeviceId),
+    RemoveResident(ModelName, ComponentName, DeviceId),
     PutAllocation(StoredAllocation),
     RemoveAllocation(AllocationId),
     /// None goes back to the configured limit.
@@ -204,8 +204,8 @@ fn apply(connection: &mut Connection, changes: &[Change]) -> rusqlite::Result<()
                 params![component.as_str(), device.as_str(), name.as_str()],
             ),
             Change::RemoveResident(name, component, device) => transaction.execute(
-                "DELETE FROM resident WHERE model = ?1 AND device = ?2 AND component = coalesce(?3, component)",
-                params![name.as_str(), device.as_str(), component.as_ref().map(ComponentName::as_str)],
+                "DELETE FROM resident WHERE model = ?1 AND device = ?2 AND component = ?3",
+                params![name.as_str(), device.as_str(), component.as_str()],
             ),
             Change::PutAllocation(allocation) => transaction.execute(
                 "INSERT INTO allocation (id, device, generation, request) VALUES (?1, ?2, ?3, ?4)

@@ -66,6 +66,7 @@ class Attached:
         self._private = private
         #: Why this attachment follows no moves.
         self._fixed: str | None = None
+        self._ended: str | None = None
         self.nbytes: Final = reply.bytes
 
     @property
@@ -91,6 +92,15 @@ class Attached:
     @property
     def closed(self) -> bool:
         return self._connection is None
+
+    @property
+    def ended(self) -> str | None:
+        """Why the daemon is not heard of any more; ``None`` while it is, or with ``moves=False``.
+
+        When the daemon is gone, the bytes stay as they are. When it has ended the attachment by force
+        (``vramd clear --force``), they may soon be others'.
+        """
+        return self._ended
 
     def close(self) -> None:
         """Ends the lease at once. The pages go with the last array that refers to them."""
@@ -235,6 +245,7 @@ def attach(
     socket: str | os.PathLike[str] | None = None,
     framework: Literal["numpy"] = "numpy",
     access: Access = "read",
+    moves: bool = True,
     timeout: float = 10.0,
 ) -> Attachment[Array]: ...
 
@@ -248,6 +259,7 @@ def attach(
     socket: str | os.PathLike[str] | None = None,
     framework: Literal["torch"],
     access: Access = "read",
+    moves: bool = True,
     timeout: float = 10.0,
 ) -> Attachment[torch.Tensor]: ...
 
@@ -260,6 +272,7 @@ def attach(
     socket: str | os.PathLike[str] | None = None,
     framework: Framework = "numpy",
     access: Access = "read",
+    moves: bool = True,
     timeout: float = 10.0,
 ) -> Attachment[Any]:
     """Attaches a resident model: ``"sdxl/unet"`` names a component, ``"sdxl"`` its only one.
@@ -275,7 +288,9 @@ def attach(
 
     The daemon may give the bytes another place meanwhile: the arrays stay as they are, at their addresses. (A
     private mapping that was written to stays where it is; a first write at the very moment of a move may be
-    lost.)
+    lost.) ``moves=False`` keeps the bytes where they are: for memory that the kernel or a device reads by
+    itself (``O_DIRECT``, ``io_uring`` buffers, RDMA, registered with CUDA) or that is locked: those keep the
+    old pages.
 
     The attachment keeps the model resident until ``close``, or until the process ends in whatever way. After
     a fork the child has it too, and the lease ends when both have closed it.
@@ -290,7 +305,7 @@ def attach(
         "component": part if slash else component,
         "deviceId": device,
         "access": access,
-        "moves": True,
+        "moves": moves,
     }
 
     def build(
@@ -306,14 +321,21 @@ def attach_allocation(
     *,
     socket: str | os.PathLike[str] | None = None,
     access: Access = "read",
+    moves: bool = True,
     timeout: float = 10.0,
 ) -> AllocationAttachment:
     """Attaches an allocation; with ``access="write"`` its bytes can be written, and others see it at once.
 
+    ``moves`` is as for ``attach``; what is attached for writing is never moved.
+
     >>> with vramd.attach_allocation(allocation["allocationId"], access="write") as shared:
     ...     shared.buffer[:5] = b"hello"
     """
-    request: dict[str, str | bool | None] = {"allocationId": allocation_id, "access": access, "moves": True}
+    request: dict[str, str | bool | None] = {
+        "allocationId": allocation_id,
+        "access": access,
+        "moves": moves,
+    }
     return _attach(request, socket, timeout, False, AllocationAttachment)
 
 
@@ -344,7 +366,8 @@ def _attach(
             frames.close_all(descriptors)
         connection.settimeout(None)
         attached = build(connection, reply, buffer, base)
-        moves.follow(connection, attached)
+        if request["moves"]:
+            moves.follow(connection, attached)
         return attached
     except BaseException:
         connection.close()

@@ -115,7 +115,9 @@ def receive(connection: socket.socket) -> tuple[int, Any, list[int]]:
     descriptors: list[int] = []
     try:
         # Reading no further than the header keeps what follows it for plain reads.
-        data = _read(connection.recvmsg, HEADER.size, descriptors)
+        data, dropped = _read(connection.recvmsg, HEADER.size, descriptors)
+        if dropped:
+            raise ProtocolError(_DROPPED, hint=_DROPPED_HINT)
         if not data:
             raise ProtocolError("the daemon closed the connection before it answered")
         header = _arrived(data + _receive_exactly(connection, HEADER.size - len(data)), descriptors)
@@ -129,6 +131,20 @@ def receive(connection: socket.socket) -> tuple[int, Any, list[int]]:
         raise
 
 
+_DROPPED = "the kernel dropped descriptors of the frame"
+_DROPPED_HINT = "this process has too many open files: raise RLIMIT_NOFILE (ulimit -n)"
+
+
+class Move(NamedTuple):
+    """A whole ``Moved`` frame."""
+
+    body: Any
+    #: The caller's to close.
+    descriptors: list[int]
+    #: Why it cannot be followed, whatever its body says.
+    problem: str | None
+
+
 class Moves:
     """The ``Moved`` frames of one connection, read without waiting for what has not come yet.
 
@@ -138,14 +154,16 @@ class Moves:
     def __init__(self) -> None:
         self._begun = b""
         self._descriptors: list[int] = []
+        self._dropped = False
 
-    def read(self, recvmsg: Recvmsg) -> tuple[Any, list[int]] | None:
-        """Reads once. When that makes a frame whole: its body, and descriptors, then the caller's to close.
+    def read(self, recvmsg: Recvmsg) -> Move | None:
+        """Reads once; the move, when that makes it whole.
 
         Raises ``EOFError`` when the connection ended, and not within a frame.
         """
         try:
-            data = _read(recvmsg, HEADER.size + MAX_REQUEST_BYTES - len(self._begun), self._descriptors)
+            size = HEADER.size + MAX_REQUEST_BYTES - len(self._begun)
+            data, dropped = _read(recvmsg, size, self._descriptors)
         except BlockingIOError:
             return None
         if not data and not self._begun:
@@ -153,18 +171,25 @@ class Moves:
         if not data:
             raise ProtocolError("the connection ended within a frame")
         self._begun += data
+        self._dropped |= dropped
         if len(self._begun) < HEADER.size:
             return None
-        header, body = _arrived(self._begun[: HEADER.size], self._descriptors), self._begun[HEADER.size :]
+        header, body = decode_header(self._begun[: HEADER.size]), self._begun[HEADER.size :]
         if header.kind != MOVED:
             raise ProtocolError(f"the daemon sent a frame of kind {header.kind} to an attachment")
         if len(body) < header.body_bytes:
             return None
         if len(body) > header.body_bytes:
             raise ProtocolError("more came than one frame, which was not answered yet")
-        moved = _json(body), self._descriptors
-        self._begun, self._descriptors = b"", []
-        return moved
+        came = len(self._descriptors)
+        problem = None
+        if self._dropped:
+            problem = f"{_DROPPED}: {_DROPPED_HINT}"
+        elif came != header.descriptors:
+            problem = f"the frame announces {header.descriptors} descriptors and {came} came"
+        move = Move(_json(body), self._descriptors, problem)
+        self.__init__()  # type: ignore[misc]
+        return move
 
     def close(self) -> None:
         close_all(self._descriptors)
@@ -175,8 +200,8 @@ def close_all(descriptors: list[int]) -> None:
         os.close(descriptors.pop())
 
 
-def _read(recvmsg: Recvmsg, size: int, descriptors: list[int]) -> bytes:
-    """Reads once, and takes the descriptors that come with it."""
+def _read(recvmsg: Recvmsg, size: int, descriptors: list[int]) -> tuple[bytes, bool]:
+    """Reads once, and takes the descriptors that come with it; whether the kernel dropped some, too."""
     fds = array("i")
     space = socket.CMSG_SPACE(MAX_DESCRIPTORS * fds.itemsize)
     data, ancillary, flags, _ = recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
@@ -184,12 +209,7 @@ def _read(recvmsg: Recvmsg, size: int, descriptors: list[int]) -> bytes:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     descriptors.extend(fds)
-    if flags & socket.MSG_CTRUNC:
-        raise ProtocolError(
-            "the kernel dropped descriptors of the frame",
-            hint="this process has too many open files: raise RLIMIT_NOFILE (ulimit -n)",
-        )
-    return data
+    return data, bool(flags & socket.MSG_CTRUNC)
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> bytes:
@@ -229,6 +249,14 @@ def read_reply(body: Any, descriptors: int) -> Reply:
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ProtocolError(f"the daemon's answer is malformed: {error!r}") from error
     return reply
+
+
+def generation(body: Any) -> int:
+    """The generation of a ``Moved``: without it there is no answer."""
+    try:
+        return _natural(body["generation"], "generation")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"the daemon's move is malformed: {error!r}") from error
 
 
 def read_moved(body: Any, descriptors: int, before: Reply) -> Reply:

@@ -1,4 +1,4 @@
-"""The kernel's calls that a move is made of, by way of libc. Loaded with the first move.
+"""The kernel's calls that a move is made of, by way of libc. Loaded by the thread that follows moves.
 
 Each of Python's own gives up the interpreter, and where other threads compute, has it back a switch interval
 later: 5 ms. These keep it, for they are over in microseconds; only for large mappings they do not.
@@ -7,6 +7,7 @@ later: 5 ms. These keep it, for they are over in microseconds; only for large ma
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import socket
@@ -37,6 +38,7 @@ _CALLS = {
     "mmap": (_ssize, _address, _size, _int, _int, _int, _offset),
     "mremap": (_ssize, _address, _size, _size, _int, _address),
     "munmap": (_int, _address, _size),
+    "madvise": (_int, _address, _size, _int),
 }
 
 
@@ -157,10 +159,19 @@ def map_pages(size: int, protection: int, flags: int, descriptor: int, offset: i
 
 
 def replace(address: int, new: int, size: int) -> None:
-    """Moves a mapping over another of the same size, in one step; on an error the other stays."""
+    """Moves a mapping over another of the same size, in one step; on an error the other stays.
+
+    If the kernel could not even do that, for want of memory of its own, the process ends: whoever read there
+    next would crash.
+    """
     try:
         _libc(size).mremap(new, size, size, _MAP_FIXED_REPLACES, address)
     except OSError:
+        try:
+            _libc(size).madvise(address, size, mmap.MADV_NORMAL)
+        except OSError as gone:
+            if gone.errno == errno.ENOMEM:
+                os.abort()
         _libc(size).munmap(new, size)
         raise
 

@@ -7,7 +7,7 @@ Beside threads that compute it gets the interpreter late: once it has, it keeps 
 that came (``kernel``).
 
 What cannot follow says so, and keeps its old pages: an attachment that lived through a fork (the child has
-them mapped too), and a private mapping that this process has written to.
+them mapped too), a private mapping that this process has written to, and a place that cannot be used.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import socket
 import threading
 import warnings
 import weakref
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import frames
-from .errors import ProtocolError, VramdError
+from .errors import ProtocolError
 
 if TYPE_CHECKING:
     from .attachment import Attached
@@ -49,13 +50,17 @@ class _Follower:
 
     def follow(self, connection: socket.socket, attached: Attached) -> None:
         with self.lock:
-            self._followed[connection.fileno()] = _Followed(weakref.ref(attached), frames.Moves())
             if self._epoll is None:
-                self._epoll = select.epoll()
-                threading.Thread(
-                    target=self._run, args=(self._epoll,), name="vramd-moves", daemon=True
-                ).start()
+                epoll = select.epoll()
+                thread = threading.Thread(target=self._run, args=(epoll,), name="vramd-moves", daemon=True)
+                try:
+                    thread.start()
+                except BaseException:
+                    epoll.close()
+                    raise
+                self._epoll = epoll
             self._epoll.register(connection.fileno(), select.EPOLLIN)
+            self._followed[connection.fileno()] = _Followed(weakref.ref(attached), frames.Moves())
 
     def forget(self, connection: socket.socket) -> None:
         with self.lock:
@@ -67,7 +72,8 @@ class _Follower:
 
     def before_fork(self) -> None:
         self.lock.acquire()
-        for followed in self._followed.values():
+        # A copy: what is collected meanwhile is closed, and forgotten here.
+        for followed in list(self._followed.values()):
             if (attached := followed.attached()) is not None:
                 attached._fixed = "the process has forked since, and its child has the old pages mapped too"
 
@@ -76,13 +82,17 @@ class _Follower:
 
     def in_child(self) -> None:
         # The parent goes on reading the connections that both have.
-        if self._epoll is not None:
-            self._epoll.close()
-        for followed in self._followed.values():
-            followed.frames.close()
+        epoll, all_followed = self._epoll, list(self._followed.values())
         self.__init__()  # type: ignore[misc]
+        if epoll is not None:
+            epoll.close()
+        for followed in all_followed:
+            followed.frames.close()
 
     def _run(self, epoll: select.epoll) -> None:
+        # Here, since it takes longer than many an attach; now, since later no descriptor may be left for it.
+        from . import kernel  # noqa: F401
+
         while True:
             for descriptor, _ in epoll.poll():
                 with self.lock:
@@ -94,23 +104,24 @@ class _Follower:
                     del attached
 
     def _take(self, attached: Attached, connection: socket.socket, moves: frames.Moves) -> None:
-        # Only now: importing it takes longer than many an attach.
         from . import kernel
 
         try:
-            moved = moves.read(partial(kernel.recvmsg, connection.fileno()))
-            if moved is not None:
-                body, descriptors = moved
+            if (move := moves.read(partial(kernel.recvmsg, connection.fileno()))) is not None:
                 try:
-                    answer = _follow(attached, body, descriptors)
+                    answer = _follow(attached, move)
                 finally:
-                    kernel.close_all(descriptors)
+                    kernel.close_all(move.descriptors)
                 kernel.send(connection.fileno(), answer)
-        except (EOFError, OSError, VramdError) as error:
-            # Whether the daemon is gone or not understood: the pages stay.
+        except (EOFError, ConnectionError):
             self.forget(connection)
-            connection.close()
-            if isinstance(error, ProtocolError):
+            attached._ended = "the daemon has closed the connection"
+        except Exception as error:
+            # Whatever it is, it must not end this thread. The connection stays open: while it is, the daemon
+            # gives the pages to nobody else.
+            self.forget(connection)
+            attached._ended = f"{type(error).__name__}: {error}"
+            with suppress(RuntimeWarning):  # warnings may be errors
                 warnings.warn(f"{attached} follows no moves any more: {error}", RuntimeWarning, stacklevel=1)
 
 
@@ -122,15 +133,20 @@ os.register_at_fork(
 )
 
 
-def _follow(attached: Attached, body: Any, descriptors: list[int]) -> bytes:
+def _follow(attached: Attached, move: frames.Move) -> bytes:
     """Follows a move, or keeps the old pages; the acknowledgement either way."""
-    moved = frames.read_moved(body, len(descriptors), attached._reply)
-    refused = attached._fixed or _remap(attached, moved, descriptors[moved.segment])
-    answer: dict[str, Any] = {"generation": moved.generation, "moved": refused is None}
+    answer: dict[str, Any] = {"generation": frames.generation(move.body), "moved": True}
+    refused = move.problem or attached._fixed
+    if refused is None:
+        try:
+            moved = frames.read_moved(move.body, len(move.descriptors), attached._reply)
+            refused = _remap(attached, moved, move.descriptors[moved.segment])
+        except ProtocolError as error:
+            refused = str(error)
     if refused is None:
         attached._reply = moved
     else:
-        answer["reason"] = refused
+        answer |= {"moved": False, "reason": refused}
     return frames.encode(frames.ACKNOWLEDGE, answer)
 
 

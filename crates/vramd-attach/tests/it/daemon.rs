@@ -30,7 +30,8 @@ pub fn attached(name: &str, access: Access, bytes: &[u8]) -> (Mapped, Daemon) {
     let socket = place.path().join("vramd.sock");
     let listener = UnixListener::bind(&socket).expect("a socket");
     std::thread::scope(|scope| {
-        let mapped = scope.spawn(|| Mapped::attach(&socket, &Attach { access, ..Attach::default() }));
+        let mapped =
+            scope.spawn(|| Mapped::attach(&socket, &Attach { access, moves: true, ..Attach::default() }));
         let mut daemon = Daemon { stream: listener.accept().expect("a client").0, name: name.to_owned() };
         let asked: Attach = daemon.receive(FrameKind::Attach);
         assert!(asked.moves, "it follows moves");
@@ -86,6 +87,14 @@ impl Daemon {
 
     pub fn acknowledged(&mut self) -> Acknowledge {
         self.receive(FrameKind::Acknowledge)
+    }
+
+    /// The client has not closed.
+    pub fn is_open(&mut self) -> bool {
+        self.stream.set_nonblocking(true).expect("set");
+        let read = self.stream.read(&mut [0]);
+        self.stream.set_nonblocking(false).expect("set");
+        read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
     }
 
     /// Waits until the client has closed; what it said before that is not looked at.

@@ -68,7 +68,7 @@ fn address_and_bytes_stay_through_a_hundred_moves_under_a_reader() {
 }
 
 #[test]
-fn moves_that_break_the_protocol_end_the_following_and_leave_the_pages() {
+fn moves_that_cannot_be_used_are_declined_and_the_old_pages_stay() {
     let change = |place: &str, value: Value| {
         let mut body = moved(2, 1);
         *body.pointer_mut(place).expect("a place") = value;
@@ -83,26 +83,30 @@ fn moves_that_break_the_protocol_end_the_following_and_leave_the_pages() {
         ("long", change("/segments/0/bytes", json!(9 * PAGE))),
         ("segment", change("/block/segment", json!(1))),
         ("none", change("/segments", json!([]))),
-        ("type", change("/generation", json!("2"))),
     ];
     for (name, body) in cases {
         let payload = payload();
-        let (mapped, mut daemon) = attached(&format!("broken-{name}"), Access::Read, &payload);
+        let (mapped, mut daemon) = attached(&format!("unusable-{name}"), Access::Read, &payload);
         let segment = daemon.segment(1, &payload);
         daemon.send(FrameKind::Moved, &body, &[segment.as_fd()]);
-        assert!(matches!(ended(&mapped), Ended::Broken(_)), "{name} was taken");
-        daemon.closed();
-        assert_eq!((contents(&mapped), mapped.generation()), (payload, 1), "{name}");
+        let answer = daemon.acknowledged();
+        assert_eq!((json!(answer.generation), answer.moved), (body["generation"].clone(), false), "{name}");
+        assert!(answer.reason.is_some_and(|reason| !reason.is_empty()), "{name}");
+        assert_eq!((contents(&mapped), mapped.generation()), (payload.clone(), 1), "{name}");
+        // It goes on listening.
+        daemon.send(FrameKind::Moved, &moved(3, 1), &[segment.as_fd()]);
+        assert!(daemon.acknowledged().moved, "{name}");
         drop(segment);
         assert_eq!(daemon.descriptors(), 0, "{name}");
     }
 }
 
 #[test]
-fn frames_that_have_no_place_end_the_following() {
+fn frames_that_cannot_be_read_end_the_following_and_leave_the_pages_to_the_lease() {
+    let mut text = moved(2, 1);
+    text["generation"] = json!("2");
     for (name, bytes, descriptors) in [
-        ("none", encode(FrameKind::Moved, 1), 0),
-        ("two", encode(FrameKind::Moved, 2), 2),
+        ("type", vramd_api::attach::encode_frame(FrameKind::Moved, &text, 1).expect("a frame"), 1),
         ("kind", encode(FrameKind::Acknowledge, 0), 0),
         ("text", b"HTTP/1.1 400 Bad Request".to_vec(), 0),
     ] {
@@ -112,8 +116,26 @@ fn frames_that_have_no_place_end_the_following() {
         let borrowed: Vec<_> = segments.iter().map(AsFd::as_fd).collect();
         daemon.send_bytes(&bytes, &borrowed);
         assert!(matches!(ended(&mapped), Ended::Broken(_)), "{name} was taken");
+        assert_eq!((contents(&mapped), mapped.generation()), (payload, 1), "{name}");
+        drop(segments);
+        assert_eq!(daemon.descriptors(), 0, "{name}");
+        // Were it closed, the daemon would give the pages to others.
+        assert!(daemon.is_open(), "{name}");
+        drop(mapped);
         daemon.closed();
-        assert_eq!(contents(&mapped), payload, "{name}");
+    }
+}
+
+#[test]
+fn descriptors_that_did_not_come_are_declined() {
+    for (announced, sent) in [(1, 0), (2, 1), (1, 2)] {
+        let payload = payload();
+        let (mapped, mut daemon) = attached(&format!("announced-{announced}-{sent}"), Access::Read, &payload);
+        let segments: Vec<_> = (0..sent).map(|_| daemon.segment(1, &payload)).collect();
+        let borrowed: Vec<_> = segments.iter().map(AsFd::as_fd).collect();
+        daemon.send_bytes(&encode(FrameKind::Moved, announced), &borrowed);
+        assert!(!daemon.acknowledged().moved);
+        assert_eq!((contents(&mapped), mapped.generation()), (payload, 1));
     }
 }
 

@@ -33,7 +33,7 @@ pub struct Request {
     pub owner: OwnerName,
     pub persistent: bool,
     pub generation: u64,
-    /// A segment of its own, which no importer can ever write to: models.
+    /// In a segment that no importer can ever write to: models.
     pub sealed: bool,
 }
 
@@ -117,6 +117,14 @@ impl Lease {
         }
     }
 
+    /// The process that is attached.
+    pub fn holder(&self) -> Option<&Holder> {
+        match self {
+            Self::Connection { holder, .. } => Some(holder),
+            Self::TimeToLive { .. } | Self::Persistent | Self::Model | Self::Operation { .. } => None,
+        }
+    }
+
     /// Whether who has it may write.
     pub fn writes(&self) -> bool {
         matches!(self, Self::Connection { access: Access::Write, .. } | Self::Operation { task: Task::Write })
@@ -137,10 +145,7 @@ impl Lease {
 impl Allocation {
     /// The processes that are attached.
     pub fn holders(&self) -> impl Iterator<Item = &Holder> {
-        self.leases.values().filter_map(|lease| match lease {
-            Lease::Connection { holder, .. } => Some(holder),
-            Lease::TimeToLive { .. } | Lease::Persistent | Lease::Model | Lease::Operation { .. } => None,
-        })
+        self.leases.values().filter_map(Lease::holder)
     }
 
     /// What operations do with it.

@@ -84,8 +84,10 @@ pub struct Shortage {
     pub largest_free_bytes: u64,
     /// What one block could get if every idle model were unloaded.
     pub largest_after_eviction_bytes: u64,
-    /// What one block could get if the shared segments were packed, at most.
+    /// What one block could get if the shared segments of one device were packed, at most; of all that it may go to.
     pub largest_after_compaction_bytes: u64,
+    /// The device to pack for it, if that helps.
+    pub pack: Option<DeviceId>,
     /// Who holds the rest, largest first, five at most.
     pub holders: Vec<(OwnerName, u64)>,
     pub placement: Placement,
@@ -382,14 +384,22 @@ impl Ledger {
         holders.truncate(5);
         let largest = closest.map_or(0, |offer| offer.largest_free_bytes);
         let on: Vec<_> = offers.iter().map(|offer| offer.device.clone()).collect();
+        let packed = offers
+            .iter()
+            .filter(wanted)
+            .map(|offer| (self.largest_after_compaction(&offer.device), offer))
+            .max_by_key(|(largest, _)| *largest);
+        let helps = |(after, offer): &(u64, &Offer)| {
+            (offer.largest_free_bytes..*after).contains(&(request.size_bytes - 1))
+        };
         Shortage {
             closest: closest.map(|offer| offer.device.clone()),
             requested_bytes: request.size_bytes,
             available_bytes: closest.map_or(0, |offer| offer.available_bytes),
             largest_free_bytes: largest,
             largest_after_eviction_bytes: largest.saturating_add(idle),
-            largest_after_compaction_bytes: closest
-                .map_or(0, |offer| self.largest_after_compaction(&offer.device)),
+            largest_after_compaction_bytes: packed.map_or(0, |(largest, _)| largest),
+            pack: packed.filter(helps).map(|(_, offer)| offer.device.clone()),
             holders,
             placement,
             could_fit: self.could_fit(request, &on),
@@ -593,6 +603,20 @@ impl Ledger {
         book.set_sharing(id, Sharing::Exclusive);
         book.destroy(id);
         Some(Work::Destroy { device: device.clone(), segment: id })
+    }
+
+    /// A spare that was to go before another segment came ([`Work::Create`]) did not: it is in the books again, on its way out.
+    pub fn not_destroyed(&mut self, device: &DeviceId, id: SegmentId) {
+        let Some(book) = self.books.get_mut(device) else { return };
+        let segment = Segment {
+            state: SegmentState::Live,
+            sharing: Sharing::Exclusive,
+            ranges: Ranges::new(SHARED_SEGMENT_BYTES.next_multiple_of(book.facts.granularity_bytes)),
+            touched: false,
+            waiting: Vec::new(),
+        };
+        book.insert(id, segment);
+        book.destroy(id);
     }
 
     /// An empty segment is gone.

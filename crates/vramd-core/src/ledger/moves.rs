@@ -94,7 +94,10 @@ impl Ledger {
                         movable: why.is_none(),
                     });
                     group.allocations.push(request.id);
-                    group.fixed.extend(why.map(|why| (allocation.place_of.unwrap_or(request.id), why)));
+                    // An old place that is on its way out holds nothing up.
+                    let goes = allocation.place_of.is_some() && allocation.state == State::Releasing;
+                    let whose = allocation.place_of.unwrap_or(request.id);
+                    group.fixed.extend(why.filter(|_| !goes).map(|why| (whose, why)));
                 }
                 group.pools.push(pool);
             }
@@ -131,7 +134,6 @@ impl Ledger {
             id,
             allocation_type: AllocationType::Staging,
             memory_type: None,
-            purpose: format!("new place of {of}"),
             persistent: false,
             ..moving.request.clone()
         };
@@ -199,7 +201,9 @@ impl Ledger {
             segment.touched = true;
         }
         let mut left = put_at(&two, &one);
-        left.request.purpose = format!("old place of {id}");
+        // They have the old place's memory, and those that are attached will have the new one's.
+        left.seen_by = std::mem::take(&mut moved.seen_by);
+        moved.seen_by = moved.holders().cloned().collect();
         self.allocations.insert(id, Arc::new(moved));
         self.allocations.insert(place, Arc::new(left));
     }

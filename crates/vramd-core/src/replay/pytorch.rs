@@ -26,6 +26,8 @@ fn build(pickle: &Pickle, builder: &mut Builder) -> Result<(), String> {
         if entries.is_empty() {
             continue;
         }
+        // One list may stand in it many times: what is read is counted, not only what comes of it.
+        builder.read(entries.len())?;
         let device = builder.device(&format!("cuda:{ordinal}"))?;
         for (number, entry) in entries.iter().enumerate() {
             add(pickle, *entry, device, builder)

@@ -68,6 +68,7 @@ pub struct Builder {
     devices: Vec<Building>,
     numbers: HashMap<String, usize>,
     events: usize,
+    entries: usize,
     first_micros: Option<u64>,
 }
 
@@ -94,6 +95,15 @@ impl Builder {
         self.devices.push(Building { trace, ..Building::default() });
         self.numbers.insert(name.to_owned(), number);
         Ok(number)
+    }
+
+    /// So many entries are about to be read.
+    pub fn read(&mut self, entries: usize) -> Result<()> {
+        self.entries = self.entries.saturating_add(entries);
+        if self.entries > MOST_EVENTS {
+            return Err(format!("it has more than {MOST_EVENTS} entries"));
+        }
+        Ok(())
     }
 
     pub fn allocate(&mut self, device: usize, micros: u64, key: u128, bytes: u64) -> Result<()> {

@@ -77,6 +77,9 @@ pub enum OnReleased {
     Operation(OperationId),
 }
 
+/// How often it is looked whether packing would help those who wait: it walks all allocations.
+const LOOK_FOR_WAITING_MS: u64 = 1000;
+
 impl State {
     pub(super) fn allocate(&mut self, allocate: Allocate, reply: Reply<vramd_api::Allocation>) {
         if self.stopping {
@@ -115,16 +118,24 @@ impl State {
 
     /// Begins to defragment where that could make the room that a request lacks.
     fn pack_for(&mut self, shortage: &Shortage) -> Option<OperationId> {
-        let helps = shortage.largest_free_bytes < shortage.requested_bytes
-            && shortage.requested_bytes <= shortage.largest_after_compaction_bytes;
-        let device = shortage.closest.clone().filter(|_| helps)?;
-        self.defragment_for(&device)
+        self.defragment_for(shortage.pack.as_ref()?)
     }
 
-    /// The same for who waits longest: its room may have come up meanwhile, in pieces.
+    /// The same for those who are next on some device: their room may have come up meanwhile, in pieces.
     pub(super) fn pack_for_waiting(&mut self) {
-        if let Some(first) = self.queue.first() {
-            let shortage = self.ledger.refusal(&first.request, &first.on);
+        if self.queue.is_empty() || self.now.tick.0 < self.looked_for_waiting.0 + LOOK_FOR_WAITING_MS {
+            return;
+        }
+        self.looked_for_waiting = self.now.tick;
+        let may = |device: &DeviceId| self.defragmenting(device).is_none() && self.may_defragment_for(device);
+        let mut shortages = Vec::new();
+        for (request, mut on) in self.queue.next_on(&self.ledger) {
+            on.retain(may);
+            if !on.is_empty() {
+                shortages.push(self.ledger.refusal(request, &on));
+            }
+        }
+        for shortage in shortages {
             self.pack_for(&shortage);
         }
     }
@@ -206,11 +217,20 @@ impl State {
                 let writers = if sealed { Writers::DeviceOnly } else { Writers::Importers };
                 let id = device.clone();
                 self.spawn(&id, move |on| {
-                    let first = first.map_or(Ok(()), |first| on.destroy(Segment(first.0)));
+                    if let Some(first) = first
+                        && let Err(error) = on.destroy(Segment(first.0))
+                    {
+                        return Event::SegmentCreated {
+                            device,
+                            segment,
+                            kept: Some(first),
+                            outcome: Err(error),
+                        };
+                    }
                     let begun = Instant::now();
-                    let outcome = first.and_then(|()| on.create(Segment(segment.0), bytes, writers));
+                    let outcome = on.create(Segment(segment.0), bytes, writers);
                     let outcome = outcome.map(|()| bytes as f64 / begun.elapsed().as_secs_f64().max(1e-6));
-                    Event::SegmentCreated { device, segment, outcome }
+                    Event::SegmentCreated { device, segment, kept: None, outcome }
                 });
             }
             Work::Zero { device, segment, offset, bytes, allocation } => self.spawn(&device, move |on| {

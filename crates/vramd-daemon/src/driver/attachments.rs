@@ -83,8 +83,8 @@ pub(super) struct Pending {
     pub generation: u64,
     /// Its lease on the old place.
     pub old: LeaseId,
-    /// It said why it cannot follow.
-    pub refused: Option<String>,
+    /// It said that it cannot follow.
+    pub refused: bool,
 }
 
 /// Where the bytes to attach are.
@@ -215,6 +215,9 @@ impl State {
                 format!("memory on {} cannot be mapped by other processes", allocation.device),
             ));
         }
+        if request.access == Access::Write {
+            self.all_follow(found.allocation)?;
+        }
         let lease = LeaseId(Uuid::now_v7());
         let attachment = Attachment {
             lease,
@@ -248,6 +251,25 @@ impl State {
         let reader = Reader { allocation: found.allocation, model: name, tell, pending: None };
         self.attachments.insert(lease, reader);
         Ok(attachment)
+    }
+
+    /// Refuses to change bytes of which a reader still has the place of before, and would not see the change.
+    pub(super) fn all_follow(&self, id: AllocationId) -> Result<(), ApiError> {
+        let behind =
+            |lease: &LeaseId| self.attachments.get(lease).is_some_and(|reader| reader.pending.is_some());
+        let leases = self.ledger.allocation(id).into_iter().flat_map(|allocation| &allocation.leases);
+        let holders: Vec<_> = leases
+            .filter(|(lease, _)| behind(lease))
+            .filter_map(|(_, kept)| kept.holder().cloned())
+            .collect();
+        let Some(first) = holders.first() else { return Ok(()) };
+        let what = format!(
+            "{} ({}) still reads allocation {id} where it was before it moved",
+            first.command, first.pid
+        );
+        Err(ApiError::new(ErrorCode::Conflict, what)
+            .hint("it would not see what is written now: try again in a moment, or once it has closed it")
+            .detail("holders", serde_json::json!(holders)))
     }
 
     fn used(&mut self, name: Option<&ModelName>) {
@@ -316,8 +338,11 @@ impl State {
             return;
         };
         if let Some(reason) = refused {
-            tracing::info!(%lease, allocation = %reader.allocation, %reason, "a reader cannot follow a move");
-            pending.refused = Some(reason);
+            // Once: what a peer says must not fill the log.
+            if !std::mem::replace(&mut pending.refused, true) {
+                let reason: String = reason.chars().take(200).collect();
+                tracing::info!(%lease, allocation = %reader.allocation, ?reason, "a reader cannot follow a move");
+            }
             return;
         }
         let old = pending.old;

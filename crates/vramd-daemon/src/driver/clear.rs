@@ -148,6 +148,7 @@ impl State {
                     let holders: Vec<_> = allocation.holders().cloned().collect();
                     return Err(attached(&format!("allocation {id}"), &holders));
                 }
+                self.all_follow(id)?;
                 chosen.devices = vec![allocation.device.clone()];
                 chosen.allocations.push((id, 0));
             }

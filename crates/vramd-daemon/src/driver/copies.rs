@@ -127,7 +127,7 @@ impl State {
         id
     }
 
-    /// Begins to move an allocation to `at`; false if that place is taken.
+    /// Begins to move an allocation to `at`; None if that place is taken.
     pub(super) fn begin_move(
         &mut self,
         operation: OperationId,
@@ -209,13 +209,7 @@ impl State {
                 let wanted = self.operations.cancelled(copy.operation);
                 let error = match failure {
                     CopyFailure::Cancelled if released => CopyError::Stale(Fixed::Busy),
-                    CopyFailure::Cancelled if !wanted => CopyError::Failed(
-                        ApiError::new(
-                            ErrorCode::Conflict,
-                            format!("allocation {target}, which it was copied to, was released meanwhile"),
-                        )
-                        .hint("the source is as it was"),
-                    ),
+                    CopyFailure::Cancelled if !wanted => target_released(target),
                     failure => CopyError::Failed(self.copy_failed(failure)),
                 };
                 return self.give_up(id, error);
@@ -227,6 +221,10 @@ impl State {
             Purpose::Move => self.ledger.stale(source, target, writes),
             // Both ranges are of the one allocation, which the copy itself writes to.
             Purpose::Into if source == target => None,
+            // Its last piece was under way when it was told to stop.
+            Purpose::Keep(_) if self.releasing.contains_key(&target) => {
+                return self.give_up(id, target_released(target));
+            }
             purpose @ (Purpose::Keep(_) | Purpose::Component { .. } | Purpose::Into) => {
                 let moves = matches!(purpose, Purpose::Component { moves: true });
                 match self.ledger.allocation(source) {
@@ -297,7 +295,7 @@ impl State {
         for (lease, kept) in self.ledger.readers(source) {
             let old = LeaseId(Uuid::now_v7());
             self.ledger.grant(place, old, kept, self.now);
-            self.tell_reader(lease, &allocation, Pending { generation, old, refused: None });
+            self.tell_reader(lease, &allocation, Pending { generation, old, refused: false });
         }
         let data = serde_json::json!({
             "allocationId": source, "generation": generation, "sourceDeviceId": from,
@@ -390,6 +388,11 @@ impl State {
     pub(super) fn await_release(&mut self, operation: OperationId, left: AllocationId) {
         self.releasing.insert(left, OnReleased::Operation(operation));
     }
+}
+
+fn target_released(target: AllocationId) -> CopyError {
+    let what = format!("allocation {target}, which it was copied to, was released meanwhile");
+    CopyError::Failed(ApiError::new(ErrorCode::Conflict, what).hint("the source is as it was"))
 }
 
 /// An allocation as the journal keeps it.

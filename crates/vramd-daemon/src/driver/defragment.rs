@@ -62,7 +62,9 @@ struct Pass {
     copying: BTreeSet<CopyId>,
     /// Old places that are not free yet.
     left: BTreeSet<AllocationId>,
-    /// Our leases on them, until a segment can go back as a whole or the pass has nothing more to copy.
+    /// Segments of which the pass moves every block.
+    emptied: BTreeSet<SegmentId>,
+    /// Our leases on the old places in those, until a segment can go back as a whole or the pass has nothing more to copy.
     held: BTreeMap<SegmentId, Held>,
     /// Segments of which something was let go since.
     look: BTreeSet<SegmentId>,
@@ -172,14 +174,18 @@ impl State {
         if let Some(running) = self.defragmenting(device) {
             return Some(running);
         }
-        let again = self.defragmented_at.get(device).is_none_or(|at| at.0 + AGAIN_MS <= self.now.tick.0);
-        if !again {
+        if !self.may_defragment_for(device) {
             return None;
         }
         let request = DefragmentRequest { priority: Some(Priority::High), ..DefragmentRequest::default() };
         let why = "for a request that needs room";
         let begun = self.begin_defragment(request, vec![device.clone()], Hours::Any, why);
         begun.ok().map(|operation| operation.operation_id)
+    }
+
+    /// The last one was not in vain, or some time ago.
+    pub(super) fn may_defragment_for(&self, device: &DeviceId) -> bool {
+        self.defragmented_at.get(device).is_none_or(|at| at.0 + AGAIN_MS <= self.now.tick.0)
     }
 
     /// Plans the next pass on a thread.
@@ -216,6 +222,12 @@ impl State {
         }
         (pass.began, pass.copied, pass.was_paused, pass.moved_bytes) = (tick, tick, false, 0);
         pass.passes += u64::from(!plan.moves.is_empty());
+        let mut leaving: BTreeMap<SegmentId, u64> = BTreeMap::new();
+        for planned in &plan.moves {
+            *leaving.entry(planned.from.segment).or_default() += planned.bytes;
+        }
+        leaving.retain(|segment, bytes| self.ledger.holds_only(&pass.device, *segment, *bytes));
+        pass.emptied = leaving.into_keys().collect();
         pass.planned = plan.moves.into();
         let total = running.bytes + bytes;
         self.operations.set_total(id, total);
@@ -303,6 +315,10 @@ impl State {
                 continue;
             }
             if !pass.copying.is_empty() || !pass.planned.is_empty() {
+                if pass.copying.is_empty() {
+                    // It is paused, for nobody knows how long.
+                    self.let_go(id, true);
+                }
                 return;
             }
             let settled = tick >= pass.settle_by;
@@ -347,6 +363,7 @@ impl State {
             planned: VecDeque::new(),
             copying: BTreeSet::new(),
             left: BTreeSet::new(),
+            emptied: BTreeSet::new(),
             held: BTreeMap::new(),
             look: BTreeSet::new(),
             settle_by: tick,
@@ -405,7 +422,10 @@ impl State {
                 pass.left.insert(copy.target);
                 pass.settle_by = settle_by;
                 let left = copy.target;
-                if let (Some(lease), Some(place)) = (copy.target_lease.take(), self.ledger.allocation(left)) {
+                let old = self.ledger.allocation(left).filter(|old| pass.emptied.contains(&old.segment));
+                if let Some(place) = old
+                    && let Some(lease) = copy.target_lease.take()
+                {
                     let held = pass.held.entry(place.segment).or_default();
                     held.leases.push(lease);
                     held.bytes += place.block_bytes;
@@ -462,6 +482,9 @@ impl State {
             self.defragmented_at.insert(pass.device.clone(), self.now.tick);
         }
         self.schedule.ended(&pass.device, self.now.tick);
+        if pass.moves == 0 && self.operations.cancelled(id) {
+            self.schedule.forget_plan(&pass.device);
+        }
         let fixed: Vec<_> = pass
             .fixed
             .iter()

@@ -175,6 +175,8 @@ pub enum Event {
     SegmentCreated {
         device: DeviceId,
         segment: SegmentId,
+        /// The segment that was to go first and did not.
+        kept: Option<SegmentId>,
         /// Bytes per second.
         outcome: Result<f64, DeviceError>,
     },
@@ -262,6 +264,7 @@ impl Driver {
             to_go_on: BTreeSet::new(),
             rates: BTreeMap::new(),
             defragmented_at: BTreeMap::new(),
+            looked_for_waiting: vramd_core::Tick::default(),
             schedule,
             mover,
             counts: BTreeMap::new(),
@@ -340,6 +343,8 @@ struct State {
     rates: BTreeMap<DeviceId, f64>,
     /// When a device was last defragmented without a gain.
     defragmented_at: BTreeMap<DeviceId, vramd_core::Tick>,
+    /// When it was last looked whether packing would help those who wait.
+    looked_for_waiting: vramd_core::Tick,
     schedule: Schedule,
     mover: Mover,
     /// What happened on each device since somebody asked.
@@ -433,6 +438,8 @@ impl State {
             }
             Event::Attach(request, reply) => self.attach(*request, reply),
             Event::Inspected(name, plans) => self.inspected(&name, plans),
+            // Who stops closes the connections: what they keep is still mapped, and must not be zeroed or given out.
+            Event::LeaseEnded(_) if self.stopping => {}
             Event::LeaseEnded(lease) => self.lease_ended(lease),
             Event::MoveAnswered { lease, generation, refused } => {
                 self.move_answered(lease, generation, refused);
@@ -447,10 +454,14 @@ impl State {
             }
             Event::Surveyed { device, plan } => {
                 self.jobs -= 1;
-                self.surveyed(device, plan);
+                self.surveyed(&device, plan);
             }
-            Event::SegmentCreated { device, segment, outcome } => {
+            Event::SegmentCreated { device, segment, kept, outcome } => {
                 self.jobs -= 1;
+                if let Some(kept) = kept {
+                    self.ledger.not_destroyed(&device, kept);
+                    self.undestroyed.insert((device.clone(), kept));
+                }
                 self.segment_created(&device, segment, outcome);
             }
             Event::SegmentDestroyed { device, segment, outcome } => {
@@ -491,8 +502,10 @@ impl State {
     }
 
     fn tick(&mut self) {
-        for lease in self.ledger.expired(self.now.tick) {
-            self.lease_ended(lease);
+        if !self.stopping {
+            for lease in self.ledger.expired(self.now.tick) {
+                self.lease_ended(lease);
+            }
         }
         self.release_again();
         self.expire_waiting();

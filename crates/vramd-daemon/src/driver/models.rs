@@ -493,7 +493,7 @@ impl State {
                 *releasing -= 1;
                 holders.extend(held_by.iter().cloned());
             }
-            Some(Running::Transfer(_)) => return self.item_released(id, allocation),
+            Some(Running::Transfer(_)) => return self.item_released(id, allocation, held_by),
             Some(Running::Defragment(_)) => return self.place_freed(id, allocation),
             Some(Running::Clear(_)) | None => return,
         }
@@ -507,14 +507,15 @@ impl State {
                     failed.take().unwrap_or_else(|| ApiError::new(ErrorCode::Internal, "the load failed"));
                 self.end_operation(id, Err(error));
             }
-            Some(Running::Unload(Unloading { releasing: 0, model, devices, bytes, held_by })) => {
+            Some(Running::Unload(Unloading { releasing: 0, model, devices, parts, bytes, held_by })) => {
                 let data = serde_json::json!({
                     "model": model, "devices": devices, "releasedBytes": bytes,
                     "verified": held_by.is_empty(), "heldBy": held_by,
                 });
-                let gone = devices
+                // Not more: others may have been loaded to the same device meanwhile.
+                let gone = parts
                     .drain(..)
-                    .map(|device| Change::RemoveResident(model.clone(), None, device))
+                    .map(|(component, device)| Change::RemoveResident(model.clone(), component, device))
                     .collect();
                 self.store_all(gone, OnStored::Nothing);
                 self.emit(EventKind::ModelUnloaded, data.clone());
@@ -598,6 +599,7 @@ impl State {
         let unloading = Unloading {
             model: name.clone(),
             devices,
+            parts: parts.iter().map(|(component, device, _)| (component.clone(), device.clone())).collect(),
             releasing: parts.len(),
             bytes,
             held_by: BTreeSet::new(),
@@ -611,9 +613,11 @@ impl State {
             }
             let work = self.ledger.release(allocation, self.now).expect("nobody is attached, as was checked");
             self.releasing.insert(allocation, OnReleased::Operation(operation));
-            // What an operation still reads goes when that has ended.
-            if let Release::Work(work) = work {
-                self.perform(work);
+            match work {
+                Release::Work(work) => self.perform(work),
+                // What an operation still reads goes when that has ended.
+                Release::Later => self.cancel_copies_of(allocation),
+                Release::NotActive => {}
             }
         }
         self.operations.show(operation)

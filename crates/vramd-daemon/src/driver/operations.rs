@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use imbl::OrdMap;
 use uuid::Uuid;
 use vramd_api::{
-    ApiError, DeviceId, ErrorCode, EventKind, Holder, ModelName, Operation, OperationId, OperationKind,
-    OperationState,
+    ApiError, ComponentName, DeviceId, ErrorCode, EventKind, Holder, ModelName, Operation, OperationId,
+    OperationKind, OperationState,
 };
 use vramd_core::Now;
 
@@ -60,6 +60,8 @@ pub(super) struct Loading {
 pub(super) struct Unloading {
     pub model: ModelName,
     pub devices: Vec<DeviceId>,
+    /// What goes, and from where.
+    pub parts: Vec<(ComponentName, DeviceId)>,
     pub releasing: usize,
     pub bytes: u64,
     /// Processes that still have its memory.

@@ -103,10 +103,8 @@ impl State {
             FixedReason::Pinned | FixedReason::Busy | FixedReason::Stale | FixedReason::Failed => false,
         };
         let holders = self.ledger.allocation(id).into_iter().flat_map(|allocation| {
-            allocation.leases.iter().filter_map(|(lease, kept)| match kept {
-                Lease::Connection { holder, .. } if is_why(lease, kept) => Some(holder.clone()),
-                _ => None,
-            })
+            let why = allocation.leases.iter().filter(|(lease, kept)| is_why(lease, kept));
+            why.filter_map(|(_, kept)| kept.holder().cloned())
         });
         FixedBlock { allocation_id: id, reason, holders: holders.collect() }
     }

@@ -58,6 +58,13 @@ impl Schedule {
         !look.planned.is_empty() && before.is_none_or(|before| before.planned != look.planned)
     }
 
+    /// What was planned was not tried: it was not in vain.
+    pub(super) fn forget_plan(&mut self, device: &DeviceId) {
+        if let Some(look) = self.looks.get_mut(device) {
+            look.planned.clear();
+        }
+    }
+
     /// A defragmentation of the device, whoever began it, has ended.
     pub(super) fn ended(&mut self, device: &DeviceId, now: Tick) {
         if let Some(look) = self.looks.get_mut(device) {
@@ -117,14 +124,17 @@ impl State {
         });
     }
 
-    pub(super) fn surveyed(&mut self, device: DeviceId, plan: PassPlan) {
+    pub(super) fn surveyed(&mut self, device: &DeviceId, plan: PassPlan) {
         self.schedule.surveying = false;
-        if !self.is_quiet() || !self.schedule.looked(&device, plan.moves, self.now.tick) {
+        if !self.is_quiet() || !self.schedule.looked(device, plan.moves, self.now.tick) {
             return;
         }
         let request = DefragmentRequest { priority: Some(Priority::Low), ..DefragmentRequest::default() };
         // It is refused where another has begun meanwhile, or the daemon stops.
-        let _ = self.begin_defragment(request, vec![device], Hours::Quiet, "in quiet hours");
+        let begun = self.begin_defragment(request, vec![device.clone()], Hours::Quiet, "in quiet hours");
+        if begun.is_err() {
+            self.schedule.forget_plan(device);
+        }
     }
 }
 

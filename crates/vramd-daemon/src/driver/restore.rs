@@ -49,7 +49,10 @@ impl State {
         let owner = body.owner.clone().ok_or_else(|| unreadable(&"it has no owner"))?;
         // Known as missing until it is back.
         self.unrestored.insert(stored.id, (stored.device.clone(), owner.clone()));
-        let request = Request { generation, ..requests::request(stored.id, &body, owner.clone()) };
+        // It may have moved to another type of memory than it was once asked for.
+        let memory_type = None;
+        let request =
+            Request { generation, memory_type, ..requests::request(stored.id, &body, owner.clone()) };
         if self.devices.get(&stored.device).is_none() {
             return Err(ApiError::not_found("device", &stored.device));
         }

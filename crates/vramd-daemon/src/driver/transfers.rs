@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 
 use uuid::Uuid;
 use vramd_api::{
-    AllocationId, ApiError, Checksum, ComponentName, CopyRequest, DeviceId, ErrorCode, EventKind, ModelName,
-    Operation, OperationId, OperationKind, TransferItem, TransferMode, TransferRequest, Transferred,
+    AllocationId, ApiError, Checksum, ComponentName, CopyRequest, DeviceId, ErrorCode, EventKind, Holder,
+    ModelName, Operation, OperationId, OperationKind, TransferItem, TransferMode, TransferRequest,
+    Transferred,
 };
 use vramd_core::ledger::{Allocation, Fixed, Lease, Readiness, Release, Request};
 use vramd_core::models::{Plan, Residency};
@@ -31,7 +32,8 @@ pub(super) struct Transferring {
     ended: Vec<Transferred>,
     failed: Vec<(AllocationId, ApiError)>,
     /// Bytes that moves leave behind, on their way back.
-    releasing: usize,
+    /// What moves have left behind and is not back yet, and the index of each in `ended`.
+    releasing: BTreeMap<AllocationId, usize>,
 }
 
 /// One item: what it is called in the answer.
@@ -106,7 +108,7 @@ impl State {
             mode: request.mode,
             ended: Vec::new(),
             failed: Vec::new(),
-            releasing: 0,
+            releasing: BTreeMap::new(),
         };
         self.operations.running.insert(operation, Running::Transfer(transferring));
         let shown = self.operations.show(operation)?;
@@ -362,6 +364,7 @@ impl State {
                     source_device_id: item.from.clone(),
                     target_device_id: item.to.clone(),
                     bytes: item.bytes,
+                    held_by: Vec::new(),
                     checksum: checksum.map(|value| Checksum {
                         algorithm: CHECKSUM.to_owned(),
                         value: format!("{value:016x}"),
@@ -370,7 +373,7 @@ impl State {
                 match &item.component {
                     Some(component) => self.component_arrived(operation, &item, component, moved),
                     None if moved && item.source != item.target => {
-                        transferring.releasing += 1;
+                        transferring.releasing.insert(copy.target, transferring.ended.len() - 1);
                         self.await_release(operation, copy.target);
                     }
                     None => {}
@@ -409,10 +412,10 @@ impl State {
             entry
                 .residency
                 .insert(item.from.clone(), Residency::Evicting { allocation: item.source, operation });
-            changes.push(Change::RemoveResident(model.clone(), Some(component.clone()), item.from.clone()));
+            changes.push(Change::RemoveResident(model.clone(), component.clone(), item.from.clone()));
             self.await_release(operation, item.source);
             if let Some(Running::Transfer(transferring)) = self.operations.running.get_mut(&operation) {
-                transferring.releasing += 1;
+                transferring.releasing.insert(item.source, transferring.ended.len() - 1);
             }
             // The operation's own lease is still on it: it goes when that ends.
             let released = self.ledger.release(item.source, self.now);
@@ -422,9 +425,17 @@ impl State {
     }
 
     /// The bytes that a moved item has left behind are back.
-    pub(super) fn item_released(&mut self, operation: OperationId, allocation: AllocationId) {
+    pub(super) fn item_released(
+        &mut self,
+        operation: OperationId,
+        allocation: AllocationId,
+        held_by: &[Holder],
+    ) {
         if let Some(Running::Transfer(transferring)) = self.operations.running.get_mut(&operation) {
-            transferring.releasing -= 1;
+            let index = transferring.releasing.remove(&allocation);
+            if let Some(ended) = index.and_then(|index| transferring.ended.get_mut(index)) {
+                ended.held_by = held_by.to_vec();
+            }
             for model in transferring.ended.iter().filter_map(|ended| ended.model.clone()).collect::<Vec<_>>()
             {
                 let components =
@@ -440,7 +451,7 @@ impl State {
     /// Ends a transfer once all of its items have.
     pub(super) fn end_transfer(&mut self, operation: OperationId) {
         match self.operations.running.get(&operation) {
-            Some(Running::Transfer(one)) if one.items.is_empty() && one.releasing == 0 => {}
+            Some(Running::Transfer(one)) if one.items.is_empty() && one.releasing.is_empty() => {}
             _ => return,
         }
         let Some(Running::Transfer(ended)) = self.operations.running.remove(&operation) else { return };
@@ -522,6 +533,7 @@ impl State {
             )
             .hint("a copy would be of no one moment: close who has it attached for writing"));
         }
+        self.all_follow(target_id)?;
         let (from, to) = (source.1.clone(), target.1.clone());
         let subject = format!("allocation {source_id} into {target_id}");
         let operation = self.operations.begin(OperationKind::Copy, subject, bytes, self.now);
@@ -535,7 +547,7 @@ impl State {
             mode: TransferMode::Copy,
             ended: Vec::new(),
             failed: Vec::new(),
-            releasing: 0,
+            releasing: BTreeMap::new(),
         };
         self.operations.running.insert(operation, Running::Transfer(running));
         let shown = self.operations.show(operation)?;

@@ -8,6 +8,7 @@ mod events;
 mod faults;
 mod files;
 mod idempotency;
+mod late;
 mod meetings;
 mod models;
 mod moves;

@@ -6,14 +6,14 @@ use vramd_device::Call;
 use crate::moves::{all_released, contents, fill, fragmented};
 use crate::support::{Daemon, Home, MIB, caught, payload, wait_for, with_model, write_model};
 
-fn begun(daemon: &Daemon, body: &Value) -> String {
+pub fn begun(daemon: &Daemon, body: &Value) -> String {
     let answer = daemon.post("/api/memory/transfer", body);
     // 200 if it has ended already.
     let status = if answer.status == 200 { 200 } else { 202 };
     answer.data(status)["operationId"].as_str().expect("an id").to_owned()
 }
 
-fn allocated_on(daemon: &Daemon, device: &str, body: &Value) -> String {
+pub fn allocated_on(daemon: &Daemon, device: &str, body: &Value) -> String {
     let answer = daemon.post(&format!("/api/memory/allocations/allocate/{device}"), body).data(201);
     answer["allocationId"].as_str().expect("an id").to_owned()
 }

@@ -40,7 +40,7 @@ pub fn held(daemon: &Daemon, id: &str) -> Vec<u8> {
     contents(&reader.descriptors[0], block.offset, block.bytes)
 }
 
-fn follow(daemon: &Daemon, id: &str) -> Attachment {
+pub fn follow(daemon: &Daemon, id: &str) -> Attachment {
     let reader = daemon.attach(&json!({"allocationId": id, "moves": true})).expect("attached");
     reader.stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     reader
@@ -69,7 +69,7 @@ pub fn fragmented(daemon: &Daemon, keep: usize) -> Vec<String> {
     kept
 }
 
-fn defragment(daemon: &Daemon, body: &Value) -> Value {
+pub fn defragment(daemon: &Daemon, body: &Value) -> Value {
     let operation = daemon.post("/api/memory/operations/defragment?wait=30", body).data(200);
     assert_eq!(operation["state"], "Completed", "{operation:#}");
     operation["result"].clone()
@@ -144,7 +144,8 @@ fn mapped_blocks_keep_their_addresses_and_bytes_while_the_device_is_packed() {
             .zip(&written)
             .map(|(id, written)| {
                 fill(&daemon, id, written);
-                let request = Attach { allocation_id: Some(id.parse().expect("an id")), ..Attach::default() };
+                let allocation_id = Some(id.parse().expect("an id"));
+                let request = Attach { allocation_id, moves: true, ..Attach::default() };
                 Mapped::attach(&daemon.socket(), &request).expect("attached")
             })
             .collect();

@@ -175,9 +175,12 @@ impl Recording<'_> {
         bytes: u64,
         live: Live,
     ) -> Result<(), CommandError> {
-        if self.live.contains_key(&id) || self.device.as_ref().is_some_and(|only| *only != live.device) {
+        let known = self.live.get(&id).is_some_and(|known| known.device == live.device);
+        if known || self.device.as_ref().is_some_and(|only| *only != live.device) {
             return Ok(());
         }
+        // It has moved in a gap.
+        self.free(at, id)?;
         self.live.insert(id, live.clone());
         self.counts.allocated += 1;
         let Live { device, owner, purpose } = live;

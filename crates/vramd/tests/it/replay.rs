@@ -212,11 +212,12 @@ fn gaps_and_moves_are_in_the_recording() {
             shown(place, "new place", &json!({"placeOf": one, "status": "Moving"})),
         ]),
         json!([moved_on, shown(three, "new meanwhile", &json!({}))]),
-        json!([moved_on]),
+        // It has moved back in the gap.
+        json!([shown(one, "kept", &json!({"generation": 3}))]),
     ];
     let home = Home::new();
     let ended = home.run(&["record", "--server", &told(&events, states)]).expect(0);
-    assert!(ended.stderr.contains("recorded 4 allocations, 3 frees, 2 gaps"), "{ended:?}");
+    assert!(ended.stderr.contains("recorded 5 allocations, 4 frees, 2 gaps"), "{ended:?}");
     let lines: Vec<Value> =
         ended.stdout.lines().skip(1).map(|line| serde_json::from_str(line).expect("JSON")).collect();
     let told: Vec<_> =
@@ -238,6 +239,8 @@ fn gaps_and_moves_are_in_the_recording() {
             [&allocate, &three, &first, &new],
             [&free, &three, &first, null],
             [&gap, null, null, null],
+            [&free, &one, &second, null],
+            [&allocate, &one, &first, &kept],
             [&"end".into(), null, null, null],
         ]
     );
