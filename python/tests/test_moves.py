@@ -495,6 +495,22 @@ def test_a_release_names_who_still_has_the_memory(vramd: Vramd) -> None:
         assert [one["pid"] for one in answer.get("heldBy", [])] == ([keeper.pid] if keeps else [])
 
 
+def test_a_transfer_names_who_still_has_the_memory_that_it_left(vramd: Vramd) -> None:
+    client = vramd.client
+    name = client.allocate(2 * KIB * KIB, device="cpu:0", lease_seconds=60)["allocationId"]
+    command = [sys.executable, "-c", KEEPER, vramd.socket, name]
+    pipe = subprocess.PIPE
+    with running(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)) as keeper:
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == "closed\n"
+        until(lambda: not leases(client, name), "the lease to end")
+        for target, expected in (("sim:0", [keeper.pid]), ("cpu:0", [])):
+            ended = client.transfer([name], target)
+            item = ended["result"]["items"][0]
+            assert [one["pid"] for one in item.get("heldBy", [])] == expected, json.dumps(ended)
+    client.release(name)
+
+
 def leases(client: api.Client, name: str) -> list[str]:
     """The connections that keep an allocation."""
     kept = client.allocation(name)["leases"]

@@ -258,7 +258,8 @@ pub struct ClearRequest {
     pub allocation_id: Option<AllocationId>,
     #[serde(default)]
     pub dry_run: bool,
-    /// Also what processes have attached. Only for root, the daemon's own user, and over TCP.
+    /// With `Allocations`: also what processes have attached, whose leases end. With `Zero`: though processes have it
+    /// attached. Only for root, the daemon's own user, and over TCP.
     #[serde(default)]
     pub force: bool,
 }
@@ -282,7 +283,7 @@ pub struct Cleared {
     pub dry_run: bool,
     /// What was asked to go.
     pub asked_bytes: u64,
-    /// What the device said it gave back.
+    /// What is free again: back with the device, or in segments that others share.
     pub acknowledged_bytes: u64,
     /// By how much the measured use of the devices fell; absent when it was not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -29,6 +29,9 @@ pub fn allocate(
         )
         .hint(format!("use {DEFAULT_ALIGNMENT}, 4096 or {MAX_ALIGNMENT}, or leave it out")));
     }
+    if body.purpose.chars().any(char::is_control) {
+        return Err(ApiError::invalid("purpose", "purpose has control characters"));
+    }
     if body.purpose.chars().count() > MAX_PURPOSE {
         return Err(ApiError::invalid("purpose", format!("purpose is longer than {MAX_PURPOSE} characters")));
     }

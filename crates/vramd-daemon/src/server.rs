@@ -192,7 +192,8 @@ fn full() -> String {
 /// What a process calls itself.
 fn command(pid: u32) -> String {
     let read = std::fs::read_to_string(format!("/proc/{pid}/comm"));
-    read.map_or_else(|_| "?".to_owned(), |name| name.trim_end().to_owned())
+    let printable = |name: String| name.trim_end().replace(char::is_control, "?");
+    read.map_or_else(|_| "?".to_owned(), printable)
 }
 
 /// Binds the Unix socket. One that a dead daemon left is replaced; one that is served is not.

@@ -49,7 +49,7 @@ pub enum Command {
     Ask(Question),
     /// Check what works on this machine, and say why not; exits 1 on a warning and 2 on a fault
     Doctor(ServeArguments),
-    /// Show the settings of the daemon
+    /// Show the settings that `vramd serve` would start with here, and where each comes from
     Config {
         #[command(subcommand)]
         command: ConfigCommand,
@@ -88,11 +88,13 @@ pub enum Question {
     Alloc(AllocArguments),
     /// Release allocations
     Free {
+        /// As `vramd allocations` shows them
         #[arg(required = true, value_name = "ID")]
         ids: Vec<AllocationId>,
     },
     /// Renew the lease of an allocation
     Renew {
+        /// The allocation, as `vramd allocations` shows it
         #[arg(value_name = "ID")]
         id: AllocationId,
         /// The new time to live, from now [default: the length that the lease had]
@@ -116,9 +118,15 @@ pub enum Question {
         device: Option<String>,
     },
     /// Keep a model resident until it is unpinned
-    Pin { model: ModelName },
+    Pin {
+        /// Its name
+        model: ModelName,
+    },
     /// Let a model expire again when it is idle
-    Unpin { model: ModelName },
+    Unpin {
+        /// Its name
+        model: ModelName,
+    },
     /// Count a model as used now
     Touch {
         model: ModelName,
@@ -136,6 +144,7 @@ pub enum Question {
     },
     /// List operations, or show one
     Operations {
+        /// Only this one, with its error
         #[arg(value_name = "ID")]
         id: Option<OperationId>,
         /// Only those in this state
@@ -152,16 +161,19 @@ pub enum Question {
     Clear(ClearArguments),
     /// Hold an operation that moves bytes
     Pause {
+        /// Its id, as `vramd operations` shows it
         #[arg(value_name = "ID")]
         id: OperationId,
     },
     /// Let a paused operation go on
     Resume {
+        /// Its id, as `vramd operations` shows it
         #[arg(value_name = "ID")]
         id: OperationId,
     },
     /// Cancel an operation
     Cancel {
+        /// Its id, as `vramd operations` shows it
         #[arg(value_name = "ID")]
         id: OperationId,
     },
@@ -246,8 +258,8 @@ pub struct AllocArguments {
     /// Where: a device's id or uuid [default: the best]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
-    /// A power of two, in bytes, up to 2 MiB [default: 256]
-    #[arg(long, value_name = "BYTES")]
+    /// A power of two up to 2MiB [default: 256]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub alignment: Option<u64>,
     /// What the bytes are for
     #[arg(long = "type", value_name = "TYPE", default_value = "Buffer", ignore_case = true)]
@@ -307,9 +319,15 @@ pub enum ModelsCommand {
     /// Register a model by its files
     Add(AddModelArguments),
     /// Forget a model; its files stay
-    Rm { model: ModelName },
+    Rm {
+        /// Its name
+        model: ModelName,
+    },
     /// Show one model with its components
-    Show { model: ModelName },
+    Show {
+        /// Its name
+        model: ModelName,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -393,9 +411,11 @@ pub struct CopyArguments {
     pub source: AllocationId,
     /// The allocation to copy into
     pub target: AllocationId,
-    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    /// From where in the source, such as 4096 or 1MiB
+    #[arg(long, value_name = "SIZE", default_value_t = 0, value_parser = parse_bytes)]
     pub source_offset: u64,
-    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    /// To where in the target
+    #[arg(long, value_name = "SIZE", default_value_t = 0, value_parser = parse_bytes)]
     pub target_offset: u64,
     /// How much [default: to the end of the source]
     #[arg(long, value_name = "SIZE")]
@@ -444,7 +464,7 @@ pub struct ClearArguments {
     /// Only show what would be cleared
     #[arg(long)]
     pub dry_run: bool,
-    /// Also what processes have attached
+    /// With Allocations and Zero: also what processes have attached
     #[arg(long)]
     pub force: bool,
 }
@@ -475,8 +495,8 @@ pub struct ReplayArguments {
     /// The size of the pool [default: the smallest in which nothing is refused]
     #[arg(long, value_name = "SIZE")]
     pub pool: Option<Bytes>,
-    /// A power of two, in bytes: sizes are rounded up to it
-    #[arg(long, value_name = "BYTES", default_value_t = BLOCK_QUANTUM, value_parser = parse_alignment)]
+    /// A power of two: sizes are rounded up to it
+    #[arg(long, value_name = "SIZE", default_value_t = BLOCK_QUANTUM, value_parser = parse_alignment)]
     pub alignment: u64,
     /// Draw the address space over time into this file
     #[arg(long, value_name = "FILE")]
@@ -573,9 +593,13 @@ fn words<T: Copy + Send + Sync + 'static>(words: Words<T>) -> impl TypedValuePar
     })
 }
 
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    vramd_api::parse_size(text).map_err(|error| error.to_string())
+}
+
 fn parse_alignment(text: &str) -> Result<u64, String> {
     let most = 1 << 40;
-    match text.parse::<u64>() {
+    match parse_bytes(text) {
         Ok(bytes) if bytes.is_power_of_two() && bytes <= most => Ok(bytes),
         _ => Err(format!("{text:?} is no power of two up to {most}")),
     }

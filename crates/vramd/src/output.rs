@@ -1,5 +1,6 @@
 //! How answers are shown: data to standard output, talk to standard error, JSON on request.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write as _};
 
@@ -52,15 +53,18 @@ impl Output {
         let text = if self.json {
             serde_json::to_string_pretty(data).map_err(io::Error::from)?
         } else {
-            human(data)
+            printable(&human(data)).into_owned()
         };
         Self::print(&text)
     }
 
     /// Prints one of many answers: JSON goes on one line.
     pub fn line<T: Serialize>(self, data: &T, human: impl FnOnce(&T) -> String) -> Result<(), CommandError> {
-        let text =
-            if self.json { serde_json::to_string(data).map_err(io::Error::from)? } else { human(data) };
+        let text = if self.json {
+            serde_json::to_string(data).map_err(io::Error::from)?
+        } else {
+            printable(&human(data)).into_owned()
+        };
         Self::print(&text)
     }
 
@@ -104,18 +108,46 @@ impl Output {
 
     fn complain(text: &str) {
         // Nobody is left to tell when standard error is closed.
-        let _ = writeln!(io::stderr(), "{text}");
+        let _ = writeln!(io::stderr(), "{}", printable(text));
     }
 }
 
 fn paint(word: &str, tone: Tone, color: bool) -> String {
-    let code = match tone {
+    let [good, note, bad, plain] = COLORS;
+    let begin = match tone {
         _ if !color => return word.to_owned(),
-        Tone::Good => 32,
-        Tone::Note => 33,
-        Tone::Bad => 31,
+        Tone::Good => good,
+        Tone::Note => note,
+        Tone::Bad => bad,
     };
-    format!("\x1b[1;{code}m{word}\x1b[0m")
+    format!("{begin}{word}{plain}")
+}
+
+/// Good, note, bad, and the end of each.
+const COLORS: [&str; 4] = ["\x1b[1;32m", "\x1b[1;33m", "\x1b[1;31m", "\x1b[0m"];
+
+/// The text with what would command a terminal made visible: names come from others. Our own colors stay.
+fn printable(text: &str) -> Cow<'_, str> {
+    let commands = |c: char| c.is_control() && c != '\n';
+    if !text.contains(commands) {
+        return Cow::Borrowed(text);
+    }
+    let mut clean = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find(commands) {
+        let (before, from) = rest.split_at(at);
+        clean.push_str(before);
+        let color = COLORS.iter().find(|color| from.starts_with(**color));
+        let length = color.map_or_else(|| from.chars().next().map_or(0, char::len_utf8), |color| color.len());
+        let (found, after) = from.split_at(length);
+        match color {
+            Some(color) => clean.push_str(color),
+            None => clean.extend(found.chars().flat_map(char::escape_default)),
+        }
+        rest = after;
+    }
+    clean.push_str(rest);
+    Cow::Owned(clean)
 }
 
 /// A table without lines, as `docker ps` prints one. Columns whose name begins with `>` are numbers.
@@ -189,6 +221,15 @@ mod tests {
             [(-5, "0s"), (59, "59s"), (252, "4m12s"), (3600, "1h00m"), (90061, "1d01h"), (864_000, "10d00h")]
         {
             assert_eq!(span(seconds), text);
+        }
+    }
+
+    #[test]
+    fn what_others_named_commands_no_terminal() {
+        let hostile = "a\x1b]0;title\x07\x1b[2J\tb\r\u{9b}";
+        assert_eq!(printable(hostile), "a\\u{1b}]0;title\\u{7}\\u{1b}[2J\\tb\\r\\u{9b}");
+        for plain in ["two\nlines", &paint("bad", Tone::Bad, true)] {
+            assert_eq!(printable(plain), plain);
         }
     }
 

@@ -673,8 +673,10 @@ pub(super) fn refusal(shortage: &Shortage) -> ApiError {
         .map(|(owner, bytes)| serde_json::json!({ "owner": owner, "bytes": bytes }))
         .collect();
     let largest = shortage.largest_free_bytes;
-    let hint = if !shortage.could_fit {
-        "no device could hold it, even empty: ask for less, or raise the limit"
+    let hint = if !shortage.could_fit && shortage.placement.considered.len() == 1 {
+        "that device could not hold it, even empty: ask for less, or name another"
+    } else if !shortage.could_fit {
+        "no device could hold it, even empty: ask for less"
     } else if shortage.requested_bytes <= shortage.largest_after_eviction_bytes {
         "it would fit once idle models are unloaded: `vramd ps` shows which, `vramd unload` unloads"
     } else if shortage.requested_bytes <= shortage.largest_after_compaction_bytes {
@@ -684,21 +686,25 @@ pub(super) fn refusal(shortage: &Shortage) -> ApiError {
     } else {
         "`vramd ps` shows who holds memory; ask for less, wait with onShortage=wait, or raise the limit"
     };
-    ApiError::new(
+    let figures = [shortage.requested_bytes, shortage.available_bytes, largest];
+    let mut shown = figures.map(Bytes::show);
+    // Rounded, what lacks may not be seen.
+    if shown[0] == shown[1] || shown[0] == shown[2] {
+        shown = figures.map(|bytes| format!("{bytes} B"));
+    }
+    let [asked, available, piece] = shown;
+    let mut error = ApiError::new(
         ErrorCode::InsufficientMemory,
-        format!(
-            "{} asked, {} available, the largest piece is {}",
-            Bytes::show(shortage.requested_bytes),
-            Bytes::show(shortage.available_bytes),
-            Bytes::show(largest)
-        ),
-    )
-    .hint(hint)
-    .detail("requestedBytes", shortage.requested_bytes)
-    .detail("availableBytes", shortage.available_bytes)
-    .detail("largestFreeBytes", largest)
-    .detail("largestAfterEvictionBytes", shortage.largest_after_eviction_bytes)
-    .detail("largestAfterDefragmentationBytes", shortage.largest_after_compaction_bytes)
-    .detail("holders", holders)
-    .detail("considered", serde_json::json!(shortage.placement.considered))
+        format!("{asked} asked, {available} available to it, the largest piece is {piece}"),
+    );
+    error.retryable = shortage.could_fit;
+    error
+        .hint(hint)
+        .detail("requestedBytes", shortage.requested_bytes)
+        .detail("availableBytes", shortage.available_bytes)
+        .detail("largestFreeBytes", largest)
+        .detail("largestAfterEvictionBytes", shortage.largest_after_eviction_bytes)
+        .detail("largestAfterDefragmentationBytes", shortage.largest_after_compaction_bytes)
+        .detail("holders", holders)
+        .detail("considered", serde_json::json!(shortage.placement.considered))
 }

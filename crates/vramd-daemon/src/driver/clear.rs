@@ -83,6 +83,10 @@ impl State {
             )
             .hint("leave out force: what nobody has attached is cleared without it"));
         }
+        if request.force && matches!(request.what, ClearTarget::Cache | ClearTarget::Unused) {
+            return Err(ApiError::invalid("force", "only Allocations and Zero can be forced")
+                .hint("models are unloaded once the processes that have them attached have closed them"));
+        }
         let devices: Vec<DeviceId> = device.map_or_else(
             || self.ledger.devices().map(|facts| facts.device.clone()).collect(),
             |one| vec![one],
@@ -167,7 +171,19 @@ impl State {
     fn choose_models(&self, chosen: &mut Chosen) {
         let allocations = self.ledger.allocations();
         for model in self.models.iter() {
-            if model.pinned || model.operation(None).is_some() || self.changing.contains(&model.name) {
+            if model.operation(None).is_some() || self.changing.contains(&model.name) {
+                continue;
+            }
+            let residencies = model.components.values().flat_map(|component| &component.residency);
+            let here = residencies.filter(|(device, _)| chosen.devices.contains(device));
+            for allocation in here.filter_map(|(_, residency)| allocations.get(&residency.allocation())) {
+                let holders: Vec<_> = allocation.holders().cloned().collect();
+                if model.pinned || !holders.is_empty() {
+                    let reason = if model.pinned { FixedReason::Pinned } else { FixedReason::Attached };
+                    chosen.kept.push(FixedBlock { allocation_id: allocation.request.id, reason, holders });
+                }
+            }
+            if model.pinned {
                 continue;
             }
             let idle = |device: &&DeviceId| model.holders(Some(*device), allocations).is_empty();

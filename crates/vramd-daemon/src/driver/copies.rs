@@ -69,13 +69,13 @@ impl CopyError {
         match self {
             Self::Failed(error) => error.clone(),
             Self::Stale(fixed) => {
-                let why = match fixed {
-                    Fixed::Written => "was written to",
-                    Fixed::Reader => "was attached",
-                    Fixed::Busy => "was released",
+                let again = "it is as it was, without a copy; try again";
+                let (why, hint) = match fixed {
+                    Fixed::Written => ("was written to", again),
+                    Fixed::Reader => ("was attached", again),
+                    Fixed::Busy => ("was released", "there is no copy of it"),
                 };
-                ApiError::new(ErrorCode::Conflict, format!("allocation {source} {why} meanwhile"))
-                    .hint("it is as it was, without a copy; try again")
+                ApiError::new(ErrorCode::Conflict, format!("allocation {source} {why} meanwhile")).hint(hint)
             }
         }
     }

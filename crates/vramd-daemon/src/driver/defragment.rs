@@ -138,8 +138,7 @@ impl State {
         let names: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
         let subject = format!("{}, {why}", names.join(", "));
         let id = self.operations.begin(OperationKind::Defragment, subject, 0, self.now);
-        let rate = request.max_bytes_per_second.map(vramd_api::Bytes::get);
-        self.mover.join(flow(id), request.priority.unwrap_or(Priority::Low), rate);
+        self.join_turns(id, request.priority.unwrap_or(Priority::Low), request.max_bytes_per_second);
         let running = Defragmenting {
             request,
             hours,

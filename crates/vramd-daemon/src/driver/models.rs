@@ -557,7 +557,8 @@ impl State {
             model.resident_on().into_iter().filter(|on| device.is_none_or(|device| device == on)).collect();
         if devices.is_empty() {
             let place = device.map_or_else(|| "any device".to_owned(), ToString::to_string);
-            return Err(not_resident(name, &place));
+            return Err(not_resident(name, &place)
+                .hint("there is nothing to unload: `vramd models` shows where it is"));
         }
         if model.pinned {
             return Err(ApiError::new(ErrorCode::Conflict, format!("model {name} is pinned"))

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use imbl::OrdMap;
+use jiff::Timestamp;
 use uuid::Uuid;
 use vramd_api::{
-    ApiError, ComponentName, DeviceId, ErrorCode, EventKind, Holder, ModelName, Operation, OperationId,
-    OperationKind, OperationState,
+    ApiError, Bytes, ComponentName, DeviceId, ErrorCode, EventKind, Holder, ModelName, Operation,
+    OperationId, OperationKind, OperationState, Priority,
 };
 use vramd_core::Now;
 
@@ -39,6 +40,11 @@ pub struct Progress {
 pub struct Entry {
     operation: Operation,
     progress: Arc<Progress>,
+    /// The bound on its rate.
+    most_per_second: Option<u64>,
+    paused_since: Option<Timestamp>,
+    /// Before that.
+    paused_seconds: f64,
 }
 
 /// A load under way.
@@ -93,10 +99,14 @@ impl Entry {
         }
         let until = operation.finished_at.unwrap_or_else(clock::wall);
         let seconds = until.duration_since(operation.started_at).as_secs_f64();
+        let paused = self.paused_since.map_or(0.0, |since| until.duration_since(since).as_secs_f64());
+        let seconds = seconds - self.paused_seconds - paused;
         if operation.bytes_done > 0 && seconds > 0.0 {
             let rate = operation.bytes_done as f64 / seconds;
             operation.bytes_per_second = Some(rate as u64);
-            if operation.state == OperationState::Running {
+            if operation.state == OperationState::Running && !operation.paused {
+                // Its first bytes went before the bound took hold.
+                let rate = self.most_per_second.map_or(rate, |most| rate.min(most as f64));
                 let left = operation.bytes_total.saturating_sub(operation.bytes_done) as f64 / rate;
                 operation.seconds_left = Some((left * 1000.0).round() / 1000.0);
             }
@@ -131,7 +141,14 @@ impl Operations {
             error: None,
             result: None,
         };
-        self.entries.insert(id, Arc::new(Entry { operation, progress: Arc::default() }));
+        let entry = Entry {
+            operation,
+            progress: Arc::default(),
+            most_per_second: None,
+            paused_since: None,
+            paused_seconds: 0.0,
+        };
+        self.entries.insert(id, Arc::new(entry));
         id
     }
 
@@ -157,6 +174,8 @@ impl Operations {
         let operation = &mut entry.operation;
         operation.finished_at = Some(now.wall);
         operation.paused = false;
+        let since = entry.paused_since.take();
+        entry.paused_seconds += since.map_or(0.0, |since| now.wall.duration_since(since).as_secs_f64());
         match outcome {
             Ok(result) => {
                 operation.state = OperationState::Completed;
@@ -187,9 +206,12 @@ impl Operations {
         }
     }
 
-    pub fn set_paused(&mut self, id: OperationId, paused: bool) {
-        if let Some(entry) = self.entries.get_mut(&id) {
-            Arc::make_mut(entry).operation.paused = paused;
+    fn set_paused(&mut self, id: OperationId, paused: bool, now: Now) {
+        if let Some(entry) = self.entries.get_mut(&id).map(Arc::make_mut) {
+            entry.operation.paused = paused;
+            let since = std::mem::replace(&mut entry.paused_since, paused.then_some(now.wall));
+            let seconds = since.map_or(0.0, |since| now.wall.duration_since(since).as_secs_f64());
+            entry.paused_seconds += seconds;
         }
     }
 
@@ -222,6 +244,10 @@ impl Operations {
 impl State {
     pub(super) fn end_operation(&mut self, id: OperationId, outcome: Result<serde_json::Value, ApiError>) {
         if let Some(operation) = self.operations.end(id, outcome, self.now) {
+            if let (OperationState::Failed, Some(error)) = (operation.state, &operation.error) {
+                let Operation { kind, subject, .. } = &operation;
+                tracing::warn!(operation = %id, ?kind, ?subject, error = ?error.message, code = %error.code, "an operation failed");
+            }
             self.emit(EventKind::OperationChanged, serde_json::json!(operation));
         }
         // A clearing may have waited for it.
@@ -230,12 +256,28 @@ impl State {
         self.to_go_on.extend(clears.map(|(id, _)| *id));
     }
 
+    /// The operation's copies take turns with those of others.
+    pub(super) fn join_turns(&mut self, id: OperationId, priority: Priority, most_per_second: Option<Bytes>) {
+        let most_per_second = most_per_second.map(Bytes::get);
+        self.mover.join(flow(id), priority, most_per_second);
+        if let Some(entry) = self.operations.entries.get_mut(&id) {
+            Arc::make_mut(entry).most_per_second = most_per_second;
+        }
+    }
+
     /// Asks an operation to stop. It ends once what it had is back.
     pub(super) fn cancel(&mut self, id: OperationId, reply: Reply<Operation>) {
         let answer = self.operations.show(id).and_then(|operation| {
             if operation.state.ended() {
+                let hint = match (operation.state, operation.kind) {
+                    (OperationState::Completed, OperationKind::Load) => {
+                        "what it brought is there: unload it instead"
+                    }
+                    (OperationState::Completed, _) => "what it did is done",
+                    _ => "it has left nothing that could be cancelled",
+                };
                 return Err(ApiError::new(ErrorCode::Conflict, format!("operation {id} has ended already"))
-                    .hint("what it brought is there: unload it instead")
+                    .hint(hint)
                     .detail("state", serde_json::json!(operation.state)));
             }
             if matches!(self.operations.running.get(&id), Some(Running::Unload(_) | Running::Clear(_))) {
@@ -279,7 +321,7 @@ impl State {
                 }
             }
             self.mover.pause(flow(id), paused);
-            self.operations.set_paused(id, paused);
+            self.operations.set_paused(id, paused, self.now);
             self.to_go_on.insert(id);
             self.operations.show(id)
         });

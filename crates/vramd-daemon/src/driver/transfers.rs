@@ -98,11 +98,7 @@ impl State {
             many => format!("{} items to {target}", many.len()),
         };
         let operation = self.operations.begin(OperationKind::Transfer, subject, total, self.now);
-        self.mover.join(
-            flow(operation),
-            request.priority,
-            request.max_bytes_per_second.map(vramd_api::Bytes::get),
-        );
+        self.join_turns(operation, request.priority, request.max_bytes_per_second);
         let transferring = Transferring {
             items: BTreeMap::new(),
             mode: request.mode,
@@ -507,10 +503,14 @@ impl State {
             (request.target_offset, target.0, "targetOffset"),
         ] {
             if bytes == 0 || !within(offset, whole) {
-                return Err(ApiError::invalid(
-                    field,
-                    format!("{bytes} bytes from {offset} on are not inside of {whole}"),
-                ));
+                let which = field.trim_end_matches("Offset");
+                let what = match bytes {
+                    0 => format!("nothing is left of the {which}'s {whole} bytes from byte {offset} on"),
+                    _ => format!(
+                        "{bytes} bytes from byte {offset} on do not lie inside the {which}'s {whole} bytes"
+                    ),
+                };
+                return Err(ApiError::invalid(field, what));
             }
         }
         if source_id == target_id && request.source_offset.abs_diff(request.target_offset) < bytes {
@@ -537,11 +537,7 @@ impl State {
         let (from, to) = (source.1.clone(), target.1.clone());
         let subject = format!("allocation {source_id} into {target_id}");
         let operation = self.operations.begin(OperationKind::Copy, subject, bytes, self.now);
-        self.mover.join(
-            flow(operation),
-            request.priority,
-            request.max_bytes_per_second.map(vramd_api::Bytes::get),
-        );
+        self.join_turns(operation, request.priority, request.max_bytes_per_second);
         let running = Transferring {
             items: BTreeMap::new(),
             mode: TransferMode::Copy,

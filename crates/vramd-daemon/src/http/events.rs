@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use vramd_api::{ApiError, ErrorCode, Event, EventKind};
 
 use super::App;
+use super::extract::{NoParams, Params};
 use super::reply::{Errors, Refusal};
 use crate::clock;
 
@@ -26,7 +27,7 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 #[utoipa::path(get, path = "/api/events", tag = "events",
     params(("Last-Event-ID" = Option<String>, Header, description = "The id of the last event that was seen")),
     responses((status = 200, body = Event, content_type = "text/event-stream"), Errors))]
-pub async fn stream(State(app): State<App>, headers: HeaderMap) -> Response {
+pub async fn stream(State(app): State<App>, headers: HeaderMap, _: Params<NoParams>) -> Response {
     let Ok(place) = app.event_streams.clone().try_acquire_owned() else {
         let error =
             ApiError::new(ErrorCode::TooManyRequests, format!("{MAX_STREAMS} clients follow events already"))

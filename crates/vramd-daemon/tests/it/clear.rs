@@ -34,11 +34,15 @@ fn what_is_unused_goes_and_what_is_attached_or_pinned_stays() {
     let (daemon, _) = with_model(&[64 * MIB], 3 << 20);
     daemon.loaded("tiny", "sim:0");
     let reader = daemon.attach(&json!({"model": "tiny"})).expect("attached");
-    assert_eq!(clear(&daemon, &json!({"what": "Unused"}))["models"], json!([]));
+    let cleared = clear(&daemon, &json!({"what": "Unused"}));
+    assert_eq!((&cleared["models"], &cleared["kept"][0]["reason"]), (&json!([]), &json!("attached")));
+    assert_eq!(cleared["kept"][0]["holders"][0]["pid"], std::process::id());
+    daemon.post("/api/memory/operations/clear", &json!({"what": "Unused", "force": true})).refuses("force");
     drop(reader);
     wait_for("the reader to be gone", || (daemon.residency("tiny")[0]["attachedCount"] == 0).then_some(()));
     daemon.post("/api/models/tiny/pin", &json!({})).data(200);
-    assert_eq!(clear(&daemon, &json!({"what": "Unused"}))["models"], json!([]));
+    let cleared = clear(&daemon, &json!({"what": "Unused"}));
+    assert_eq!((&cleared["models"], &cleared["kept"][0]["reason"]), (&json!([]), &json!("pinned")));
     daemon.post("/api/models/tiny/unpin", &json!({})).data(200);
     let cleared = clear(&daemon, &json!({"what": "Unused"}));
     assert_eq!(cleared["models"], json!(["tiny"]), "{cleared:#}");

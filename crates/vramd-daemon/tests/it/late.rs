@@ -114,13 +114,19 @@ fn a_daemon_that_stops_leaves_what_is_mapped_as_it_is() {
     // While anything is under way, the driver runs on.
     let samples = daemon.faults[0].hold(Call::Sample);
     caught(&samples, Call::Sample);
-    let later = std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_millis(600));
+    let mut readers = [behind, reader];
+    std::thread::scope(|scope| {
+        let stopped = scope.spawn(|| drop(daemon.stop()));
+        for reader in &mut readers {
+            // Moves that nobody answers, and then the end.
+            while reader.next_move().expect("the connection ends").is_some() {}
+        }
+        // What the driver makes of that, it does now.
+        std::thread::park_timeout(std::time::Duration::from_millis(200));
         drop(samples);
+        stopped.join().expect("no panic");
     });
-    drop(daemon.stop());
-    later.join().expect("no panic");
-    for one in [&behind, &reader] {
+    for one in &readers {
         assert_eq!(contents(&one.descriptors[0], one.attached.block.offset, 300 * KIB), written);
     }
 }

@@ -574,8 +574,12 @@ fn a_slow_transfer_ends_at_once_when_it_is_cancelled_or_its_source_goes() {
     daemon.release(&id).data(200);
     assert_eq!(daemon.ended(&operation)["error"]["code"], "CONFLICT");
     let (id, operation) = begin();
-    daemon.post(&format!("/api/operations/{operation}/pause"), &json!({})).data(200);
-    cancel(format!("/api/operations/{operation}"));
+    let path = format!("/api/operations/{operation}");
+    let left = wait_for("the first piece", || daemon.get(&path).data(200)["secondsLeft"].as_f64());
+    assert!((7.0..8.1).contains(&(left / f64::from(1 << 20))), "at a byte a second: {left}");
+    let paused = daemon.post(&format!("{path}/pause"), &json!({})).data(200);
+    assert_eq!(paused["secondsLeft"], Value::Null, "nobody knows");
+    cancel(path);
     assert_eq!(daemon.ended(&operation)["state"], "Cancelled");
     daemon.release(&id).data(200);
     daemon.all_is_back("sim:0");

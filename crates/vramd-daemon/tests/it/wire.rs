@@ -110,6 +110,7 @@ fn arguments_that_are_not_allowed_are_named() {
         (json!({"sizeBytes": 1, "persistent": true, "leaseSeconds": 5}), "leaseSeconds"),
         (json!({"sizeBytes": 1, "timeoutSeconds": 86_401}), "timeoutSeconds"),
         (json!({"sizeBytes": 1, "purpose": "x".repeat(129)}), "purpose"),
+        (json!({"sizeBytes": 1, "purpose": "\u{1b}[2J"}), "purpose"),
         (json!({"sizeBytes": 1, "priority": "Urgent"}), "priority"),
         (json!({"sizeBytes": 1, "owner": "two words"}), "owner"),
         (json!({"sizeBytes": 1, "memoryType": "DDR"}), "memoryType"),
@@ -135,6 +136,7 @@ fn parameters_that_are_not_known_are_refused() {
     ] {
         daemon.get(path).error("INVALID_ARGUMENT");
     }
+    daemon.get("/api/events?since=3").refuses("query");
     daemon.get("/api/memory/allocations?pageSize=0").refuses("pageSize");
     daemon.get("/api/memory/allocations?pageSize=1001").refuses("pageSize");
     daemon.get("/api/memory/allocations?pageToken=x").refuses("pageToken");

@@ -53,7 +53,14 @@ pub async fn operations(
     output: Output,
 ) -> Result<(), CommandError> {
     match id {
-        Some(id) => output.data(&client.operation(id, 0).await?, |it| rows(std::slice::from_ref(it))),
+        Some(id) => {
+            let operation = client.operation(id, 0).await?;
+            output.data(&operation, |it| rows(std::slice::from_ref(it)))?;
+            if let Some(error) = operation.error {
+                output.say(&format!("{}: {}", error.code, error.message));
+            }
+            Ok(())
+        }
         None => output.data(&client.operations(state).await?, |page: &OperationPage| rows(&page.operations)),
     }
 }

@@ -10,6 +10,9 @@ use crate::arguments::ServeArguments;
 use crate::error::CommandError;
 use crate::output::Output;
 
+/// How long a thread for blocking work stays when there is none.
+const KEEP_ALIVE: Duration = Duration::from_millis(500);
+
 pub fn serve(arguments: ServeArguments, output: Output) -> Result<(), CommandError> {
     let settings = config::resolved(arguments)?;
     let filter = EnvFilter::try_new(&settings.log.value).map_err(|error| CommandError::Usage {
@@ -26,7 +29,10 @@ pub fn serve(arguments: ServeArguments, output: Output) -> Result<(), CommandErr
     }
     raise_open_files();
     let config = settings.daemon()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // Each measurement wakes a thread that waits for blocking work: with the usual ten seconds, none of those that a
+    // burst began would ever end.
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().thread_keep_alive(KEEP_ALIVE).build()?;
     let outcome = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;

@@ -20,7 +20,11 @@ fn id(app: &App, text: &str) -> Result<OperationId, ApiError> {
     let snapshot = app.driver.snapshot();
     let kind = snapshot.operations.get(&id).map(|entry| entry.operation().kind);
     let moves = matches!(kind, Some(OperationKind::Transfer | OperationKind::Copy));
-    if moves { Ok(id) } else { Err(ApiError::not_found("transfer", text)) }
+    if moves {
+        Ok(id)
+    } else {
+        Err(ApiError::not_found("transfer", text).hint("`vramd operations` lists those that are there"))
+    }
 }
 
 /// Move or copy to another device
