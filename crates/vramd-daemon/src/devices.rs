@@ -5,10 +5,50 @@ use std::sync::Arc;
 
 use vramd_api::{ApiError, DeviceHealth, DeviceId, ErrorCode};
 use vramd_core::ledger::DeviceFacts;
-use vramd_device::{Device, DeviceError, cpu, sim};
+use vramd_device::{Device, DeviceError, cpu, sim, vulkan};
 
 /// The share of the machine's memory that the daemon may hold when no limit is configured.
 const DEFAULT_CPU_SHARE: f64 = 0.8;
+
+/// The share of a card's memory that the daemon may hold.
+const DEFAULT_CARD_SHARE: f64 = 0.9;
+
+/// Which Vulkan adapters to open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum VulkanAdapters {
+    #[default]
+    None,
+    /// Those that are real cards.
+    Hardware,
+    /// Software drivers too.
+    All,
+}
+
+impl VulkanAdapters {
+    const WORDS: [(Self, &'static str); 3] =
+        [(Self::None, "none"), (Self::Hardware, "hardware"), (Self::All, "all")];
+}
+
+impl std::fmt::Display for VulkanAdapters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let word = Self::WORDS.iter().find(|(value, _)| value == self);
+        f.write_str(word.map_or("none", |(_, word)| word))
+    }
+}
+
+impl std::str::FromStr for VulkanAdapters {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let found = Self::WORDS.iter().find(|(_, word)| *word == text);
+        found.map(|(value, _)| *value).ok_or("write none, hardware or all")
+    }
+}
+
+/// The Vulkan adapters of this machine by name, and whether each is a real card; or why there are none.
+pub fn vulkan_adapters() -> Result<Vec<(String, bool)>, String> {
+    let adapters = vulkan::discover().map_err(|error| error.to_string())?;
+    Ok(adapters.iter().map(|adapter| (adapter.name().to_owned(), !adapter.is_software())).collect())
+}
 
 /// A device and the most that the daemon may hold on it.
 pub struct Opened {
@@ -30,8 +70,13 @@ impl std::fmt::Debug for Opened {
 pub struct Devices(BTreeMap<DeviceId, Opened>);
 
 impl Devices {
-    /// Opens the host's memory, and simulated devices by a spec such as `24GiB,8GiB`.
-    pub fn open(cpu_limit_bytes: Option<u64>, sim_spec: Option<&str>) -> Result<Self, String> {
+    /// Opens the host's memory, simulated devices by a spec such as `24GiB,8GiB`, and Vulkan adapters. One of those that
+    /// does not open is left out, with a line in the log.
+    pub fn open(
+        cpu_limit_bytes: Option<u64>,
+        sim_spec: Option<&str>,
+        adapters: VulkanAdapters,
+    ) -> Result<Self, String> {
         let mut devices = Self::default();
         let cpu =
             cpu::Device::open(cpu::Options::default()).map_err(|error| format!("host memory: {error}"))?;
@@ -45,7 +90,31 @@ impl Devices {
             let device = sim::Device::open(spec).map_err(|error| format!("simulated device: {error}"))?;
             devices.add(Arc::new(device), limit);
         }
+        if adapters != VulkanAdapters::None {
+            devices.open_vulkan(adapters == VulkanAdapters::All);
+        }
         Ok(devices)
+    }
+
+    fn open_vulkan(&mut self, software: bool) {
+        let found = vulkan::discover().unwrap_or_else(|error| {
+            tracing::warn!(%error, "no Vulkan device is opened");
+            Vec::new()
+        });
+        for (ordinal, adapter) in (0..).zip(found) {
+            let name = adapter.name().to_owned();
+            if adapter.is_software() && !software {
+                tracing::info!(name, "a software Vulkan driver is not opened: `--vulkan all` does");
+                continue;
+            }
+            match vulkan::Device::open(adapter, vulkan::Options { ordinal, limit_bytes: None }) {
+                Ok(device) => {
+                    let limit = (device.facts().total_bytes as f64 * DEFAULT_CARD_SHARE) as u64;
+                    self.add(Arc::new(device), limit);
+                }
+                Err(error) => tracing::warn!(name, %error, "a Vulkan adapter does not open"),
+            }
+        }
     }
 
     pub fn add(&mut self, device: Arc<dyn Device>, limit_bytes: u64) {

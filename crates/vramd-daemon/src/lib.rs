@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use vramd_api::{ComponentName, DeviceId, ModelName, ReadyFile};
 
 pub use clock::LocalTime;
-pub use devices::Devices;
+pub use devices::{Devices, VulkanAdapters, vulkan_adapters};
 use driver::{Driver, Event, Load, Schedule};
 pub use http::openapi_json;
 use server::{RemoveOnDrop, Server};
@@ -54,6 +54,8 @@ pub struct Config {
     pub cpu_limit_bytes: Option<u64>,
     /// Simulated devices: `24GiB,8GiB`.
     pub sim: Option<String>,
+    /// Vulkan adapters to open.
+    pub vulkan: VulkanAdapters,
     /// When devices are defragmented without being asked.
     pub quiet_hours: Option<QuietHours>,
     /// Written once the daemon serves.
@@ -120,8 +122,8 @@ pub async fn serve(
     config: Config,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), StartError> {
-    let devices =
-        Devices::open(config.cpu_limit_bytes, config.sim.as_deref()).map_err(StartError::Devices)?;
+    let devices = Devices::open(config.cpu_limit_bytes, config.sim.as_deref(), config.vulkan)
+        .map_err(StartError::Devices)?;
     serve_on(config, devices, LocalTime::system(), shutdown).await
 }
 

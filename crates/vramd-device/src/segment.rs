@@ -15,6 +15,7 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use crate::table::Extent;
 use crate::{Call, DeviceError, ExportAccess, SegmentId, Writers};
 
 /// Mappings begin at a multiple of it, so that the kernel can use huge pages for them.
@@ -62,6 +63,12 @@ pub(crate) struct Segment {
     writers: Writers,
 }
 
+impl Extent for Segment {
+    fn bytes(&self) -> u64 {
+        self.mapping.bytes as u64
+    }
+}
+
 impl Segment {
     pub(crate) fn create(name: &str, bytes: u64, writers: Writers, backing: Backing) -> Result<Self, Failed> {
         let file = memory_file(name, backing)?;
@@ -80,10 +87,6 @@ impl Segment {
         }
         rustix::fs::fcntl_add_seals(&file, seals).map_err(Failed::at("fcntl(F_ADD_SEALS)"))?;
         Ok(Self { file, mapping, writers })
-    }
-
-    pub(crate) fn bytes(&self) -> u64 {
-        self.mapping.bytes as u64
     }
 
     /// Makes the pages of a range present, as zeros where they never were.

@@ -4,14 +4,29 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::segment::Segment;
 use crate::{Call, DeviceError, Range, SegmentId};
 
-/// The lock is held for a look-up only: whoever works on a segment holds the segment itself.
-#[derive(Debug, Default)]
-pub(crate) struct Table(Mutex<HashMap<SegmentId, Arc<Segment>>>);
+/// A segment, of whatever backend.
+pub(crate) trait Extent {
+    fn bytes(&self) -> u64;
+}
 
-impl Table {
+/// The lock is held for a look-up only: whoever works on a segment holds the segment itself.
+pub(crate) struct Table<S>(Mutex<HashMap<SegmentId, Arc<S>>>);
+
+impl<S> Default for Table<S> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<S> std::fmt::Debug for Table<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.lock().keys()).finish()
+    }
+}
+
+impl<S: Extent> Table<S> {
     /// Checks what `create` is asked for.
     pub(crate) fn check_new(&self, id: SegmentId, bytes: u64, granularity: u64) -> Result<(), DeviceError> {
         if bytes == 0 || !bytes.is_multiple_of(granularity) {
@@ -23,7 +38,7 @@ impl Table {
         Ok(())
     }
 
-    pub(crate) fn insert(&self, id: SegmentId, segment: Segment) -> Result<(), DeviceError> {
+    pub(crate) fn insert(&self, id: SegmentId, segment: S) -> Result<(), DeviceError> {
         match self.lock().entry(id) {
             Entry::Occupied(_) => Err(misuse(Call::Create, id, "its id is in use")),
             Entry::Vacant(place) => {
@@ -33,16 +48,16 @@ impl Table {
         }
     }
 
-    pub(crate) fn remove(&self, id: SegmentId) -> Result<Arc<Segment>, DeviceError> {
+    pub(crate) fn remove(&self, id: SegmentId) -> Result<Arc<S>, DeviceError> {
         self.lock().remove(&id).ok_or_else(|| misuse(Call::Destroy, id, "there is no such segment"))
     }
 
-    pub(crate) fn get(&self, call: Call, id: SegmentId) -> Result<Arc<Segment>, DeviceError> {
+    pub(crate) fn get(&self, call: Call, id: SegmentId) -> Result<Arc<S>, DeviceError> {
         self.lock().get(&id).cloned().ok_or_else(|| misuse(call, id, "there is no such segment"))
     }
 
     /// The segment of a range that is inside of it.
-    pub(crate) fn get_range(&self, call: Call, range: Range) -> Result<Arc<Segment>, DeviceError> {
+    pub(crate) fn get_range(&self, call: Call, range: Range) -> Result<Arc<S>, DeviceError> {
         let segment = self.get(call, range.segment)?;
         match range.offset.checked_add(range.bytes) {
             Some(end) if end <= segment.bytes() => Ok(segment),
@@ -56,7 +71,7 @@ impl Table {
         from: Range,
         to: SegmentId,
         to_offset: u64,
-    ) -> Result<(Arc<Segment>, Arc<Segment>), DeviceError> {
+    ) -> Result<(Arc<S>, Arc<S>), DeviceError> {
         let source = self.get_range(Call::Copy, from)?;
         let target =
             self.get_range(Call::Copy, Range { segment: to, offset: to_offset, bytes: from.bytes })?;
@@ -65,8 +80,10 @@ impl Table {
         }
         Ok((source, target))
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<SegmentId, Arc<Segment>>> {
+impl<S> Table<S> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<SegmentId, Arc<S>>> {
         // No operation under this lock can leave the map half changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

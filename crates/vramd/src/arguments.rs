@@ -12,7 +12,7 @@ use vramd_api::{
 };
 use vramd_core::ledger::BLOCK_QUANTUM;
 use vramd_core::replay::Format;
-use vramd_daemon::QuietHours;
+use vramd_daemon::{QuietHours, VulkanAdapters};
 
 use crate::settings::{Layer, Switch};
 
@@ -222,6 +222,9 @@ pub struct ServeArguments {
     /// Simulated devices by their sizes: 24GiB or 24GiB,8GiB
     #[arg(long, value_name = "SPEC")]
     sim: Option<String>,
+    /// Vulkan adapters to open as devices [default: none]
+    #[arg(long, value_name = "none|hardware|all")]
+    vulkan: Option<VulkanAdapters>,
     /// Write the address, the socket and the pid to this file once the daemon serves
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
@@ -243,6 +246,7 @@ impl ServeArguments {
             model_roots: (!self.model_root.is_empty()).then_some(self.model_root),
             cpu_limit: self.cpu_limit,
             sim: self.sim,
+            vulkan: self.vulkan,
             ready_file: self.ready_file,
             quiet_hours: self.quiet_hours,
             log: self.log,

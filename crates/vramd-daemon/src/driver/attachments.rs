@@ -213,6 +213,9 @@ impl State {
             return Err(ApiError::new(
                 ErrorCode::Conflict,
                 format!("memory on {} cannot be mapped by other processes", allocation.device),
+            )
+            .hint(
+                "load or move it to a device that can export, such as cpu:0: `vramd devices` shows which can",
             ));
         }
         if request.access == Access::Write {

@@ -12,6 +12,7 @@ mod late;
 mod meetings;
 mod models;
 mod moves;
+mod pairs;
 mod parts;
 mod quiet_hours;
 mod restart;

@@ -142,6 +142,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         model_roots: Vec::new(),
         cpu_limit_bytes: None,
         sim: None,
+        vulkan: vramd_daemon::VulkanAdapters::None,
         quiet_hours: None,
         ready_file: None,
     };

@@ -193,6 +193,7 @@ impl Home {
             model_roots: vec![self.path("models")],
             cpu_limit_bytes: None,
             sim: None,
+            vulkan: vramd_daemon::VulkanAdapters::None,
             quiet_hours,
             ready_file: Some(ready.clone()),
         };

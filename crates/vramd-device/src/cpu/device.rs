@@ -9,7 +9,7 @@ use super::pages::{BASE_PAGE_BYTES, Pages};
 use super::populate::populate;
 use crate::host::Host;
 use crate::segment::{Backing, Failed, Segment};
-use crate::table::Table;
+use crate::table::{Extent as _, Table};
 use crate::{Call, DeviceError, ExportAccess, Facts, Range, Sample, SegmentId, Source, Writers};
 
 /// What an administrator may say about host memory.
@@ -27,7 +27,7 @@ pub struct Device {
     host: Host,
     pages: Pages,
     books: Mutex<Books>,
-    segments: Table,
+    segments: Table<Segment>,
 }
 
 #[derive(Debug, Default)]

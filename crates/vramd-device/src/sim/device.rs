@@ -11,7 +11,7 @@ use super::spec::{BadSpec, Spec};
 use crate::host::Host;
 use crate::segment::{Backing, Failed, Segment};
 use crate::source::{DIRECT_ALIGN, READ_BYTES};
-use crate::table::Table;
+use crate::table::{Extent as _, Table};
 use crate::{Call, DeviceError, ExportAccess, Facts, Range, Sample, SegmentId, Source, Writers};
 
 /// One simulated device.
@@ -22,7 +22,7 @@ pub struct Device {
     link: Link,
     host: Host,
     held: Mutex<u64>,
-    segments: Table,
+    segments: Table<Segment>,
 }
 
 /// Why a simulated device could not be opened.

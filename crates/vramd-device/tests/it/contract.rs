@@ -10,7 +10,7 @@ use proptest::test_runner::Config;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::mm::ProtFlags;
-use vramd_device::{Device, DeviceError, ExportAccess, Range, SegmentId, Writers, cpu, sim};
+use vramd_device::{Device, DeviceError, ExportAccess, Range, SegmentId, Writers, cpu, sim, vulkan};
 
 use crate::files::{buffered, direct, file, pattern};
 use crate::fresh;
@@ -26,14 +26,43 @@ fn open_sim() -> sim::Device {
     sim::Device::open(sim::Spec::new(0, TOTAL)).unwrap()
 }
 
+/// On the first card, or the software driver that has this in its name; None, and said, where there is none.
+fn open_vulkan(driver: &str) -> Option<vulkan::Device> {
+    let wanted = |adapter: &vulkan::Adapter| {
+        if driver == "card" { !adapter.is_software() } else { adapter.name().contains(driver) }
+    };
+    let reason = match vulkan::discover().map(|adapters| adapters.into_iter().find(wanted)) {
+        Ok(Some(adapter)) => {
+            let options = vulkan::Options { ordinal: 0, limit_bytes: Some(TOTAL) };
+            return Some(vulkan::Device::open(adapter, options).unwrap());
+        }
+        Ok(None) => "there is none".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    let needed = driver != "card" && std::env::var_os("VRAMD_TEST_VULKAN").is_some();
+    assert!(!needed, "{driver}: {reason}");
+    eprintln!("SKIPPED: Vulkan, {driver}: {reason}");
+    None
+}
+
+macro_rules! checks {
+    ($open:expr; $($check:ident),*) => {
+        $(#[test] fn $check() { if let Some(device) = $open { super::$check(&device); } })*
+    };
+}
+
 macro_rules! on_every_backend {
-    ($($check:ident),* $(,)?) => {
-        mod cpu_device { $(#[test] fn $check() { super::$check(&super::open_cpu()); })* }
-        mod sim_device { $(#[test] fn $check() { super::$check(&super::open_sim()); })* }
+    (everywhere: $($check:ident),* ; with_export: $($export:ident),* $(,)?) => {
+        mod cpu_device { checks!(Some(super::open_cpu()); $($check,)* $($export),*); }
+        mod sim_device { checks!(Some(super::open_sim()); $($check,)* $($export),*); }
+        mod vulkan_card { checks!(super::open_vulkan("card"); $($check),*); }
+        mod vulkan_lavapipe { checks!(super::open_vulkan("llvmpipe"); $($check),*); }
+        mod vulkan_swiftshader { checks!(super::open_vulkan("SwiftShader"); $($check),*); }
     };
 }
 
 on_every_backend![
+    everywhere:
     facts_are_plausible,
     a_new_segment_reads_as_zero,
     memory_that_was_used_before_is_new_again,
@@ -47,6 +76,13 @@ on_every_backend![
     samples_count_what_is_held,
     creates_at_the_same_time_never_take_more_than_there_is,
     many_threads_leave_nothing_behind,
+    a_copy_is_what_was_there_and_nothing_else,
+    a_copy_that_overlaps_or_leaves_its_segment_is_misuse_and_changes_nothing,
+    a_segment_is_emptied_into_the_holes_of_another,
+    a_file_fills_exactly_its_range,
+    a_file_that_ends_early_is_an_error,
+    parallel_fills_do_not_mix;
+    with_export:
     an_importer_sees_the_bytes,
     a_process_that_has_a_segment_open_is_named_until_it_is_gone,
     importers_write_where_they_may,
@@ -54,13 +90,7 @@ on_every_backend![
     nobody_changes_the_size,
     exported_descriptors_are_not_inherited,
     what_is_destroyed_lives_on_for_who_still_has_it,
-    a_copy_is_what_was_there_and_nothing_else,
-    a_copy_that_overlaps_or_leaves_its_segment_is_misuse_and_changes_nothing,
     an_importer_sees_what_was_copied_into_a_sealed_segment,
-    a_segment_is_emptied_into_the_holes_of_another,
-    a_file_fills_exactly_its_range,
-    a_file_that_ends_early_is_an_error,
-    parallel_fills_do_not_mix,
 ];
 
 /// A size that every backend's granularity divides.
@@ -455,22 +485,34 @@ fn a_segment_is_emptied_into_the_holes_of_another(device: &dyn Device) {
             device.write(emptied, (number * BLOCK) as u64, &written(blocks + number)).unwrap();
         }
     }
-    let old = Import::read(export(device, emptied, ExportAccess::Read), SIZE);
-    let new = Import::read(export(device, packed, ExportAccess::Read), SIZE);
+    let places = [packed, emptied];
+    let importers = device
+        .facts()
+        .capabilities
+        .export
+        .then(|| places.map(|segment| Import::read(export(device, segment, ExportAccess::Read), SIZE)));
+    // As the device has it, and every importer.
+    let seen = |which: usize| {
+        let bytes = contents(device, places[which], SIZE);
+        assert!(importers.as_ref().is_none_or(|importers| importers[which].bytes() == bytes));
+        bytes
+    };
     for number in (0..blocks - 1).step_by(2) {
         let (from, to) = ((number * BLOCK) as u64, ((number + 1) * BLOCK) as u64);
         device.copy(Range { segment: emptied, offset: from, bytes: BLOCK as u64 }, packed, to).unwrap();
-        assert!(old.bytes()[from as usize..][..BLOCK] == written(blocks + number), "the old one stays");
-        assert!(new.bytes()[to as usize..][..BLOCK] == written(blocks + number));
-        assert!(new.bytes()[from as usize..][..BLOCK] == written(number), "its neighbour stays");
+        let (new, old) = (seen(0), seen(1));
+        assert!(old[from as usize..][..BLOCK] == written(blocks + number), "the old one stays");
+        assert!(new[to as usize..][..BLOCK] == written(blocks + number));
+        assert!(new[from as usize..][..BLOCK] == written(number), "its neighbour stays");
     }
-    drop(old);
     device.destroy(emptied).unwrap();
-    assert!(available(device) >= before - SIZE, "the emptied segment is back");
     // What is given out again reads as zero.
     device.zero(Range { segment: packed, offset: BLOCK as u64, bytes: BLOCK as u64 }).unwrap();
-    assert!(new.bytes()[BLOCK..][..BLOCK].iter().all(|byte| *byte == 0));
-    assert!(new.bytes()[..BLOCK] == written(0) && new.bytes()[2 * BLOCK..][..BLOCK] == written(2));
+    let new = seen(0);
+    assert!(new[BLOCK..][..BLOCK].iter().all(|byte| *byte == 0));
+    assert!(new[..BLOCK] == written(0) && new[2 * BLOCK..][..BLOCK] == written(2));
+    drop(importers);
+    assert!(available(device) >= before - SIZE, "the emptied segment is back");
     device.destroy(packed).unwrap();
 }
 

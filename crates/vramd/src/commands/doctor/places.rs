@@ -9,6 +9,7 @@ use vramd_api::Bytes;
 
 use super::Check;
 use crate::settings::{Settings, Switch};
+use vramd_daemon::VulkanAdapters;
 
 /// The store is small; below this it will soon refuse.
 const STORE_ROOM: u64 = 64 << 20;
@@ -17,6 +18,7 @@ const STORE_ROOM: u64 = 64 << 20;
 pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
     let mut checks = Vec::new();
     let listen = settings.listen.value.clone();
+    checks.push(vulkan(settings.vulkan.value, &vramd_daemon::vulkan_adapters()));
     let config = settings.daemon()?;
     if let (Switch::On(address), false) = (listen, serving) {
         checks.push(match TcpListener::bind(address) {
@@ -59,6 +61,35 @@ pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
 }
 
 /// Whether files can be made in `directory`, or it can itself be made.
+fn vulkan(wanted: VulkanAdapters, found: &Result<Vec<(String, bool)>, String>) -> Check {
+    let hint = "the card's driver brings it; on Debian: `apt install libvulkan1 mesa-vulkan-drivers`";
+    let (cards, names) = match found {
+        Ok(adapters) => {
+            let of = |(name, card): &(String, bool)| match card {
+                true => name.clone(),
+                false => format!("{name} (software)"),
+            };
+            (
+                adapters.iter().filter(|(_, card)| *card).count(),
+                adapters.iter().map(of).collect::<Vec<_>>().join(", "),
+            )
+        }
+        Err(error) => (0, error.clone()),
+    };
+    match (wanted, found) {
+        (VulkanAdapters::All, Ok(all)) if !all.is_empty() => Check::ok("Vulkan", names),
+        (VulkanAdapters::Hardware, _) if cards > 0 => Check::ok("Vulkan", names),
+        (VulkanAdapters::None, Ok(all)) if !all.is_empty() => {
+            Check::ok("Vulkan", format!("{names}; not opened without --vulkan"))
+        }
+        (VulkanAdapters::None, _) => Check::ok("Vulkan", format!("no adapter ({names})")),
+        (VulkanAdapters::Hardware, Ok(all)) if !all.is_empty() => {
+            Check::warning("Vulkan", format!("no card: {names}"), "--vulkan all opens software drivers too")
+        }
+        _ => Check::warning("Vulkan", format!("no adapter ({names})"), hint),
+    }
+}
+
 fn writable(name: &'static str, directory: &Path, flag: &str) -> Check {
     let existing = existing(directory);
     match access(existing, Access::WRITE_OK | Access::EXEC_OK) {
@@ -92,6 +123,24 @@ fn existing(path: &Path) -> &Path {
 mod tests {
     use super::super::Verdict;
     use super::*;
+
+    #[test]
+    fn what_vulkan_lacks_is_said_only_to_who_wants_it() {
+        use super::super::Verdict::{Ok as Good, Warning};
+        let card = ("Card".to_owned(), true);
+        let software = ("llvmpipe".to_owned(), false);
+        let none = || Err("the loader is not there".to_owned());
+        for (found, verdicts) in [
+            (Ok(vec![card.clone(), software.clone()]), [Good, Good, Good]),
+            (Ok(vec![software]), [Good, Warning, Good]),
+            (Ok(Vec::new()), [Good, Warning, Warning]),
+            (none(), [Good, Warning, Warning]),
+        ] {
+            let wanted = [VulkanAdapters::None, VulkanAdapters::Hardware, VulkanAdapters::All];
+            assert_eq!(wanted.map(|wanted| vulkan(wanted, &found).verdict), verdicts, "{found:?}");
+        }
+        assert!(vulkan(VulkanAdapters::All, &none()).message.contains("the loader is not there"));
+    }
 
     #[test]
     fn a_directory_that_can_be_made_is_good() {

@@ -1,0 +1,135 @@
+//! Bytes on their way between every two kinds of devices that open here.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use vramd_daemon::Devices;
+use vramd_device::{Device, cpu, sim, vulkan};
+
+use crate::meetings::allocated_on;
+use crate::moves::{contents, fill};
+use crate::support::{Daemon, Home, MIB, payload, wait_for, write_model};
+
+/// Host memory, a simulated device, and each Vulkan driver of the machine.
+fn start(home: &Home) -> (Daemon, Vec<String>) {
+    let mut open: Vec<Arc<dyn Device>> = vec![
+        Arc::new(cpu::Device::open(cpu::Options::default()).expect("host memory")),
+        Arc::new(sim::Device::open(sim::Spec::new(0, 64 * MIB)).expect("a device")),
+    ];
+    match vulkan::discover() {
+        Ok(adapters) => {
+            for (ordinal, adapter) in (0..).zip(adapters) {
+                let options = vulkan::Options { ordinal, limit_bytes: Some(64 * MIB) };
+                open.push(Arc::new(vulkan::Device::open(adapter, options).expect("it opens")));
+            }
+        }
+        Err(error) => {
+            assert!(std::env::var_os("VRAMD_TEST_VULKAN").is_none(), "{error}");
+            eprintln!("SKIPPED: Vulkan: {error}");
+        }
+    }
+    let names = open.iter().map(|device| device.facts().device.to_string()).collect();
+    let mut devices = Devices::default();
+    for device in open {
+        devices.add(device, 64 * MIB);
+    }
+    (home.start_on(devices, Vec::new()), names)
+}
+
+fn transfer(daemon: &Daemon, item: &Value, to: &str) -> Value {
+    let body = json!({"items": [item], "targetDeviceId": to, "checksum": true});
+    let ended = daemon.post("/api/memory/transfer?wait=30", &body).data(200);
+    assert_eq!(ended["state"], "Completed", "to {to}: {ended:#}");
+    ended["result"]["items"][0].clone()
+}
+
+#[test]
+fn every_byte_arrives_over_every_pair() {
+    let home = Home::new();
+    let (daemon, names) = start(&home);
+    // More than one piece, and no multiple of anything.
+    let bytes = 5_000_003;
+    let written = payload(bytes, 3);
+    let id = allocated_on(&daemon, "cpu:0", &json!({"sizeBytes": bytes, "leaseSeconds": 600}));
+    fill(&daemon, &id, &written);
+    let item = json!({"allocationId": id});
+    let mut checksums = std::collections::BTreeSet::new();
+    for from in &names {
+        for to in names.iter().filter(|to| *to != from) {
+            let on = |device: &str| {
+                daemon.get(&format!("/api/memory/allocation/{id}")).data(200)["deviceId"] == device
+            };
+            if !on(from) {
+                transfer(&daemon, &item, from);
+            }
+            let moved = transfer(&daemon, &item, to);
+            checksums.insert(moved["checksum"]["value"].to_string());
+            if to != "cpu:0" {
+                transfer(&daemon, &item, "cpu:0");
+            }
+            let reader = daemon.attach(&json!({"allocationId": id})).expect("attached");
+            let block = &reader.attached.block;
+            assert!(
+                contents(&reader.descriptors[0], block.offset, bytes as u64) == written,
+                "{from} to {to}"
+            );
+            drop(reader);
+            wait_for("the reader to be gone", || {
+                let shown = daemon.get(&format!("/api/memory/allocation/{id}")).data(200);
+                (shown["leases"].as_array()?.len() == 1).then_some(())
+            });
+        }
+    }
+    assert_eq!(checksums.len(), 1);
+    daemon.release(&id).data(200);
+    for name in names.iter().filter(|name| *name != "cpu:0") {
+        daemon.all_is_back(name);
+    }
+}
+
+#[test]
+fn a_model_is_loaded_onto_every_device_and_copied_to_host_memory() {
+    let home = Home::new();
+    let (daemon, names) = start(&home);
+    let written = write_model(&home.path("models/tiny.safetensors"), "w", 5_000_000);
+    daemon.register("tiny", "tiny.safetensors");
+    for name in &names {
+        daemon.loaded("tiny", name);
+        if name != "cpu:0" {
+            transfer(&daemon, &json!({"model": "tiny"}), "cpu:0");
+        }
+        let reader = daemon.attach(&json!({"model": "tiny"})).expect("attached");
+        let block = &reader.attached.block;
+        assert!(
+            contents(&reader.descriptors[0], block.offset, written.len() as u64) == written,
+            "by way of {name}"
+        );
+        drop(reader);
+        wait_for("the reader to be gone", || {
+            (daemon.residency("tiny")[0]["attachedCount"] == 0).then_some(())
+        });
+        daemon.unloaded("tiny");
+    }
+    for name in names.iter().filter(|name| *name != "cpu:0") {
+        daemon.all_is_back(name);
+    }
+}
+
+#[test]
+fn what_cannot_be_attached_says_so() {
+    let home = Home::new();
+    let (daemon, names) = start(&home);
+    for name in names.iter().filter(|name| name.starts_with("vulkan")) {
+        let body = json!({"sizeBytes": MIB});
+        let id = allocated_on(&daemon, name, &body);
+        match daemon.attach(&json!({"allocationId": id})) {
+            Err(vramd_attach::AttachError::Api(refused)) => {
+                assert_eq!(refused.code, vramd_api::ErrorCode::Conflict);
+                assert!(refused.hint.is_some_and(|hint| hint.contains("cpu:0")));
+            }
+            other => panic!("it was granted: {other:?}"),
+        }
+        daemon.release(&id).data(200);
+        daemon.all_is_back(name);
+    }
+}

@@ -1,0 +1,234 @@
+//! The loader, the instance, and what it says about each adapter. Nothing here takes memory on a card.
+
+use std::ffi::CStr;
+use std::sync::Arc;
+
+use ash::vk;
+use vramd_api::MemoryType;
+
+/// Why no adapter can be looked for.
+#[derive(Debug, thiserror::Error)]
+pub enum NoVulkan {
+    #[error("the Vulkan loader (libvulkan.so.1) is not there: {0}")]
+    Loader(#[from] ash::LoadingError),
+    #[error("the Vulkan loader speaks version {0}.{1}; 1.1 is needed")]
+    Old(u32, u32),
+    /// No driver, or none that works.
+    #[error("no Vulkan driver answers: {0}")]
+    Instance(#[from] vk::Result),
+}
+
+/// The connection to the loader; it goes with the last adapter.
+pub(super) struct Instance {
+    pub raw: ash::Instance,
+    /// The library: what `raw` calls is in it.
+    _entry: ash::Entry,
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        // SAFETY: whatever was made from it holds it, so nothing is left.
+        unsafe { self.raw.destroy_instance(None) };
+    }
+}
+
+/// One adapter, as its driver describes it.
+#[derive(Clone)]
+pub struct Adapter {
+    pub(super) instance: Arc<Instance>,
+    pub(super) physical: vk::PhysicalDevice,
+    pub(super) name: String,
+    pub(super) uuid: String,
+    pub(super) kind: vk::PhysicalDeviceType,
+    pub(super) memory: vk::PhysicalDeviceMemoryProperties,
+    /// The family of the queue that copies.
+    pub(super) family: u32,
+    pub(super) has_budget: bool,
+}
+
+impl std::fmt::Debug for Adapter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Adapter").field("name", &self.name).field("uuid", &self.uuid).finish_non_exhaustive()
+    }
+}
+
+/// Asks the loader for all adapters, in its order. Those that cannot copy buffers, or are older than Vulkan 1.1, are
+/// left out.
+pub fn discover() -> Result<Vec<Adapter>, NoVulkan> {
+    // SAFETY: the loader's library runs its initialisers, which we have to trust like any driver.
+    let entry = unsafe { ash::Entry::load() }?;
+    // SAFETY: a plain question.
+    let version = unsafe { entry.try_enumerate_instance_version() }?.unwrap_or(vk::API_VERSION_1_0);
+    if version < vk::API_VERSION_1_1 {
+        return Err(NoVulkan::Old(vk::api_version_major(version), vk::api_version_minor(version)));
+    }
+    let application =
+        vk::ApplicationInfo::default().application_name(c"vramd").api_version(vk::API_VERSION_1_1);
+    let create = vk::InstanceCreateInfo::default().application_info(&application);
+    // SAFETY: what `create` points to lives until the call returns.
+    let raw = unsafe { entry.create_instance(&create, None) }?;
+    let instance = Arc::new(Instance { raw, _entry: entry });
+    // SAFETY: the instance lives.
+    let found = unsafe { instance.raw.enumerate_physical_devices() }?;
+    Ok(found.into_iter().filter_map(|physical| Adapter::of(&instance, physical)).collect())
+}
+
+impl Adapter {
+    fn of(instance: &Arc<Instance>, physical: vk::PhysicalDevice) -> Option<Self> {
+        let mut ids = vk::PhysicalDeviceIDProperties::default();
+        let mut described = vk::PhysicalDeviceProperties2::default().push_next(&mut ids);
+        // SAFETY: the adapter is of this instance, which lives; the chain has room for the answer.
+        let (base, memory, families, extensions) = unsafe {
+            instance.raw.get_physical_device_properties2(physical, &mut described);
+            let base = described.properties;
+            (
+                base,
+                instance.raw.get_physical_device_memory_properties(physical),
+                instance.raw.get_physical_device_queue_family_properties(physical),
+                instance.raw.enumerate_device_extension_properties(physical).unwrap_or_default(),
+            )
+        };
+        if base.api_version < vk::API_VERSION_1_1 {
+            return None;
+        }
+        let has = |wanted: &CStr| {
+            extensions.iter().any(|extension| extension.extension_name_as_c_str() == Ok(wanted))
+        };
+        Some(Self {
+            instance: instance.clone(),
+            physical,
+            name: base.device_name_as_c_str().map_or_else(
+                |_| "unnamed".to_owned(),
+                |name| name.to_string_lossy().replace(char::is_control, "?"),
+            ),
+            uuid: uuid(ids.device_uuid),
+            kind: base.device_type,
+            memory,
+            family: transfer_family(&families)?,
+            has_budget: has(ash::ext::memory_budget::NAME),
+        })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// It runs on the processor and its memory is the machine's: for tests.
+    pub fn is_software(&self) -> bool {
+        self.kind == vk::PhysicalDeviceType::CPU
+    }
+
+    pub(super) fn memory_type(&self) -> MemoryType {
+        match self.kind {
+            vk::PhysicalDeviceType::DISCRETE_GPU | vk::PhysicalDeviceType::VIRTUAL_GPU => MemoryType::Vram,
+            vk::PhysicalDeviceType::INTEGRATED_GPU => MemoryType::Unified,
+            vk::PhysicalDeviceType::CPU => MemoryType::Ram,
+            _ => MemoryType::Unknown,
+        }
+    }
+
+    /// The heap that segments come from: the largest of the card's own, or of all.
+    pub(super) fn heap(&self) -> (u32, u64) {
+        let heaps = (0..).zip(self.memory.memory_heaps_as_slice());
+        let of = |(index, heap): (u32, &vk::MemoryHeap)| {
+            (heap.flags.contains(vk::MemoryHeapFlags::DEVICE_LOCAL), heap.size, std::cmp::Reverse(index))
+        };
+        let best = heaps.map(of).max();
+        best.map_or((0, 0), |(_, bytes, index)| (index.0, bytes))
+    }
+
+    /// What every program has of that heap, and what this process could still get; None if the driver does not say.
+    pub(super) fn budget(&self) -> Option<(u64, u64)> {
+        if !self.has_budget {
+            return None;
+        }
+        let mut budget = vk::PhysicalDeviceMemoryBudgetPropertiesEXT::default();
+        let mut asked = vk::PhysicalDeviceMemoryProperties2::default().push_next(&mut budget);
+        // SAFETY: as in `of`; the driver has the extension.
+        unsafe { self.instance.raw.get_physical_device_memory_properties2(self.physical, &mut asked) };
+        let (heap, total) = self.heap();
+        let most = budget.heap_budget[heap as usize].min(total);
+        let available = most.saturating_sub(budget.heap_usage[heap as usize]);
+        Some((total - available, available))
+    }
+
+    /// The types of memory to take segments and staging buffers from, of those whose bits are set.
+    pub(super) fn types(&self, allowed: u32) -> Option<(u32, u32)> {
+        use vk::MemoryPropertyFlags as Flags;
+        let (heap, _) = self.heap();
+        let types = || {
+            (0..)
+                .zip(self.memory.memory_types_as_slice())
+                .filter(move |(index, _)| allowed & 1 << index != 0)
+                .filter(|(_, one)| !one.property_flags.intersects(Flags::PROTECTED | Flags::LAZILY_ALLOCATED))
+        };
+        // The first of the best: drivers order them by how fast they are.
+        let first_best = |rank: &dyn Fn(&vk::MemoryType) -> Option<u32>| {
+            let ranked = types().filter_map(|(index, one)| Some((rank(one)?, std::cmp::Reverse(index))));
+            ranked.max().map(|(_, index)| index.0)
+        };
+        let segment = first_best(&|one| {
+            (one.heap_index == heap).then(|| {
+                // What the processor sees too is scarce on some cards, and slower on others.
+                u32::from(one.property_flags.contains(Flags::DEVICE_LOCAL)) * 2
+                    + u32::from(!one.property_flags.contains(Flags::HOST_VISIBLE))
+            })
+        });
+        let staging = first_best(&|one| {
+            let flags = one.property_flags;
+            flags
+                .contains(Flags::HOST_VISIBLE | Flags::HOST_COHERENT)
+                .then(|| u32::from(flags.contains(Flags::HOST_CACHED)))
+        });
+        segment.zip(staging)
+    }
+}
+
+/// A queue that does nothing but copy, where there is one: it does not hold up those who compute.
+fn transfer_family(families: &[vk::QueueFamilyProperties]) -> Option<u32> {
+    use vk::QueueFlags as Flags;
+    let rank = |flags: Flags| {
+        let computes = flags.intersects(Flags::GRAPHICS | Flags::COMPUTE);
+        // Those copy too, whether they say so or not.
+        (flags.contains(Flags::TRANSFER) || computes).then_some((!computes, !flags.contains(Flags::GRAPHICS)))
+    };
+    let ranked = (0..)
+        .zip(families)
+        .filter(|(_, family)| family.queue_count > 0)
+        .filter_map(|(index, family): (u32, _)| Some((rank(family.queue_flags)?, std::cmp::Reverse(index))));
+    ranked.max().map(|(_, index)| index.0)
+}
+
+fn uuid(bytes: [u8; vk::UUID_SIZE]) -> String {
+    let hex = format!("{:032x}", u128::from_be_bytes(bytes));
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn family(flags: vk::QueueFlags) -> vk::QueueFamilyProperties {
+        vk::QueueFamilyProperties { queue_flags: flags, queue_count: 1, ..Default::default() }
+    }
+
+    #[test]
+    fn a_queue_that_only_copies_is_preferred() {
+        use vk::QueueFlags as Flags;
+        let all = family(Flags::GRAPHICS | Flags::COMPUTE | Flags::TRANSFER);
+        let (compute, copy) = (family(Flags::COMPUTE), family(Flags::TRANSFER | Flags::SPARSE_BINDING));
+        let decode = family(Flags::VIDEO_DECODE_KHR);
+        assert_eq!(transfer_family(&[all, compute, copy, copy]), Some(2));
+        assert_eq!(transfer_family(&[all, compute]), Some(1));
+        assert_eq!(transfer_family(&[decode, all, all]), Some(1));
+        assert_eq!(transfer_family(&[decode]), None);
+        let none = vk::QueueFamilyProperties { queue_count: 0, ..copy };
+        assert_eq!(transfer_family(&[none]), None);
+    }
+
+    #[test]
+    fn a_uuid_is_written_as_usual() {
+        let bytes = std::array::from_fn(|index| index as u8 * 17);
+        assert_eq!(uuid(bytes), "00112233-4455-6677-8899-aabbccddeeff");
+    }
+}

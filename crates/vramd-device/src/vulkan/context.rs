@@ -1,0 +1,335 @@
+//! What is open in the driver while a device has segments: the logical device, its queue, the staging buffers.
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ash::vk;
+
+use super::adapter::{Adapter, Instance};
+use crate::{Call, DeviceError};
+
+/// What goes through a staging buffer at once.
+pub(super) const STAGE_BYTES: u64 = 4 << 20;
+/// Staging buffers that wait for the next use; more are made when more threads copy.
+const IDLE_STAGES: usize = 8;
+/// A card that does nothing for so long will not do it any more.
+const PATIENCE_NS: u64 = 60_000_000_000;
+const WAIT: &str = "vkWaitForFences";
+
+/// A failed call of the driver, before it is known what it means.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Failed {
+    pub native: &'static str,
+    pub result: vk::Result,
+}
+
+impl Failed {
+    pub fn at(native: &'static str) -> impl FnOnce(vk::Result) -> Self {
+        move |result| Self { native, result }
+    }
+
+    pub fn explain(self, call: Call, requested: u64, available: u64) -> DeviceError {
+        let Self { native, result } = self;
+        match result {
+            vk::Result::ERROR_OUT_OF_DEVICE_MEMORY
+            | vk::Result::ERROR_OUT_OF_HOST_MEMORY
+            | vk::Result::ERROR_TOO_MANY_OBJECTS => DeviceError::OutOfMemory { requested, available },
+            vk::Result::ERROR_DEVICE_LOST => {
+                DeviceError::Lost { reason: format!("{native}: the driver has lost it") }
+            }
+            vk::Result::TIMEOUT => DeviceError::Lost {
+                reason: format!("{native}: it has done nothing for {} seconds", PATIENCE_NS / 1_000_000_000),
+            },
+            result => DeviceError::Native { call, native, source: std::io::Error::other(result) },
+        }
+    }
+}
+
+pub(super) struct Context {
+    pub raw: ash::Device,
+    queue: Mutex<vk::Queue>,
+    family: u32,
+    segment_type: u32,
+    staging_type: u32,
+    idle: Mutex<Vec<Stage>>,
+    lost: AtomicBool,
+    /// It outlives the logical device.
+    _instance: Arc<Instance>,
+}
+
+/// A buffer that the processor sees, and what a copy through it takes. One thread has it at a time.
+pub(super) struct Stage {
+    pool: vk::CommandPool,
+    commands: vk::CommandBuffer,
+    fence: vk::Fence,
+    buffer: vk::Buffer,
+    memory: vk::DeviceMemory,
+    mapped: NonNull<u8>,
+}
+
+// SAFETY: the mapping belongs to the process, and `Context` hands a stage to one thread at a time.
+unsafe impl Send for Stage {}
+
+/// A buffer over the whole of its own memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Block {
+    pub buffer: vk::Buffer,
+    pub memory: vk::DeviceMemory,
+}
+
+impl Context {
+    pub fn open(adapter: &Adapter) -> Result<Self, Failed> {
+        let queues = [vk::DeviceQueueCreateInfo::default()
+            .queue_family_index(adapter.family)
+            .queue_priorities(&[1.0])];
+        let create = vk::DeviceCreateInfo::default().queue_create_infos(&queues);
+        let instance = &adapter.instance.raw;
+        // SAFETY: the adapter is of this instance; what `create` points to lives until the call returns.
+        let raw = unsafe { instance.create_device(adapter.physical, &create, None) }
+            .map_err(Failed::at("vkCreateDevice"))?;
+        // SAFETY: one queue of that family was asked for.
+        let queue = unsafe { raw.get_device_queue(adapter.family, 0) };
+        let mut context = Self {
+            raw,
+            queue: Mutex::new(queue),
+            family: adapter.family,
+            segment_type: 0,
+            staging_type: 0,
+            idle: Mutex::default(),
+            lost: AtomicBool::new(false),
+            _instance: adapter.instance.clone(),
+        };
+        // All buffers of one usage can lie in the same types.
+        let probe = context.buffer(STAGE_BYTES)?;
+        // SAFETY: the buffer was just made and is used nowhere else.
+        let allowed = unsafe {
+            let requirements = context.raw.get_buffer_memory_requirements(probe);
+            context.raw.destroy_buffer(probe, None);
+            requirements.memory_type_bits
+        };
+        let unfit =
+            Failed { native: "vkGetBufferMemoryRequirements", result: vk::Result::ERROR_FEATURE_NOT_PRESENT };
+        (context.segment_type, context.staging_type) = adapter.types(allowed).ok_or(unfit)?;
+        Ok(context)
+    }
+
+    pub fn check_lost(&self) -> Result<(), Failed> {
+        if self.lost.load(Ordering::Relaxed) {
+            return Err(Failed { native: "vkQueueSubmit", result: vk::Result::ERROR_DEVICE_LOST });
+        }
+        Ok(())
+    }
+
+    fn buffer(&self, bytes: u64) -> Result<vk::Buffer, Failed> {
+        let create = vk::BufferCreateInfo::default()
+            .size(bytes)
+            .usage(vk::BufferUsageFlags::TRANSFER_SRC | vk::BufferUsageFlags::TRANSFER_DST)
+            .sharing_mode(vk::SharingMode::EXCLUSIVE);
+        // SAFETY: the device lives.
+        unsafe { self.raw.create_buffer(&create, None) }.map_err(Failed::at("vkCreateBuffer"))
+    }
+
+    /// Memory of a segment, with a buffer over all of it.
+    pub fn block(&self, bytes: u64) -> Result<Block, Failed> {
+        self.block_of(bytes, self.segment_type)
+    }
+
+    fn block_of(&self, bytes: u64, memory_type: u32) -> Result<Block, Failed> {
+        let buffer = self.buffer(bytes)?;
+        // SAFETY: the buffer is new. The driver says how much memory it takes, which may be more than its size.
+        let made = unsafe {
+            let size = self.raw.get_buffer_memory_requirements(buffer).size;
+            let allocate =
+                vk::MemoryAllocateInfo::default().allocation_size(size).memory_type_index(memory_type);
+            self.raw.allocate_memory(&allocate, None).map_err(Failed::at("vkAllocateMemory")).and_then(
+                |memory| {
+                    let bound = self.raw.bind_buffer_memory(buffer, memory, 0);
+                    bound.map(|()| Block { buffer, memory }).map_err(|result| {
+                        self.raw.free_memory(memory, None);
+                        Failed { native: "vkBindBufferMemory", result }
+                    })
+                },
+            )
+        };
+        // SAFETY: it was bound to nothing, or to what was just freed.
+        made.inspect_err(|_| unsafe { self.raw.destroy_buffer(buffer, None) })
+    }
+
+    /// Gives a block back; nothing that was submitted uses it any more.
+    pub fn free(&self, block: Block) {
+        // SAFETY: by the caller's word; both are ours.
+        unsafe {
+            self.raw.destroy_buffer(block.buffer, None);
+            self.raw.free_memory(block.memory, None);
+        }
+    }
+
+    /// Lends a stage to `work`.
+    pub fn staged<T>(&self, work: impl FnOnce(&mut Stage) -> Result<T, Failed>) -> Result<T, Failed> {
+        self.check_lost()?;
+        let idle = self.stages().pop();
+        let mut stage = match idle {
+            Some(stage) => stage,
+            None => self.stage()?,
+        };
+        let done = work(&mut stage);
+        // Whatever else a wait may fail with: what was waited for may still run.
+        let lost = |failed: &Failed| failed.native == WAIT || failed.result == vk::Result::ERROR_DEVICE_LOST;
+        if done.as_ref().is_err_and(lost) {
+            self.lost.store(true, Ordering::Relaxed);
+        }
+        let mut idle = self.stages();
+        // The driver may use the stages of a lost device still: they go with its context.
+        if idle.len() < IDLE_STAGES || self.lost.load(Ordering::Relaxed) {
+            idle.push(stage);
+        } else {
+            drop(idle);
+            self.close(&stage);
+        }
+        done
+    }
+
+    fn stages(&self) -> MutexGuard<'_, Vec<Stage>> {
+        // No operation under this lock can leave the list half changed.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stage(&self) -> Result<Stage, Failed> {
+        let block = self.block_of(STAGE_BYTES, self.staging_type)?;
+        self.stage_over(block).inspect_err(|_| self.free(block))
+    }
+
+    fn stage_over(&self, Block { buffer, memory }: Block) -> Result<Stage, Failed> {
+        let create = vk::CommandPoolCreateInfo::default()
+            .queue_family_index(self.family)
+            .flags(vk::CommandPoolCreateFlags::TRANSIENT);
+        // SAFETY: the memory is new, visible to the processor, and mapped once. What an error leaves behind of a pool or
+        // a fence is destroyed here, and nothing has used it.
+        unsafe {
+            let mapped = self
+                .raw
+                .map_memory(memory, 0, vk::WHOLE_SIZE, vk::MemoryMapFlags::empty())
+                .map_err(Failed::at("vkMapMemory"))?;
+            // Drivers have been seen that answer success with no address.
+            let mapped =
+                NonNull::new(mapped.cast::<u8>()).filter(|mapped| mapped.as_ptr().addr() != usize::MAX);
+            let mapped = mapped
+                .ok_or(Failed { native: "vkMapMemory", result: vk::Result::ERROR_MEMORY_MAP_FAILED })?;
+            let pool =
+                self.raw.create_command_pool(&create, None).map_err(Failed::at("vkCreateCommandPool"))?;
+            let allocate =
+                vk::CommandBufferAllocateInfo::default().command_pool(pool).command_buffer_count(1);
+            let made = self
+                .raw
+                .allocate_command_buffers(&allocate)
+                .map_err(Failed::at("vkAllocateCommandBuffers"))
+                .and_then(|commands| {
+                    let fence = self.raw.create_fence(&vk::FenceCreateInfo::default(), None);
+                    let fence = fence.map_err(Failed::at("vkCreateFence"))?;
+                    Ok(Stage { pool, commands: commands[0], fence, buffer, memory, mapped })
+                });
+            made.inspect_err(|_| self.raw.destroy_command_pool(pool, None))
+        }
+    }
+
+    fn close(&self, stage: &Stage) {
+        // SAFETY: whoever had it has waited for its fence, or the device is lost or idle.
+        unsafe {
+            self.raw.destroy_fence(stage.fence, None);
+            self.raw.destroy_command_pool(stage.pool, None);
+        }
+        self.free(Block { buffer: stage.buffer, memory: stage.memory });
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: the last segment is gone, and nobody has a stage.
+        unsafe {
+            let _ = self.raw.device_wait_idle();
+        }
+        for stage in std::mem::take(&mut *self.stages()) {
+            self.close(&stage);
+        }
+        // SAFETY: everything that was made from it is destroyed.
+        unsafe { self.raw.destroy_device(None) };
+    }
+}
+
+impl Stage {
+    /// The first `bytes` of it, as the processor sees them.
+    pub fn bytes(&mut self, bytes: usize) -> &mut [u8] {
+        assert!(bytes as u64 <= STAGE_BYTES);
+        // SAFETY: mapped and coherent; what was submitted with this stage has ended, so that nobody else uses it.
+        unsafe { std::slice::from_raw_parts_mut(self.mapped.as_ptr(), bytes) }
+    }
+
+    /// Copies its first bytes to a place in `to`, and waits until they are there.
+    pub fn push(&self, context: &Context, to: Block, offset: u64, bytes: u64) -> Result<(), Failed> {
+        self.copy(context, (self.buffer, 0), (to.buffer, offset), bytes)
+    }
+
+    /// Copies from a place in `from` to its beginning, and waits until they are there.
+    pub fn pull(&self, context: &Context, from: Block, offset: u64, bytes: u64) -> Result<(), Failed> {
+        self.copy(context, (from.buffer, offset), (self.buffer, 0), bytes)
+    }
+
+    /// Copies between two places that do not overlap.
+    pub fn copy(
+        &self,
+        context: &Context,
+        (from, from_offset): (vk::Buffer, u64),
+        (to, to_offset): (vk::Buffer, u64),
+        bytes: u64,
+    ) -> Result<(), Failed> {
+        let region = vk::BufferCopy { src_offset: from_offset, dst_offset: to_offset, size: bytes };
+        // SAFETY: the caller holds both buffers until this returns, and the table has checked the ranges.
+        self.submit(context, || unsafe { context.raw.cmd_copy_buffer(self.commands, from, to, &[region]) })
+    }
+
+    /// Fills a range with zeros; its ends are multiples of four.
+    pub fn zero(&self, context: &Context, at: Block, offset: u64, bytes: u64) -> Result<(), Failed> {
+        // SAFETY: as for `copy`.
+        self.submit(context, || unsafe {
+            context.raw.cmd_fill_buffer(self.commands, at.buffer, offset, bytes, 0);
+        })
+    }
+
+    fn submit(&self, context: &Context, record: impl FnOnce()) -> Result<(), Failed> {
+        let raw = &context.raw;
+        let begin = vk::CommandBufferBeginInfo::default().flags(vk::CommandBufferUsageFlags::ONE_TIME_SUBMIT);
+        // What was written before is seen, and what is written here is seen by the processor and by what comes later.
+        let before = [vk::MemoryBarrier::default()
+            .src_access_mask(vk::AccessFlags::MEMORY_WRITE)
+            .dst_access_mask(vk::AccessFlags::MEMORY_READ | vk::AccessFlags::MEMORY_WRITE)];
+        let after = [vk::MemoryBarrier::default()
+            .src_access_mask(vk::AccessFlags::TRANSFER_WRITE)
+            .dst_access_mask(vk::AccessFlags::HOST_READ)];
+        let (all, transfer, host) = (
+            vk::PipelineStageFlags::ALL_COMMANDS,
+            vk::PipelineStageFlags::TRANSFER,
+            vk::PipelineStageFlags::HOST,
+        );
+        let none = vk::DependencyFlags::empty();
+        let commands = [self.commands];
+        let submits = [vk::SubmitInfo::default().command_buffers(&commands)];
+        // SAFETY: the stage is this thread's alone, so its pool, commands and fence are, and what was submitted with them
+        // has ended; the queue is locked for the submission.
+        unsafe {
+            raw.reset_command_pool(self.pool, vk::CommandPoolResetFlags::empty())
+                .map_err(Failed::at("vkResetCommandPool"))?;
+            raw.reset_fences(&[self.fence]).map_err(Failed::at("vkResetFences"))?;
+            raw.begin_command_buffer(self.commands, &begin).map_err(Failed::at("vkBeginCommandBuffer"))?;
+            raw.cmd_pipeline_barrier(self.commands, all, transfer, none, &before, &[], &[]);
+            record();
+            raw.cmd_pipeline_barrier(self.commands, transfer, host, none, &after, &[], &[]);
+            raw.end_command_buffer(self.commands).map_err(Failed::at("vkEndCommandBuffer"))?;
+            {
+                let queue = context.queue.lock().unwrap_or_else(PoisonError::into_inner);
+                raw.queue_submit(*queue, &submits, self.fence).map_err(Failed::at("vkQueueSubmit"))?;
+            }
+            raw.wait_for_fences(&[self.fence], true, PATIENCE_NS).map_err(Failed::at(WAIT))
+        }
+    }
+}
