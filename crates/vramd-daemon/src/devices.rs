@@ -150,6 +150,7 @@ impl Devices {
                 memory_type: facts.memory_type,
                 total_bytes: facts.total_bytes,
                 granularity_bytes: facts.granularity_bytes,
+                max_segment_bytes: facts.max_segment_bytes,
                 limit_bytes: opened.limit_bytes,
             }
         })

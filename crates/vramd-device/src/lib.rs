@@ -40,6 +40,8 @@ pub struct Facts {
     pub total_bytes: u64,
     /// A segment's size is a multiple of it. A power of two.
     pub granularity_bytes: u64,
+    /// A segment is no larger, however much there is.
+    pub max_segment_bytes: u64,
     /// The page size that an importer's mapping has to respect.
     pub page_bytes: u64,
     pub capabilities: DeviceCapabilities,

@@ -17,6 +17,8 @@ pub struct DeviceFacts {
     pub total_bytes: u64,
     /// A segment's size is a multiple of it. A power of two.
     pub granularity_bytes: u64,
+    /// A segment is no larger.
+    pub max_segment_bytes: u64,
     /// The pages of an importer's mapping: an attached block moves by whole ones. A power of two.
     pub page_bytes: u64,
     /// The most that may be held here, unless a call sets another limit.
@@ -286,7 +288,7 @@ impl Book {
 
     /// The largest new segment that could be made, at the spare's expense if need be.
     fn largest_new(&self) -> u64 {
-        self.room_without_spare() & !(self.facts.granularity_bytes - 1)
+        self.room_without_spare().min(self.facts.max_segment_bytes) & !(self.facts.granularity_bytes - 1)
     }
 
     /// What is open to blocks of one kind, in all and in one piece: new segments, and the holes in segments of that kind.

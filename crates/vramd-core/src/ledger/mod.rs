@@ -254,8 +254,11 @@ impl Ledger {
     /// Whether waiting can help: some device that `request` may go to could hold it, were it empty and without a
     /// limit, which may be raised meanwhile.
     pub fn could_fit(&self, request: &Request, on: &[DeviceId]) -> bool {
-        self.candidates(request, on)
-            .any(|book| !book.lost && segment_bytes(request.size_bytes, book) <= book.facts.total_bytes)
+        self.candidates(request, on).any(|book| {
+            !book.lost
+                && segment_bytes(request.size_bytes, book)
+                    <= book.facts.total_bytes.min(book.facts.max_segment_bytes)
+        })
     }
 
     /// The devices that `request` may go to, lost ones too.
@@ -293,7 +296,9 @@ impl Ledger {
             }
         }
         let bytes = segment_bytes(request.size_bytes, book);
-        if bytes <= book.room() {
+        if bytes > book.facts.max_segment_bytes {
+            None
+        } else if bytes <= book.room() {
             Some(Place::New { bytes, block: bytes, key: None, first: None })
         } else if bytes <= book.room_without_spare() {
             Some(Place::New { bytes, block: bytes, key: None, first: book.spare })

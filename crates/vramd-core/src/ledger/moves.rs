@@ -116,7 +116,8 @@ impl Ledger {
     pub fn largest_after_compaction(&self, device: &DeviceId) -> u64 {
         let Some(book) = self.books.get(device) else { return 0 };
         let emptied: u64 = self.groups(device, |_| None).iter().map(emptied_at_most).sum();
-        let room = (book.room_without_spare() + emptied) & !(book.facts.granularity_bytes - 1);
+        let room = (book.room_without_spare() + emptied).min(book.facts.max_segment_bytes);
+        let room = room & !(book.facts.granularity_bytes - 1);
         room.max(book.usage().largest_free_bytes)
     }
 

@@ -31,6 +31,7 @@ fn facts(n: u8, total_bytes: u64) -> DeviceFacts {
         memory_type: MemoryType::Vram,
         total_bytes,
         granularity_bytes: GRANULARITY,
+        max_segment_bytes: u64::MAX,
         page_bytes: 4096,
         limit_bytes: total_bytes,
     }
@@ -688,4 +689,22 @@ fn a_limit_below_what_is_held_promises_nothing_of_the_spare() {
     assert!(allocate(&mut world, 5 * MIB).is_none());
     assert!(world.ledger.could_fit(&request(99, 5 * MIB), &[device(0)]), "the limit may be raised");
     assert!(!world.ledger.could_fit(&request(99, 33 * MIB), &[device(0)]));
+}
+
+#[test]
+fn a_device_whose_pieces_are_bounded_refuses_more_than_one_at_once() {
+    let mut ledger = Ledger::default();
+    ledger.add_device(DeviceFacts { max_segment_bytes: 8 * MIB, ..facts(0, 64 * MIB) });
+    let on = [device(0)];
+    assert_eq!(ledger.usage(&device(0)).unwrap().largest_free_bytes, 8 * MIB);
+    let shortage = ledger.reserve(request(1, 8 * MIB + 1), &on, now(0)).unwrap_err();
+    assert_eq!(
+        (shortage.available_bytes, shortage.largest_free_bytes, shortage.could_fit, shortage.pack),
+        (64 * MIB, 8 * MIB, false, None)
+    );
+    for id in 1..=8 {
+        assert!(ledger.reserve(request(id, 8 * MIB), &on, now(0)).is_ok());
+    }
+    assert!(ledger.reserve(request(9, 8 * MIB), &on, now(0)).is_err());
+    ledger.check().unwrap();
 }

@@ -54,6 +54,7 @@ impl Device {
             memory_type: MemoryType::Ram,
             total_bytes,
             granularity_bytes: pages.granularity_bytes(),
+            max_segment_bytes: u64::MAX,
             page_bytes: pages.page_bytes(),
             capabilities: DeviceCapabilities {
                 export: true,

@@ -48,6 +48,7 @@ impl Device {
             memory_type: MemoryType::Vram,
             total_bytes,
             granularity_bytes,
+            max_segment_bytes: u64::MAX,
             page_bytes: 4096,
             capabilities: DeviceCapabilities {
                 export: true,

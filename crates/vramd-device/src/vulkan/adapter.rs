@@ -44,6 +44,10 @@ pub struct Adapter {
     /// The family of the queue that copies.
     pub(super) family: u32,
     pub(super) has_budget: bool,
+    /// The largest piece of memory with a buffer over it.
+    pub(super) max_bytes: u64,
+    /// How many pieces there may be.
+    pub(super) max_count: u32,
 }
 
 impl std::fmt::Debug for Adapter {
@@ -75,22 +79,30 @@ pub fn discover() -> Result<Vec<Adapter>, NoVulkan> {
 
 impl Adapter {
     fn of(instance: &Arc<Instance>, physical: vk::PhysicalDevice) -> Option<Self> {
+        // SAFETY: the adapter is of this instance, which lives.
+        let base = unsafe { instance.raw.get_physical_device_properties(physical) };
+        if base.api_version < vk::API_VERSION_1_1 {
+            return None;
+        }
         let mut ids = vk::PhysicalDeviceIDProperties::default();
-        let mut described = vk::PhysicalDeviceProperties2::default().push_next(&mut ids);
-        // SAFETY: the adapter is of this instance, which lives; the chain has room for the answer.
-        let (base, memory, families, extensions) = unsafe {
-            instance.raw.get_physical_device_properties2(physical, &mut described);
-            let base = described.properties;
+        let mut memory_limits = vk::PhysicalDeviceMaintenance3Properties::default();
+        let mut buffer_limits = vk::PhysicalDeviceMaintenance4Properties::default();
+        let mut asked =
+            vk::PhysicalDeviceProperties2::default().push_next(&mut ids).push_next(&mut memory_limits);
+        if base.api_version >= vk::API_VERSION_1_3 {
+            asked = asked.push_next(&mut buffer_limits);
+        }
+        // SAFETY: as above; the chain has room for the answer, and the device is new enough for each part of it.
+        let (memory, families, extensions) = unsafe {
+            instance.raw.get_physical_device_properties2(physical, &mut asked);
             (
-                base,
                 instance.raw.get_physical_device_memory_properties(physical),
                 instance.raw.get_physical_device_queue_family_properties(physical),
                 instance.raw.enumerate_device_extension_properties(physical).unwrap_or_default(),
             )
         };
-        if base.api_version < vk::API_VERSION_1_1 {
-            return None;
-        }
+        // 0 where it was not asked for.
+        let limits = [memory_limits.max_memory_allocation_size, buffer_limits.max_buffer_size];
         let has = |wanted: &CStr| {
             extensions.iter().any(|extension| extension.extension_name_as_c_str() == Ok(wanted))
         };
@@ -106,6 +118,8 @@ impl Adapter {
             memory,
             family: transfer_family(&families)?,
             has_budget: has(ash::ext::memory_budget::NAME),
+            max_bytes: limits.into_iter().filter(|limit| *limit > 0).min().unwrap_or(u64::MAX),
+            max_count: base.limits.max_memory_allocation_count,
         })
     }
 
@@ -137,8 +151,8 @@ impl Adapter {
         best.map_or((0, 0), |(_, bytes, index)| (index.0, bytes))
     }
 
-    /// What every program has of that heap, and what this process could still get; None if the driver does not say.
-    pub(super) fn budget(&self) -> Option<(u64, u64)> {
+    /// What this process could still get of that heap; None if the driver does not say.
+    pub(super) fn available_bytes(&self) -> Option<u64> {
         if !self.has_budget {
             return None;
         }
@@ -148,8 +162,7 @@ impl Adapter {
         unsafe { self.instance.raw.get_physical_device_memory_properties2(self.physical, &mut asked) };
         let (heap, total) = self.heap();
         let most = budget.heap_budget[heap as usize].min(total);
-        let available = most.saturating_sub(budget.heap_usage[heap as usize]);
-        Some((total - available, available))
+        Some(most.saturating_sub(budget.heap_usage[heap as usize]))
     }
 
     /// The types of memory to take segments and staging buffers from, of those whose bits are set.

@@ -11,6 +11,8 @@ use crate::{Call, DeviceError};
 
 /// What goes through a staging buffer at once.
 pub(super) const STAGE_BYTES: u64 = 4 << 20;
+/// What one submission fills or copies at most: others wait for it, and their patience is bounded.
+pub(super) const SUBMIT_BYTES: u64 = 256 << 20;
 /// Staging buffers that wait for the next use; more are made when more threads copy.
 const IDLE_STAGES: usize = 8;
 /// A card that does nothing for so long will not do it any more.
@@ -32,15 +34,16 @@ impl Failed {
     pub fn explain(self, call: Call, requested: u64, available: u64) -> DeviceError {
         let Self { native, result } = self;
         match result {
+            // Whatever the reason: what was waited for may still run, and the device cannot be used any more.
+            result if native == WAIT && result != vk::Result::ERROR_DEVICE_LOST => DeviceError::Lost {
+                reason: format!("{native}: {result} ({} seconds at most)", PATIENCE_NS / 1_000_000_000),
+            },
             vk::Result::ERROR_OUT_OF_DEVICE_MEMORY
             | vk::Result::ERROR_OUT_OF_HOST_MEMORY
             | vk::Result::ERROR_TOO_MANY_OBJECTS => DeviceError::OutOfMemory { requested, available },
             vk::Result::ERROR_DEVICE_LOST => {
                 DeviceError::Lost { reason: format!("{native}: the driver has lost it") }
             }
-            vk::Result::TIMEOUT => DeviceError::Lost {
-                reason: format!("{native}: it has done nothing for {} seconds", PATIENCE_NS / 1_000_000_000),
-            },
             result => DeviceError::Native { call, native, source: std::io::Error::other(result) },
         }
     }
@@ -54,8 +57,10 @@ pub(super) struct Context {
     staging_type: u32,
     idle: Mutex<Vec<Stage>>,
     lost: AtomicBool,
+    /// A wait has failed: the driver may use anything that is here still, so that nothing is ever destroyed.
+    abandoned: AtomicBool,
     /// It outlives the logical device.
-    _instance: Arc<Instance>,
+    instance: Arc<Instance>,
 }
 
 /// A buffer that the processor sees, and what a copy through it takes. One thread has it at a time.
@@ -98,7 +103,8 @@ impl Context {
             staging_type: 0,
             idle: Mutex::default(),
             lost: AtomicBool::new(false),
-            _instance: adapter.instance.clone(),
+            abandoned: AtomicBool::new(false),
+            instance: adapter.instance.clone(),
         };
         // All buffers of one usage can lie in the same types.
         let probe = context.buffer(STAGE_BYTES)?;
@@ -158,7 +164,10 @@ impl Context {
 
     /// Gives a block back; nothing that was submitted uses it any more.
     pub fn free(&self, block: Block) {
-        // SAFETY: by the caller's word; both are ours.
+        if self.abandoned.load(Ordering::Relaxed) {
+            return;
+        }
+        // SAFETY: by the caller's word, and everybody has waited for what they submitted; both are ours.
         unsafe {
             self.raw.destroy_buffer(block.buffer, None);
             self.raw.free_memory(block.memory, None);
@@ -174,14 +183,13 @@ impl Context {
             None => self.stage()?,
         };
         let done = work(&mut stage);
-        // Whatever else a wait may fail with: what was waited for may still run.
-        let lost = |failed: &Failed| failed.native == WAIT || failed.result == vk::Result::ERROR_DEVICE_LOST;
-        if done.as_ref().is_err_and(lost) {
-            self.lost.store(true, Ordering::Relaxed);
+        if let Err(Failed { native, result }) = done {
+            let gone = result == vk::Result::ERROR_DEVICE_LOST;
+            self.abandoned.fetch_or(native == WAIT && !gone, Ordering::Relaxed);
+            self.lost.fetch_or(native == WAIT || gone, Ordering::Relaxed);
         }
         let mut idle = self.stages();
-        // The driver may use the stages of a lost device still: they go with its context.
-        if idle.len() < IDLE_STAGES || self.lost.load(Ordering::Relaxed) {
+        if idle.len() < IDLE_STAGES && !self.lost.load(Ordering::Relaxed) {
             idle.push(stage);
         } else {
             drop(idle);
@@ -234,7 +242,10 @@ impl Context {
     }
 
     fn close(&self, stage: &Stage) {
-        // SAFETY: whoever had it has waited for its fence, or the device is lost or idle.
+        if self.abandoned.load(Ordering::Relaxed) {
+            return;
+        }
+        // SAFETY: whoever had it has waited for its fence, or the device is lost, which ends everything.
         unsafe {
             self.raw.destroy_fence(stage.fence, None);
             self.raw.destroy_command_pool(stage.pool, None);
@@ -245,14 +256,14 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: the last segment is gone, and nobody has a stage.
-        unsafe {
-            let _ = self.raw.device_wait_idle();
+        if self.abandoned.load(Ordering::Relaxed) {
+            return std::mem::forget(self.instance.clone());
         }
         for stage in std::mem::take(&mut *self.stages()) {
             self.close(&stage);
         }
-        // SAFETY: everything that was made from it is destroyed.
+        // SAFETY: the last segment is gone, and nobody has a stage: what was submitted has been waited for, and everything
+        // that was made from it is destroyed.
         unsafe { self.raw.destroy_device(None) };
     }
 }
@@ -305,7 +316,7 @@ impl Stage {
             .dst_access_mask(vk::AccessFlags::MEMORY_READ | vk::AccessFlags::MEMORY_WRITE)];
         let after = [vk::MemoryBarrier::default()
             .src_access_mask(vk::AccessFlags::TRANSFER_WRITE)
-            .dst_access_mask(vk::AccessFlags::HOST_READ)];
+            .dst_access_mask(vk::AccessFlags::HOST_READ | vk::AccessFlags::HOST_WRITE)];
         let (all, transfer, host) = (
             vk::PipelineStageFlags::ALL_COMMANDS,
             vk::PipelineStageFlags::TRANSFER,

@@ -3,16 +3,18 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use vramd_api::{DeviceCapabilities, DeviceId};
+use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 
 use super::adapter::Adapter;
-use super::context::{Block, Context, Failed, STAGE_BYTES};
+use super::context::{Block, Context, Failed, STAGE_BYTES, SUBMIT_BYTES};
 use crate::host::Host;
 use crate::table::{Extent, Table};
 use crate::{Call, DeviceError, ExportAccess, Facts, Range, Sample, SegmentId, Source, Writers};
 
-/// Drivers give memory in pages of their own, of which this is the largest in use.
+/// What cards give out without waste: most have pages of this size or take several together.
 const GRANULARITY: u64 = 64 << 10;
+/// Pieces of memory that are left to staging buffers, of those that the driver allows.
+const SPARE_PIECES: u32 = 64;
 
 /// What an administrator may say about an adapter.
 #[derive(Debug, Clone, Copy, Default)]
@@ -28,9 +30,11 @@ pub struct Options {
 pub struct Device {
     facts: Facts,
     adapter: Adapter,
-    /// Of software adapters: their memory is the machine's.
+    /// Of adapters without memory or figures of their own: theirs is the machine's.
     host: Option<Host>,
     state: Mutex<State>,
+    /// Open while there is a segment. Opening may take long: nobody who only wants figures waits for it.
+    context: Mutex<Weak<Context>>,
     segments: Table<Segment>,
 }
 
@@ -38,8 +42,10 @@ pub struct Device {
 struct State {
     /// The size of all segments, those being created included.
     held: u64,
-    /// Open while there is a segment.
-    context: Weak<Context>,
+    /// The part of `held` that the driver or the machine may not count as used yet.
+    pending: u64,
+    /// How many segments there are.
+    count: u32,
     lost: Option<String>,
 }
 
@@ -71,7 +77,8 @@ impl std::fmt::Debug for Context {
 impl Device {
     pub fn open(adapter: Adapter, options: Options) -> Result<Self, DeviceError> {
         let (_, heap_bytes) = adapter.heap();
-        let host = adapter.is_software().then(Host::probe).transpose()?;
+        let shares_host = adapter.is_software() || adapter.memory_type() == MemoryType::Unified;
+        let host = (shares_host && !adapter.has_budget).then(Host::probe).transpose()?;
         let device: DeviceId = format!("vulkan:{}", options.ordinal).parse().expect("of the right form");
         let mut notes = Vec::new();
         if adapter.is_software() {
@@ -89,6 +96,7 @@ impl Device {
             memory_type: adapter.memory_type(),
             total_bytes: options.limit_bytes.map_or(heap_bytes, |limit| limit.min(heap_bytes)),
             granularity_bytes: GRANULARITY,
+            max_segment_bytes: adapter.max_bytes & !(GRANULARITY - 1),
             page_bytes: 4096,
             capabilities: DeviceCapabilities {
                 export: false,
@@ -99,7 +107,8 @@ impl Device {
             },
             notes,
         };
-        Ok(Self { facts, adapter, host, state: Mutex::default(), segments: Table::default() })
+        let (state, context, segments) = <(_, _, _)>::default();
+        Ok(Self { facts, adapter, host, state, context, segments })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -108,21 +117,21 @@ impl Device {
     }
 
     /// What could be created now.
-    fn available_bytes(&self, held: u64) -> Result<u64, DeviceError> {
-        let ours = self.facts.total_bytes.saturating_sub(held);
-        let by_driver = self.adapter.budget().map_or(u64::MAX, |(_, available)| available);
+    fn available_bytes(&self, state: &State) -> Result<u64, DeviceError> {
+        let ours = self.facts.total_bytes.saturating_sub(state.held);
+        let by_driver = self.adapter.available_bytes().unwrap_or(u64::MAX);
         let by_host = self.host.as_ref().map_or(Ok(u64::MAX), Host::available_bytes)?;
-        Ok(ours.min(by_driver).min(by_host))
+        Ok(ours.min(by_driver.min(by_host).saturating_sub(state.pending)))
     }
 
     /// The context, opened if this is the first segment.
     fn context(&self) -> Result<Arc<Context>, Failed> {
-        let mut state = self.state();
-        if let Some(context) = state.context.upgrade() {
+        let mut open = self.context.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(context) = open.upgrade() {
             return Ok(context);
         }
         let context = Arc::new(Context::open(&self.adapter)?);
-        state.context = Arc::downgrade(&context);
+        *open = Arc::downgrade(&context);
         Ok(context)
     }
 
@@ -135,8 +144,8 @@ impl Device {
 
     fn explain(&self, call: Call, requested: u64) -> impl FnOnce(Failed) -> DeviceError {
         move |failed| {
-            let held = self.state().held;
-            let error = failed.explain(call, requested, self.available_bytes(held).unwrap_or_default());
+            let available = self.available_bytes(&self.state()).unwrap_or_default();
+            let error = failed.explain(call, requested, available);
             if let DeviceError::Lost { reason } = &error {
                 self.state().lost.get_or_insert_with(|| reason.clone());
             }
@@ -149,17 +158,28 @@ impl Device {
         let block = context.block(bytes)?;
         let segment = Segment { context, block, bytes };
         // The driver may hand out what another program had.
-        segment.context.staged(|stage| stage.zero(&segment.context, block, 0, bytes))?;
+        segment.zero(0, bytes)?;
         Ok(segment)
     }
 }
 
-/// A range's parts that fit into a stage: places in the segment, and offsets in the range.
-fn parts(range: Range) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
-    (0..range.bytes).step_by(STAGE_BYTES as usize).map(move |begin| {
-        let end = range.bytes.min(begin + STAGE_BYTES);
+/// A range's parts of at most so many bytes: places in the segment, and offsets in the range.
+fn parts(range: Range, most: u64) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
+    (0..range.bytes).step_by(most as usize).map(move |begin| {
+        let end = range.bytes.min(begin + most);
         (range.offset + begin, begin as usize..end as usize)
     })
+}
+
+impl Segment {
+    /// Fills a range whose ends are multiples of four.
+    fn zero(&self, offset: u64, bytes: u64) -> Result<(), Failed> {
+        let range = Range { segment: SegmentId(0), offset, bytes };
+        self.context.staged(|stage| {
+            parts(range, SUBMIT_BYTES)
+                .try_for_each(|(at, part)| stage.zero(&self.context, self.block, at, part.len() as u64))
+        })
+    }
 }
 
 impl crate::Device for Device {
@@ -169,9 +189,10 @@ impl crate::Device for Device {
 
     fn sample(&self) -> Result<Sample, DeviceError> {
         self.check_lost()?;
-        let held_bytes = self.state().held;
-        let available_bytes = self.available_bytes(held_bytes)?;
-        Ok(Sample { used_bytes: self.facts.total_bytes - available_bytes, available_bytes, held_bytes })
+        let state = self.state();
+        let available_bytes = self.available_bytes(&state)?;
+        let used_bytes = self.facts.total_bytes - available_bytes;
+        Ok(Sample { used_bytes, available_bytes, held_bytes: state.held })
     }
 
     fn create(&self, segment: SegmentId, bytes: u64, _: Writers) -> Result<(), DeviceError> {
@@ -179,23 +200,34 @@ impl crate::Device for Device {
         self.check_lost()?;
         {
             let mut state = self.state();
-            let available = self.available_bytes(state.held)?;
+            let room = state.count < self.adapter.max_count.saturating_sub(SPARE_PIECES);
+            let available = if room { self.available_bytes(&state)? } else { 0 };
+            let available = available.min(self.facts.max_segment_bytes);
             if bytes > available {
                 return Err(DeviceError::OutOfMemory { requested: bytes, available });
             }
             state.held += bytes;
+            state.pending += bytes;
+            state.count += 1;
         }
-        self.make(bytes)
-            .map_err(self.explain(Call::Create, bytes))
-            .and_then(|made| self.segments.insert(segment, made))
-            .inspect_err(|_| self.state().held -= bytes)
+        let made = self.make(bytes);
+        let failed = |device: &Self| {
+            let mut state = device.state();
+            state.held -= bytes;
+            state.count -= 1;
+        };
+        self.state().pending -= bytes;
+        let made = made.inspect_err(|_| failed(self)).map_err(self.explain(Call::Create, bytes))?;
+        self.segments.insert(segment, made).inspect_err(|_| failed(self))
     }
 
     fn destroy(&self, segment: SegmentId) -> Result<(), DeviceError> {
         let removed = self.segments.remove(segment)?;
         let bytes = removed.bytes;
         drop(removed);
-        self.state().held -= bytes;
+        let mut state = self.state();
+        state.held -= bytes;
+        state.count -= 1;
         Ok(())
     }
 
@@ -207,15 +239,14 @@ impl crate::Device for Device {
         let end = range.offset + range.bytes;
         let first = range.offset.next_multiple_of(4).min(end);
         let last = (end & !3).max(first);
+        let ends = [(range.offset, first), (last, end)].into_iter().filter(|(from, to)| from < to);
         let zeroed = context.staged(|stage| {
-            for (from, to) in [(range.offset, first), (last, end)].into_iter().filter(|(from, to)| from < to)
-            {
+            ends.into_iter().try_for_each(|(from, to)| {
                 stage.bytes((to - from) as usize).fill(0);
-                stage.push(context, target.block, from, to - from)?;
-            }
-            if first < last { stage.zero(context, target.block, first, last - first) } else { Ok(()) }
+                stage.push(context, target.block, from, to - from)
+            })
         });
-        zeroed.map_err(self.explain(Call::Zero, range.bytes))
+        zeroed.and_then(|()| target.zero(first, last - first)).map_err(self.explain(Call::Zero, range.bytes))
     }
 
     fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
@@ -224,7 +255,7 @@ impl crate::Device for Device {
         self.check_lost()?;
         let context = &target.context;
         let written = context.staged(|stage| {
-            parts(range).try_for_each(|(at, part)| {
+            parts(range, STAGE_BYTES).try_for_each(|(at, part)| {
                 let size = part.len() as u64;
                 stage.bytes(part.len()).copy_from_slice(&bytes[part]);
                 stage.push(context, target.block, at, size)
@@ -239,7 +270,7 @@ impl crate::Device for Device {
         self.check_lost()?;
         let context = &source.context;
         let read = context.staged(|stage| {
-            parts(range).try_for_each(|(at, part)| {
+            parts(range, STAGE_BYTES).try_for_each(|(at, part)| {
                 stage.pull(context, source.block, at, part.len() as u64)?;
                 let size = part.len();
                 bytes[part].copy_from_slice(stage.bytes(size));
@@ -252,14 +283,14 @@ impl crate::Device for Device {
     fn copy(&self, from: Range, to: SegmentId, to_offset: u64) -> Result<(), DeviceError> {
         let (source, target) = self.segments.get_copy(from, to, to_offset)?;
         self.check_lost()?;
-        if from.bytes == 0 {
-            return Ok(());
-        }
         let context = &source.context;
-        let places = ((source.block.buffer, from.offset), (target.block.buffer, to_offset));
-        context
-            .staged(|stage| stage.copy(context, places.0, places.1, from.bytes))
-            .map_err(self.explain(Call::Copy, from.bytes))
+        let copied = context.staged(|stage| {
+            parts(from, SUBMIT_BYTES).try_for_each(|(at, part)| {
+                let place = (target.block.buffer, to_offset + part.start as u64);
+                stage.copy(context, (source.block.buffer, at), place, part.len() as u64)
+            })
+        });
+        copied.map_err(self.explain(Call::Copy, from.bytes))
     }
 
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError> {
@@ -268,7 +299,7 @@ impl crate::Device for Device {
         let context = &target.context;
         let mut unread = None;
         let filled = context.staged(|stage| {
-            for (at, part) in parts(range) {
+            for (at, part) in parts(range, STAGE_BYTES) {
                 let size = part.len() as u64;
                 if let Err(error) = source.read(stage.bytes(part.len()), source_offset + part.start as u64) {
                     unread = Some(error);
@@ -306,7 +337,7 @@ mod tests {
             return eprintln!("SKIPPED: no Vulkan driver is installed");
         };
         let device = Device::open(adapter, Options::default()).unwrap();
-        let is_open = || device.state().context.upgrade().is_some();
+        let is_open = || device.context.lock().unwrap().upgrade().is_some();
         device.sample().unwrap();
         assert!(!is_open());
         for _ in 0..2 {

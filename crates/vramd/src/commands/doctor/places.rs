@@ -60,7 +60,7 @@ pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
     Ok(checks)
 }
 
-/// Whether files can be made in `directory`, or it can itself be made.
+/// The drivers that are there, held against what the settings want.
 fn vulkan(wanted: VulkanAdapters, found: &Result<Vec<(String, bool)>, String>) -> Check {
     let hint = "the card's driver brings it; on Debian: `apt install libvulkan1 mesa-vulkan-drivers`";
     let (cards, names) = match found {
@@ -90,6 +90,7 @@ fn vulkan(wanted: VulkanAdapters, found: &Result<Vec<(String, bool)>, String>) -
     }
 }
 
+/// Whether files can be made in `directory`, or it can itself be made.
 fn writable(name: &'static str, directory: &Path, flag: &str) -> Check {
     let existing = existing(directory);
     match access(existing, Access::WRITE_OK | Access::EXEC_OK) {
