@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import allocators, attach, idle, load, machine, model, moves, serving
+from . import allocators, attach, idle, load, machine, model, moves, serving, vulkan
 from .table import Table
 
 COMPARISONS = {
@@ -14,6 +14,7 @@ COMPARISONS = {
     "load": load,
     "idle": idle,
     "moves": moves,
+    "vulkan": vulkan,
     "allocators": allocators,
 }
 
@@ -41,7 +42,7 @@ def main() -> None:
     table = Table()
     with machine.huge_pages():
         before = machine.describe()
-        if options.only not in ("moves", "allocators"):
+        if options.only not in ("moves", "vulkan", "allocators"):
             model.ensure(setup)
         for name, comparison in COMPARISONS.items():
             if options.only in (None, name):

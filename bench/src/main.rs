@@ -1,10 +1,11 @@
 //! What vramd is measured with: `bare` serves what it serves and `hammer` asks both; `reader` has memory attached that
-//! is moved, and `copier` copies as much.
+//! is moved, and `copier` copies as much; `vulkan` is a bare program that copies on a card.
 
 mod bare;
 mod copier;
 mod hammer;
 mod reader;
+mod vulkan;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -46,6 +47,14 @@ enum Command {
         #[arg(long)]
         busy: bool,
     },
+    /// Copies between two buffers of a Vulkan adapter and prints the rates as JSON
+    Vulkan {
+        ordinal: usize,
+        #[arg(long)]
+        bytes: Bytes,
+        #[arg(long, default_value_t = 7)]
+        rounds: usize,
+    },
     /// Copies memory and prints the rate as JSON
     Copier {
         #[arg(long)]
@@ -68,6 +77,10 @@ async fn main() -> anyhow::Result<()> {
         }
         Command::Reader { socket, allocations, busy } => {
             println!("{}", reader::run(&socket, &allocations, busy)?);
+            Ok(())
+        }
+        Command::Vulkan { ordinal, bytes, rounds } => {
+            println!("{}", vulkan::run(ordinal, bytes, rounds)?);
             Ok(())
         }
         Command::Copier { block, total, threads } => {

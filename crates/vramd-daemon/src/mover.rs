@@ -17,8 +17,10 @@ use vramd_device::{Device, DeviceError, Range};
 
 use crate::driver::Progress;
 
-/// What is moved in one turn: large enough that turns cost nothing, small enough to stay in a cache on its way.
+/// What is moved in one turn by way of host memory: large enough that turns cost nothing, small enough to stay in a cache.
 const PIECE_BYTES: u64 = 1 << 20;
+/// What a device copies by itself in one turn: each is a call of its driver, which takes a while however little it copies.
+const DEVICE_PIECE_BYTES: u64 = 32 << 20;
 /// Two keep both ends of a copy busy; a few more let several devices work at once.
 const THREADS: usize = 4;
 
@@ -33,6 +35,8 @@ pub struct Job {
     pub to: (Arc<Opened>, Range),
     /// Compare what arrived with what was sent.
     pub checksum: bool,
+    /// Its rate is bounded: it goes in small steps.
+    pub bounded: bool,
     /// The operation's: counts bytes, and stops all of its jobs.
     pub progress: Arc<Progress>,
     /// Stops this one.
@@ -221,6 +225,15 @@ impl Shared {
 }
 
 impl Job {
+    /// By way of host memory.
+    fn is_staged(&self) -> bool {
+        self.from.0.0.facts().device != self.to.0.0.facts().device
+    }
+
+    fn piece_bytes(&self) -> u64 {
+        if self.is_staged() || self.checksum || self.bounded { PIECE_BYTES } else { DEVICE_PIECE_BYTES }
+    }
+
     fn is_cancelled(&self) -> bool {
         let stopped = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
         stopped(&self.progress.cancelled) || stopped(&self.cancelled)
@@ -251,7 +264,7 @@ impl State {
         let id = self.waiting[&flow][0];
         let active = self.jobs.get_mut(&id).expect("what waits is there");
         let (offset, whole) = (active.next, active.job.from.1.bytes);
-        let bytes = PIECE_BYTES.min(whole - offset);
+        let bytes = active.job.piece_bytes().min(whole - offset);
         active.next += bytes;
         active.in_flight += 1;
         let job = active.job.clone();
@@ -292,7 +305,7 @@ impl Piece {
             move |error| CopyFailure::Device(id, error)
         };
         let (source_at, target_at) = (source.offset + self.offset, target.offset + self.offset);
-        let staged = from.0.facts().device != to.0.facts().device;
+        let staged = self.job.is_staged();
         if staged || self.job.checksum {
             buffer.resize(self.bytes as usize, 0);
             from.0.read(source.segment, source_at, buffer).map_err(on(from))?;

@@ -185,6 +185,7 @@ impl State {
             from,
             to,
             checksum: copy.checksum,
+            bounded: self.operations.is_bounded(copy.operation),
             progress,
             cancelled: copy.cancelled.clone(),
         };

@@ -215,6 +215,11 @@ impl Operations {
         }
     }
 
+    /// Whether its rate has a bound.
+    pub fn is_bounded(&self, id: OperationId) -> bool {
+        self.entries.get(&id).is_some_and(|entry| entry.most_per_second.is_some())
+    }
+
     pub fn is_paused(&self, id: OperationId) -> bool {
         self.entries.get(&id).is_some_and(|entry| entry.operation.paused)
     }

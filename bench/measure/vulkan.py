@@ -1,0 +1,60 @@
+"""A copy within a Vulkan device, beside a bare program's and a plain copy of as many bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import vramd
+
+from .machine import Daemon, Setup, median, say
+from .table import Aim, Row, Table
+
+BYTES = 256 << 20
+AIM = 0.95
+
+
+def measure(setup: Setup, table: Table) -> None:
+    with Daemon(setup, "--vulkan", "all") as daemon:
+        devices = [one for one in daemon.client.devices() if one["deviceId"].startswith("vulkan:")]
+        if not devices:
+            say("no Vulkan driver is installed: nothing is measured")
+        for device in devices:
+            _copies(setup, daemon.client, device, table)
+
+
+def _copies(setup: Setup, client: vramd.Client, device: Any, table: Table) -> None:
+    name = device["deviceId"]
+    say(f"{name}: {device['name']}")
+    source, target = (
+        client.allocate(BYTES, device=name, lease_seconds=3600)["allocationId"] for _ in range(2)
+    )
+    ours: list[float] = []
+    bare: list[float] = []
+    plain: list[float] = []
+    for number in range(setup.rounds(5) + 1):
+        copied = client.copy(source, target)
+        rate = copied["bytesPerSecond"] / 1e9
+        programs = ["vulkan", name.partition(":")[2], "--bytes", str(BYTES), "--rounds", "3"]
+        found = _run(setup, *programs)
+        assert found["name"] == device["name"], f"{name} is another adapter there: {found['name']}"
+        memcpy = _run(setup, "copier", "--block", str(1 << 20), "--total", str(BYTES), "--threads", "1")
+        if number > 0:  # the first warms up
+            ours.append(rate)
+            bare += [one / 1e9 for one in found["bytesPerSecond"]]
+            plain.append(memcpy["bytesPerSecond"] / 1e9)
+    for one in (source, target):
+        client.release(one)
+    aim = Aim(f"≥ {AIM} of the bare program", median(ours) >= AIM * median(bare))
+    rows = [
+        Row("vramd", median(ours)),
+        Row("bare `vkCmdCopyBuffer`", median(bare)),
+        Row("memcpy, one thread", median(plain)),
+    ]
+    table.add(f"256 MiB copied on {device['name']}", "GB/s", rows, aim, more_is_better=True)
+
+
+def _run(setup: Setup, *arguments: str) -> Any:
+    done = subprocess.run([setup.peers, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
