@@ -193,8 +193,10 @@ fn a_request_waits_until_a_release_that_the_device_takes_its_time_for() {
         caught(&held, Call::Destroy);
         // Its bytes are not free before the device has given them back.
         assert_eq!(daemon.status("sim:0")["availableBytes"], 0);
-        let shown = daemon.get(&format!("/api/memory/allocation/{full}")).data(200);
-        assert_eq!(shown["status"], "Releasing");
+        wait_for("it to be shown as releasing", || {
+            let shown = daemon.get(&format!("/api/memory/allocation/{full}")).data(200);
+            (shown["status"] == "Releasing").then_some(())
+        });
         daemon.release(&full).error("CONFLICT");
         daemon.allocate(&json!({"sizeBytes": 4096})).error("INSUFFICIENT_MEMORY");
         drop(held);

@@ -23,11 +23,13 @@ fn a_copy_whose_target_is_released_is_given_up() {
         let item = json!([{"allocationId": id}]);
         let operation = begun(&daemon, &json!({"items": item, "targetDeviceId": "sim:1", "mode": "copy"}));
         caught(&writes, Call::Write);
-        let all = daemon.allocations();
-        let copy =
-            all.iter().find(|one| one["deviceId"] == "sim:1").expect("the copy")["allocationId"].clone();
+        let copy = wait_for("the copy to be shown", || {
+            let all = daemon.allocations();
+            let copy = all.iter().find(|one| one["deviceId"] == "sim:1")?;
+            copy["allocationId"].as_str().map(str::to_owned)
+        });
         std::thread::scope(|scope| {
-            let release = scope.spawn(|| daemon.release(copy.as_str().expect("an id")));
+            let release = scope.spawn(|| daemon.release(&copy));
             daemon.settle();
             drop(writes);
             release.join().expect("an answer").data(200);

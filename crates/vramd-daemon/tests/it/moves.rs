@@ -323,7 +323,9 @@ fn a_block_that_is_released_or_written_to_meanwhile_does_not_move() {
     let operation = daemon.post("/api/memory/operations/defragment", &json!({})).data(202);
     assert!(copies.wait_until_caught(2, PATIENCE));
     let path = format!("/api/memory/allocation/{released}");
-    assert_eq!(daemon.get(&path).data(200)["status"], "Moving");
+    wait_for("it to be shown as moving", || {
+        (daemon.get(&path).data(200)["status"] == "Moving").then_some(())
+    });
     std::thread::scope(|scope| {
         let release = scope.spawn(|| daemon.release(&released));
         let writer = daemon.attach(&json!({"allocationId": written, "access": "write"})).expect("attached");
