@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -478,37 +478,36 @@ sys.stdin.readline()
 """
 
 
+@contextmanager
+def keeper(vramd: Vramd) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """An allocation, and a process that has closed it and still has its memory mapped."""
+    name = vramd.client.allocate(2 * KIB * KIB, device="cpu:0", lease_seconds=60)["allocationId"]
+    command = [sys.executable, "-c", KEEPER, vramd.socket, name]
+    pipe = subprocess.PIPE
+    with running(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "closed\n"
+        until(lambda: not leases(vramd.client, name), "the lease to end")
+        yield name, process
+
+
 def test_a_release_names_who_still_has_the_memory(vramd: Vramd) -> None:
-    client = vramd.client
     for keeps in (True, False):
-        name = client.allocate(2 * KIB * KIB, device="cpu:0", lease_seconds=60)["allocationId"]
-        command = [sys.executable, "-c", KEEPER, vramd.socket, name]
-        pipe = subprocess.PIPE
-        with running(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)) as keeper:
-            assert keeper.stdout is not None
-            assert keeper.stdout.readline() == "closed\n"
-            until(lambda name=name: not leases(client, name), "the lease to end")  # type: ignore[misc]
+        with keeper(vramd) as (name, process):
             if not keeps:
-                keeper.communicate("\n")
-            answer = client.release(name)
+                process.communicate("\n")
+            answer = vramd.client.release(name)
         assert answer["verified"] is not keeps
-        assert [one["pid"] for one in answer.get("heldBy", [])] == ([keeper.pid] if keeps else [])
+        assert [one["pid"] for one in answer.get("heldBy", [])] == ([process.pid] if keeps else [])
 
 
 def test_a_transfer_names_who_still_has_the_memory_that_it_left(vramd: Vramd) -> None:
-    client = vramd.client
-    name = client.allocate(2 * KIB * KIB, device="cpu:0", lease_seconds=60)["allocationId"]
-    command = [sys.executable, "-c", KEEPER, vramd.socket, name]
-    pipe = subprocess.PIPE
-    with running(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)) as keeper:
-        assert keeper.stdout is not None
-        assert keeper.stdout.readline() == "closed\n"
-        until(lambda: not leases(client, name), "the lease to end")
-        for target, expected in (("sim:0", [keeper.pid]), ("cpu:0", [])):
-            ended = client.transfer([name], target)
+    with keeper(vramd) as (name, process):
+        for target, expected in (("sim:0", [process.pid]), ("cpu:0", [])):
+            ended = vramd.client.transfer([name], target)
             item = ended["result"]["items"][0]
             assert [one["pid"] for one in item.get("heldBy", [])] == expected, json.dumps(ended)
-    client.release(name)
+    vramd.client.release(name)
 
 
 def leases(client: api.Client, name: str) -> list[str]:

@@ -7,8 +7,8 @@ use vramd_daemon::Devices;
 use vramd_device::{Call, Device, cpu, sim};
 
 use crate::meetings::{allocated_on, begun};
-use crate::moves::{all_released, contents, defragment, fill, follow, fragmented};
-use crate::support::{Daemon, Home, MIB, caught, payload, wait_for, write_model};
+use crate::moves::{all_released, behind, contents, defragment};
+use crate::support::{Daemon, Home, MIB, caught, wait_for, write_model};
 
 const KIB: u64 = 1 << 10;
 
@@ -71,11 +71,7 @@ fn what_has_moved_to_another_type_of_memory_is_there_after_a_restart() {
 #[test]
 fn what_a_reader_has_not_followed_is_not_written_to() {
     let daemon = Daemon::start(&[64 * MIB]);
-    let kept = fragmented(&daemon, 1);
-    let last = kept.last().expect("one is kept").clone();
-    let written = payload(300 * KIB as usize, 5);
-    fill(&daemon, &last, &written);
-    let reader = follow(&daemon, &last);
+    let (kept, last, written, reader) = behind(&daemon);
     defragment(&daemon, &json!({}));
     let pid = json!(std::process::id());
     let write = json!({"allocationId": last, "access": "write"});
@@ -104,19 +100,15 @@ fn what_a_reader_has_not_followed_is_not_written_to() {
 #[test]
 fn a_daemon_that_stops_leaves_what_is_mapped_as_it_is() {
     let daemon = Daemon::start(&[64 * MIB]);
-    let kept = fragmented(&daemon, 1);
-    let last = kept.last().expect("one is kept").clone();
-    let written = payload(300 * KIB as usize, 5);
-    fill(&daemon, &last, &written);
     // One reads where it was, one where it is.
-    let behind = follow(&daemon, &last);
+    let (_, last, written, old) = behind(&daemon);
     defragment(&daemon, &json!({}));
     let reader = daemon.attach(&json!({"allocationId": last})).expect("attached");
-    assert_ne!(behind.attached.generation, reader.attached.generation);
+    assert_ne!(old.attached.generation, reader.attached.generation);
     // While anything is under way, the driver runs on.
     let samples = daemon.faults[0].hold(Call::Sample);
     caught(&samples, Call::Sample);
-    let mut readers = [behind, reader];
+    let mut readers = [old, reader];
     std::thread::scope(|scope| {
         let stopped = scope.spawn(|| drop(daemon.stop()));
         for reader in &mut readers {

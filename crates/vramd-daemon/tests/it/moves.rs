@@ -40,7 +40,7 @@ pub fn held(daemon: &Daemon, id: &str) -> Vec<u8> {
     contents(&reader.descriptors[0], block.offset, block.bytes)
 }
 
-pub fn follow(daemon: &Daemon, id: &str) -> Attachment {
+fn follow(daemon: &Daemon, id: &str) -> Attachment {
     let reader = daemon.attach(&json!({"allocationId": id, "moves": true})).expect("attached");
     reader.stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     reader
@@ -67,6 +67,16 @@ pub fn fragmented(daemon: &Daemon, keep: usize) -> Vec<String> {
         }
     }
     kept
+}
+
+/// A fragmented device, and a reader of its last block that does not answer to moves: what is kept, the block and its bytes.
+pub fn behind(daemon: &Daemon) -> (Vec<String>, String, Vec<u8>, Attachment) {
+    let kept = fragmented(daemon, 1);
+    let last = kept.last().expect("one is kept").clone();
+    let written = payload(300 * KIB as usize, 5);
+    fill(daemon, &last, &written);
+    let reader = follow(daemon, &last);
+    (kept, last, written, reader)
 }
 
 pub fn defragment(daemon: &Daemon, body: &Value) -> Value {
@@ -181,11 +191,7 @@ fn mapped_blocks_keep_their_addresses_and_bytes_while_the_device_is_packed() {
 #[test]
 fn a_reader_that_does_not_answer_keeps_its_old_copy_until_it_goes() {
     let daemon = Daemon::start(&[64 * MIB]);
-    let kept = fragmented(&daemon, 1);
-    let last = kept.last().expect("one is kept").clone();
-    let written = payload(300 * KIB as usize, 5);
-    fill(&daemon, &last, &written);
-    let reader = follow(&daemon, &last);
+    let (kept, last, written, reader) = behind(&daemon);
     let result = defragment(&daemon, &json!({}));
     let fixed = &result["devices"][0]["fixed"][0];
     assert_eq!(

@@ -2,7 +2,7 @@
 //!
 //! [`discover`] finds the adapters through the loader, which is looked for when it is called; a machine without one
 //! has none. A [`Device`] opens its context in the driver with its first segment and closes it with its last, so that an
-//! idle daemon holds nothing on the card. Bytes go through staging buffers on the adapter's transfer queue.
+//! idle daemon has no logical device. Bytes go through staging buffers on the adapter's transfer queue.
 
 mod adapter;
 mod context;
