@@ -96,28 +96,43 @@ async fn follow(
             }
             Some(told) = told.recv() => {
                 let Told::Moved(moved) = told else { return Ok(()) };
-                tokio::time::timeout(ANSWER_TIMEOUT, tell(stream, driver, moved, access))
-                    .await
-                    .map_err(|_| Malformed::Gone)?
-                    .map_err(|_| Malformed::Gone)?;
+                let generation = moved.generation;
+                let told = tokio::time::timeout(ANSWER_TIMEOUT, tell(stream, driver, moved, access));
+                if let Some(reason) = told.await.map_err(|_| Malformed::Gone)?? {
+                    // It keeps its old place, as if it could not follow. Were the connection to close instead, that place
+                    // would become others' while this reader has it mapped.
+                    driver.tell(Event::MoveAnswered { lease, generation, refused: Some(reason) }).await;
+                }
             }
         }
     }
 }
 
-/// Sends the descriptor of a new place.
-async fn tell(stream: &mut UnixStream, driver: &Driver, moved: Moved, access: Access) -> io::Result<()> {
-    let (descriptor, page_bytes) =
-        export(driver, &moved.device, moved.segment, access).map_err(io::Error::other)?;
+/// Sends the descriptor of a new place. Answers why the peer could not be told of it at all: it has not seen a byte then.
+async fn tell(
+    stream: &mut UnixStream,
+    driver: &Driver,
+    moved: Moved,
+    access: Access,
+) -> Result<Option<String>, Malformed> {
+    let (descriptor, page_bytes) = match export(driver, &moved.device, moved.segment, access) {
+        Ok(exported) => exported,
+        Err(error) => return Ok(Some(format!("the daemon cannot export the new place: {error}"))),
+    };
     let frame = vramd_api::attach::Moved {
         generation: moved.generation,
         device_id: moved.device,
         segments: vec![AttachedSegment { bytes: moved.segment_bytes, page_bytes }],
         block: AttachedBlock { segment: 0, offset: moved.block_offset, bytes: moved.block_bytes },
     };
-    let frame = encode_frame(FrameKind::Moved, &frame, 1)?;
-    let sent = send_with(stream, &frame, descriptor.as_fd()).await?;
-    stream.write_all(&frame[sent..]).await
+    let frame = encode_frame(FrameKind::Moved, &frame, 1).expect("a place is plain data");
+    let sent = match send_with(stream, &frame, descriptor.as_fd()).await {
+        Ok(sent) => sent,
+        // If it is gone, the next read says so.
+        Err(error) => return Ok(Some(format!("the daemon cannot send the new place: {error}"))),
+    };
+    stream.write_all(&frame[sent..]).await.map_err(|_| Malformed::Gone)?;
+    Ok(None)
 }
 
 enum Malformed {

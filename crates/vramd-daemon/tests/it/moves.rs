@@ -1,5 +1,6 @@
 //! Blocks that get another place: defragmentation with processes attached, transfers between devices, copies.
 
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -222,6 +223,23 @@ fn a_reader_that_cannot_follow_says_so_and_keeps_its_pages() {
     reader.decline(&place, "it has written to its copy".to_owned()).expect("sent");
     let ended = daemon.ended(operation["operationId"].as_str().expect("an id"));
     assert_eq!(ended["result"]["devices"][0]["fixed"][0]["reason"], "readerNotAnswering", "{ended:#}");
+    drop(reader);
+    all_released(&daemon, &kept, "sim:0");
+}
+
+#[test]
+fn a_reader_that_cannot_be_told_of_the_new_place_keeps_the_old_one() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let (kept, last, written, mut reader) = behind(&daemon);
+    daemon.faults[0].fail(Call::Export, 0, sim::Fault::Native);
+    let result = defragment(&daemon, &json!({}));
+    assert_eq!(result["devices"][0]["fixed"][0]["reason"], "readerNotAnswering", "{result:#}");
+    // Nobody got its pages, and the connection that keeps them is open.
+    assert_eq!(contents(&reader.descriptors[0], reader.attached.block.offset, 300 * KIB), written);
+    reader.stream.set_nonblocking(true).expect("a socket");
+    let error = reader.stream.read(&mut [0]).expect_err("nothing is sent");
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    assert_eq!(held(&daemon, &last), written, "others read the new place");
     drop(reader);
     all_released(&daemon, &kept, "sim:0");
 }
