@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use utoipa::ToSchema;
+use uuid::Uuid;
 
 use crate::{AllocationId, ComponentName, DeviceId, LeaseId, ModelName};
 
@@ -142,6 +144,50 @@ pub struct Attach {
     /// This client follows moves: without it the bytes stay where they are for as long as it has them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub moves: bool,
+    /// The kinds of descriptors that it can import; none named is `memfd` alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub handles: Vec<HandleType>,
+}
+
+/// What the descriptors of a device's memory are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum HandleType {
+    /// Mapped with `mmap`.
+    Memfd,
+    /// Imported by Vulkan, as `VK_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD_BIT`.
+    VulkanOpaqueFd,
+}
+
+/// One descriptor's kind, with what its importer has to know.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Handle {
+    #[default]
+    Memfd,
+    /// Only the same driver on the same device may import it: another may answer success, and have other bytes.
+    VulkanOpaqueFd {
+        /// `VkPhysicalDeviceIDProperties::deviceUUID`.
+        device_uuid: Uuid,
+        /// `VkPhysicalDeviceIDProperties::driverUUID`.
+        driver_uuid: Uuid,
+        memory_type_index: u32,
+        /// `VkMemoryAllocateInfo::allocationSize`.
+        allocation_bytes: u64,
+    },
+}
+
+impl Handle {
+    pub fn kind(&self) -> HandleType {
+        match self {
+            Self::Memfd => HandleType::Memfd,
+            Self::VulkanOpaqueFd { .. } => HandleType::VulkanOpaqueFd,
+        }
+    }
+
+    fn is_memfd(&self) -> bool {
+        *self == Self::Memfd
+    }
 }
 
 /// The bytes have another place: the same bytes, at the same offset in their pages. The client maps the new pages over
@@ -204,6 +250,9 @@ pub struct AttachedSegment {
     pub bytes: u64,
     /// The page size behind it, which a mapping's length is a multiple of.
     pub page_bytes: u64,
+    /// Absent for a memfd.
+    #[serde(default, skip_serializing_if = "Handle::is_memfd")]
+    pub handle: Handle,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

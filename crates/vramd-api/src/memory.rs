@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::attach::HandleType;
 use crate::{AllocationId, Bytes, DeviceId, LeaseId, OwnerName};
 
 /// What kind of memory a device has.
@@ -256,7 +257,8 @@ pub struct Released {
     pub released_bytes: u64,
     /// Its memory is back with the device: no process that had it attached has it mapped or open any more.
     pub verified: bool,
-    /// Otherwise those that have, 1.2 seconds after the release: until they let go, the memory counts as foreign.
+    /// Otherwise those that have, 1.2 seconds after the release: until they let go, the memory counts as foreign. On a device
+    /// whose driver does not tell: those that had it attached and live.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub held_by: Vec<Holder>,
 }
@@ -283,8 +285,10 @@ pub struct Device {
 #[serde(rename_all = "camelCase")]
 #[allow(clippy::struct_excessive_bools)] // independent facts, not a state
 pub struct DeviceCapabilities {
-    /// Other processes can map its memory through a descriptor.
-    pub export: bool,
+    /// What other processes import its memory by; null where they cannot.
+    pub handle: Option<HandleType>,
+    /// What is handed out for reading cannot be written to. Otherwise that is a promise which importers keep.
+    pub read_only_export: bool,
     /// The daemon's own process can read and write its memory directly.
     pub host_access: bool,
     /// Pages can be given another address without a copy.

@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use vramd_api::ApiError;
 use vramd_api::attach::{
     Acknowledge, Attach, Attached, AttachedBlock, AttachedSegment, BadHeader, FrameKind, HEADER_BYTES,
-    Header, MAX_DESCRIPTORS, Moved, Tensor, encode_frame,
+    Handle, Header, MAX_DESCRIPTORS, Moved, Tensor, encode_frame,
 };
 
 /// A daemon that does not answer an attach in this time hangs.
@@ -243,6 +243,10 @@ fn check_place(
     for (number, (segment, descriptor)) in segments.iter().zip(descriptors).enumerate() {
         if !segment.page_bytes.is_power_of_two() || !segment.bytes.is_multiple_of(segment.page_bytes) {
             return bad(format!("segment {number} is no multiple of its pages"));
+        }
+        // Drivers' descriptors have no length.
+        if segment.handle != Handle::Memfd {
+            continue;
         }
         let bytes = rustix::fs::fstat(descriptor).map_err(io::Error::from)?.st_size;
         if u64::try_from(bytes).is_ok_and(|bytes| bytes < segment.bytes) {

@@ -2,7 +2,7 @@
 //!
 //! [`attach`] asks the daemon and checks its answer: descriptors and a table of tensors, for who maps them himself.
 //! [`Mapped`] maps them as well and stays mapped, at the same address with the same bytes, while the daemon moves
-//! them. What is resident is decided over REST, not here.
+//! them. Memory on Vulkan devices is imported by `vulkan::import` (feature `vulkan`). What is resident is decided over REST, not here.
 //!
 //! ```no_run
 //! use vramd_api::attach::Attach;
@@ -21,6 +21,8 @@
 mod connection;
 mod mapped;
 mod pages;
+#[cfg(feature = "vulkan")]
+pub mod vulkan;
 
 pub use connection::{AttachError, Attachment, Place, attach, default_socket};
 pub use mapped::{Ended, Mapped};

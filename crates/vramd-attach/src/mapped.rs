@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-use vramd_api::attach::{Access, Attach, Attached, Moved, Tensor};
+use vramd_api::attach::{Access, Attach, Attached, Handle, Moved, Tensor};
 
 use crate::connection::{AttachError, Attachment, Place, attach};
 use crate::pages::Pages;
@@ -207,5 +207,8 @@ impl Shared {
 fn map(place: &Place, access: Access, filled: bool) -> std::io::Result<Pages> {
     let block = &place.moved.block;
     let number = block.segment as usize;
+    if place.moved.segments[number].handle != Handle::Memfd {
+        return Err(std::io::Error::new(std::io::ErrorKind::Unsupported, "only a memfd can be mapped"));
+    }
     Pages::map(&place.descriptors[number], &place.moved.segments[number], block, access, filled)
 }

@@ -13,11 +13,11 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use vramd_api::attach::{
-    Access, Acknowledge, Attach, Attached, AttachedBlock, AttachedSegment, FrameKind, HEADER_BYTES, Header,
-    MAGIC, encode_frame,
+    Access, Acknowledge, Attach, Attached, AttachedBlock, AttachedSegment, FrameKind, HEADER_BYTES,
+    HandleType, Header, MAGIC, encode_frame,
 };
 use vramd_api::{ApiError, DeviceId, ErrorCode, Holder, LeaseId};
-use vramd_device::{DeviceError, ExportAccess, SegmentId};
+use vramd_device::{DeviceError, ExportAccess, Exported, SegmentId};
 
 use crate::driver::{AttachRequest, AttachTarget, Attachment, Driver, Event, Moved, Told};
 
@@ -115,14 +115,15 @@ async fn tell(
     moved: Moved,
     access: Access,
 ) -> Result<Option<String>, Malformed> {
-    let (descriptor, page_bytes) = match export(driver, &moved.device, moved.segment, access) {
-        Ok(exported) => exported,
-        Err(error) => return Ok(Some(format!("the daemon cannot export the new place: {error}"))),
-    };
+    let (descriptor, segment) =
+        match export(driver, &moved.device, moved.segment, moved.segment_bytes, access) {
+            Ok(exported) => exported,
+            Err(error) => return Ok(Some(format!("the daemon cannot export the new place: {error}"))),
+        };
     let frame = vramd_api::attach::Moved {
         generation: moved.generation,
         device_id: moved.device,
-        segments: vec![AttachedSegment { bytes: moved.segment_bytes, page_bytes }],
+        segments: vec![segment],
         block: AttachedBlock { segment: 0, offset: moved.block_offset, bytes: moved.block_bytes },
     };
     let frame = encode_frame(FrameKind::Moved, &frame, 1).expect("a place is plain data");
@@ -188,7 +189,8 @@ async fn open(
     };
     let access = request.access;
     let moves = request.moves;
-    let request = AttachRequest { target, device, access, holder, moves, tell };
+    let handles = if request.handles.is_empty() { vec![HandleType::Memfd] } else { request.handles };
+    let request = AttachRequest { target, device, access, holder, moves, handles, tell };
     let attachment = driver.ask(|reply| Event::Attach(Box::new(request), reply)).await?;
     Ok((attachment, access))
 }
@@ -199,7 +201,8 @@ async fn answer(
     driver: &Driver,
     (attachment, access): (Attachment, Access),
 ) -> io::Result<()> {
-    let (descriptor, page_bytes) = match export(driver, &attachment.device, attachment.segment, access) {
+    let Attachment { device, segment, segment_bytes, .. } = &attachment;
+    let (descriptor, segment) = match export(driver, device, *segment, *segment_bytes, access) {
         Ok(exported) => exported,
         Err(error) => {
             let shown = crate::devices::error(&attachment.device, &error);
@@ -217,7 +220,7 @@ async fn answer(
         model,
         component,
         access,
-        segments: vec![AttachedSegment { bytes: attachment.segment_bytes, page_bytes }],
+        segments: vec![segment],
         block: AttachedBlock { segment: 0, offset: attachment.block_offset, bytes: attachment.block_bytes },
         tensors: attachment.table(),
         metadata: attachment.metadata(),
@@ -227,19 +230,21 @@ async fn answer(
     stream.write_all(&frame[sent..]).await
 }
 
-/// A descriptor of a segment, and the size of its pages.
+/// A descriptor of a segment, and what the peer is told of it.
 fn export(
     driver: &Driver,
     device: &DeviceId,
     segment: SegmentId,
+    bytes: u64,
     access: Access,
-) -> Result<(OwnedFd, u64), DeviceError> {
+) -> Result<(OwnedFd, AttachedSegment), DeviceError> {
     let device = driver.devices.get(device).expect("what is attached is on a device that opened");
     let access = match access {
         Access::Read => ExportAccess::Read,
         Access::Write => ExportAccess::Write,
     };
-    Ok((device.export(segment, access)?, device.facts().page_bytes))
+    let Exported { descriptor, handle } = device.export(segment, access)?;
+    Ok((descriptor, AttachedSegment { bytes, page_bytes: device.facts().page_bytes, handle }))
 }
 
 /// Sends the beginning of a frame with its descriptor; answers how many bytes went along.

@@ -23,6 +23,7 @@ use std::os::fd::OwnedFd;
 
 pub use error::{Call, DeviceError};
 pub use source::Source;
+use vramd_api::attach::Handle;
 use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 
 /// Names one segment on one device. Never used twice while a daemon runs.
@@ -63,7 +64,8 @@ pub struct Sample {
 /// Who may write to an exported segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writers {
-    /// Only the device itself (`write`, `zero`, `fill_from_file`); no importer ever can.
+    /// Only the device itself (`write`, `zero`, `fill_from_file`); no importer ever can, where
+    /// [`DeviceCapabilities::read_only_export`] says so, and elsewhere none is to.
     DeviceOnly,
     /// Importers that were handed a writable descriptor too. They can also give the memory behind the segment
     /// back to the system, though never change its size.
@@ -75,6 +77,14 @@ pub enum Writers {
 pub enum ExportAccess {
     Read,
     Write,
+}
+
+/// A way to a segment's memory for another process.
+#[derive(Debug)]
+pub struct Exported {
+    pub descriptor: OwnedFd,
+    /// What the descriptor is.
+    pub handle: Handle,
 }
 
 /// A range of a segment.
@@ -123,10 +133,10 @@ pub trait Device: Send + Sync {
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError>;
 
     /// Which of `processes` still have a segment's memory mapped or open: its bytes are not back with the system before
-    /// these are gone too. This process is not meant.
-    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Vec<u32>, DeviceError>;
+    /// these are gone too. This process is not meant. None: the driver does not tell.
+    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError>;
 
-    /// A descriptor through which another process maps the whole segment. The segment stays the device's: the
+    /// A descriptor through which another process has the whole segment. The segment stays the device's: the
     /// descriptor only keeps the memory itself alive.
-    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError>;
+    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError>;
 }

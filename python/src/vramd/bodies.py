@@ -22,6 +22,7 @@ OperationState = Literal["Queued", "Running", "Completed", "Failed", "Cancelled"
 Include = Literal["allocations", "usage", "fragmentation", "processes"]
 Sort = Literal["createdAt", "-createdAt", "sizeBytes", "-sizeBytes"]
 Access = Literal["read", "write"]
+HandleType = Literal["memfd", "vulkanOpaqueFd"]
 TransferMode = Literal["move", "copy"]
 ClearTarget = Literal["Cache", "Unused", "Allocations", "Zero"]
 FixedReason = Literal[
@@ -44,7 +45,8 @@ class Health(TypedDict):
 
 
 class DeviceCapabilities(TypedDict):
-    export: bool
+    handle: HandleType | None
+    readOnlyExport: bool
     hostAccess: bool
     remap: bool
     sparse: bool

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 use serde::Serialize;
 use uuid::Uuid;
 use vramd_api::{
@@ -606,7 +608,13 @@ fn importers(on: &dyn Device, segment: Segment, mut seen_by: Vec<Holder>) -> Vec
     while !seen_by.is_empty() {
         let processes: Vec<_> = seen_by.iter().map(|holder| holder.pid).collect();
         // What the device cannot tell holds up no release.
-        let left = on.importers(segment, &processes).unwrap_or_default();
+        let Some(left) = on.importers(segment, &processes).unwrap_or(Some(Vec::new())) else {
+            // Whoever lives may have it still.
+            let lives = |holder: &Holder| i32::try_from(holder.pid).ok().and_then(Pid::from_raw);
+            seen_by
+                .retain(|holder| lives(holder).is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH)));
+            break;
+        };
         seen_by.retain(|holder| left.contains(&holder.pid));
         if begun.elapsed() >= LET_GO {
             break;

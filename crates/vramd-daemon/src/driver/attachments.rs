@@ -6,13 +6,13 @@ use std::sync::Arc;
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use vramd_api::attach::Access;
+use vramd_api::attach::{Access, HandleType};
 use vramd_api::{
     AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, LeaseId, ModelName, ResidencyState,
 };
 use vramd_core::ledger::{Allocation, Lease};
 use vramd_core::models::{Plan, Residency};
-use vramd_device::SegmentId;
+use vramd_device::{Facts, SegmentId};
 
 use super::allocations::{being_released, owned};
 use super::models::{no_component, no_model, not_resident};
@@ -85,6 +85,21 @@ pub(super) struct Pending {
     pub old: LeaseId,
     /// It said that it cannot follow.
     pub refused: bool,
+}
+
+/// Refuses what a client cannot import.
+fn exported(facts: &Facts, taken: &[HandleType]) -> Result<(), ApiError> {
+    let refused = |what: String| ApiError::new(ErrorCode::Conflict, what);
+    let device = &facts.device;
+    match facts.capabilities.handle {
+        Some(handle) if taken.contains(&handle) => Ok(()),
+        Some(handle) => Err(refused(format!("this client cannot import memory on {device}"))
+            .hint("load or move it to cpu:0, or attach with a client that imports this handle")
+            .detail("handle", serde_json::json!(handle))),
+        None => Err(refused(format!("memory on {device} cannot be handed to other processes")).hint(
+            "load or move it to a device that can export, such as cpu:0: `vramd devices` shows which can",
+        )),
+    }
 }
 
 /// Where the bytes to attach are.
@@ -209,15 +224,7 @@ impl State {
             return Err(ApiError::new(ErrorCode::DeviceLost, format!("{} is lost", allocation.device))
                 .hint("load or allocate on another device"));
         }
-        if !device.facts().capabilities.export {
-            return Err(ApiError::new(
-                ErrorCode::Conflict,
-                format!("memory on {} cannot be mapped by other processes", allocation.device),
-            )
-            .hint(
-                "load or move it to a device that can export, such as cpu:0: `vramd devices` shows which can",
-            ));
-        }
+        exported(device.facts(), &request.handles)?;
         if request.access == Access::Write {
             self.all_follow(found.allocation)?;
         }

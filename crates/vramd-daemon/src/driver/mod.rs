@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use vramd_api::attach::Access;
+use vramd_api::attach::{Access, HandleType};
 use vramd_api::{
     AllocateRequest, AllocationId, ApiError, ClearRequest, Cleared, ComponentName, CopyRequest,
     DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, Holder, KeepAlive,
@@ -102,6 +102,8 @@ pub struct AttachRequest {
     pub holder: Holder,
     /// It follows moves.
     pub moves: bool,
+    /// What it can import.
+    pub handles: Vec<HandleType>,
     pub tell: mpsc::UnboundedSender<Told>,
 }
 

@@ -1,13 +1,12 @@
 //! A driver that dies takes the daemon with it: nobody is left answering from an old snapshot.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::json;
 use vramd_daemon::{Devices, StartError};
 use vramd_device::{
-    Device, DeviceError, ExportAccess, Facts, Range, Sample, SegmentId, Source, Writers, sim,
+    Device, DeviceError, ExportAccess, Exported, Facts, Range, Sample, SegmentId, Source, Writers, sim,
 };
 
 use crate::support::{Home, MIB, write_model};
@@ -56,11 +55,11 @@ impl Device for Breakable {
         self.device.copy(from, to, to_offset)
     }
 
-    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Vec<u32>, DeviceError> {
+    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
         self.device.importers(segment, processes)
     }
 
-    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError> {
+    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
         self.device.export(segment, access)
     }
 }

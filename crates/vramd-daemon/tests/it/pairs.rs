@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use vramd_api::attach::Handle;
 use vramd_daemon::Devices;
 use vramd_device::{Device, cpu, sim, vulkan};
 
@@ -123,20 +124,44 @@ fn a_model_is_loaded_onto_every_device_and_copied_to_host_memory() {
 }
 
 #[test]
-fn what_cannot_be_attached_says_so() {
+fn memory_of_a_card_is_attached_by_clients_that_can_import_it() {
     let home = Home::new();
     let (daemon, names) = start(&home);
     for name in names.iter().filter(|name| name.starts_with("vulkan")) {
-        let body = json!({"sizeBytes": MIB});
+        // Large enough for a segment of its own.
+        let body = json!({"sizeBytes": 8 * MIB});
         let id = allocated_on(&daemon, name, &body);
         match daemon.attach(&json!({"allocationId": id})) {
             Err(vramd_attach::AttachError::Api(refused)) => {
                 assert_eq!(refused.code, vramd_api::ErrorCode::Conflict);
+                assert_eq!(refused.details["handle"], "vulkanOpaqueFd");
                 assert!(refused.hint.is_some_and(|hint| hint.contains("cpu:0")));
             }
             other => panic!("it was granted: {other:?}"),
         }
-        daemon.release(&id).data(200);
+        let request = json!({"allocationId": id, "handles": ["memfd", "vulkanOpaqueFd"]});
+        let reader = daemon.attach(&request).expect("attached");
+        let device = daemon.get(&format!("/api/devices/{name}")).data(200);
+        assert_eq!(device["capabilities"]["readOnlyExport"], false);
+        let segment = &reader.attached.segments[0];
+        match &segment.handle {
+            Handle::VulkanOpaqueFd { device_uuid, allocation_bytes, .. } => {
+                assert_eq!(device_uuid.to_string(), device["uuid"]);
+                assert!(*allocation_bytes >= segment.bytes);
+            }
+            Handle::Memfd => panic!("it is no memfd"),
+        }
+        drop(reader);
+        wait_for("the reader to be gone", || {
+            let shown = daemon.get(&format!("/api/memory/allocation/{id}")).data(200);
+            (shown["leases"].as_array()?.len() == 1).then_some(())
+        });
+        let released = daemon.release(&id).data(200);
+        // The driver does not tell whether this process has let go of it.
+        assert_eq!(
+            (&released["verified"], &released["heldBy"][0]["pid"]),
+            (&json!(false), &json!(std::process::id()))
+        );
         daemon.all_is_back(name);
     }
 }

@@ -1,8 +1,8 @@
 //! The device `cpu:0`: the books of what it holds, and the contract's calls.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use vramd_api::attach::{Handle, HandleType};
 use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 
 use super::pages::{BASE_PAGE_BYTES, Pages};
@@ -10,7 +10,7 @@ use super::populate::populate;
 use crate::host::Host;
 use crate::segment::{Backing, Failed, Segment};
 use crate::table::{Extent as _, Table};
-use crate::{Call, DeviceError, ExportAccess, Facts, Range, Sample, SegmentId, Source, Writers};
+use crate::{Call, DeviceError, ExportAccess, Exported, Facts, Range, Sample, SegmentId, Source, Writers};
 
 /// What an administrator may say about host memory.
 #[derive(Debug, Clone, Copy, Default)]
@@ -57,7 +57,8 @@ impl Device {
             max_segment_bytes: u64::MAX,
             page_bytes: pages.page_bytes(),
             capabilities: DeviceCapabilities {
-                export: true,
+                handle: Some(HandleType::Memfd),
+                read_only_export: true,
                 host_access: true,
                 remap: false,
                 sparse: false,
@@ -283,13 +284,14 @@ impl crate::Device for Device {
             .map_err(DeviceError::Source)
     }
 
-    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Vec<u32>, DeviceError> {
+    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
         let segment = self.segments.get(Call::Importers, segment)?;
-        segment.importers(processes)
+        segment.importers(processes).map(Some)
     }
 
-    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError> {
-        self.segments.get(Call::Export, segment)?.export(segment, access)
+    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
+        let descriptor = self.segments.get(Call::Export, segment)?.export(segment, access)?;
+        Ok(Exported { descriptor, handle: Handle::Memfd })
     }
 }
 

@@ -1,8 +1,8 @@
 //! The devices `sim:N`: capacity by a counter, contents in sparse host memory, every byte through the link.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use vramd_api::attach::{Handle, HandleType};
 use vramd_api::{Bytes, DeviceCapabilities, DeviceId, MemoryType};
 
 use super::faults::Faults;
@@ -12,7 +12,7 @@ use crate::host::Host;
 use crate::segment::{Backing, Failed, Segment};
 use crate::source::{DIRECT_ALIGN, READ_BYTES};
 use crate::table::{Extent as _, Table};
-use crate::{Call, DeviceError, ExportAccess, Facts, Range, Sample, SegmentId, Source, Writers};
+use crate::{Call, DeviceError, ExportAccess, Exported, Facts, Range, Sample, SegmentId, Source, Writers};
 
 /// One simulated device.
 #[derive(Debug)]
@@ -51,7 +51,8 @@ impl Device {
             max_segment_bytes: u64::MAX,
             page_bytes: 4096,
             capabilities: DeviceCapabilities {
-                export: true,
+                handle: Some(HandleType::Memfd),
+                read_only_export: true,
                 host_access: false,
                 remap: false,
                 sparse: false,
@@ -210,15 +211,15 @@ impl crate::Device for Device {
         })
     }
 
-    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Vec<u32>, DeviceError> {
+    fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
         let segment = self.segments.get(Call::Importers, segment)?;
         self.faults.enter(Call::Importers, 0)?;
-        segment.importers(processes)
+        segment.importers(processes).map(Some)
     }
 
-    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<OwnedFd, DeviceError> {
+    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
         let source = self.segments.get(Call::Export, segment)?;
         self.faults.enter(Call::Export, 0)?;
-        source.export(segment, access)
+        Ok(Exported { descriptor: source.export(segment, access)?, handle: Handle::Memfd })
     }
 }

@@ -4,7 +4,13 @@ use std::ffi::CStr;
 use std::sync::Arc;
 
 use ash::vk;
+use uuid::Uuid;
 use vramd_api::MemoryType;
+
+/// What buffers over segments and staging memory are for.
+pub(super) const BUFFER_USAGE: vk::BufferUsageFlags = vk::BufferUsageFlags::from_raw(
+    vk::BufferUsageFlags::TRANSFER_SRC.as_raw() | vk::BufferUsageFlags::TRANSFER_DST.as_raw(),
+);
 
 /// Why no adapter can be looked for.
 #[derive(Debug, thiserror::Error)]
@@ -38,12 +44,15 @@ pub struct Adapter {
     pub(super) instance: Arc<Instance>,
     pub(super) physical: vk::PhysicalDevice,
     pub(super) name: String,
-    pub(super) uuid: String,
+    pub(super) uuid: Uuid,
+    pub(super) driver_uuid: Uuid,
     pub(super) kind: vk::PhysicalDeviceType,
     pub(super) memory: vk::PhysicalDeviceMemoryProperties,
     /// The family of the queue that copies.
     pub(super) family: u32,
     pub(super) has_budget: bool,
+    /// Its memory can be handed to other processes, and theirs is no different from it.
+    pub(super) exports: bool,
     /// The largest piece of memory with a buffer over it.
     pub(super) max_bytes: u64,
     /// How many pieces there may be.
@@ -113,11 +122,13 @@ impl Adapter {
                 |_| "unnamed".to_owned(),
                 |name| name.to_string_lossy().replace(char::is_control, "?"),
             ),
-            uuid: uuid(ids.device_uuid),
+            uuid: Uuid::from_bytes(ids.device_uuid),
+            driver_uuid: Uuid::from_bytes(ids.driver_uuid),
             kind: base.device_type,
             memory,
             family: transfer_family(&families)?,
             has_budget: has(ash::ext::memory_budget::NAME),
+            exports: has(ash::khr::external_memory_fd::NAME) && exports(&instance.raw, physical),
             max_bytes: limits.into_iter().filter(|limit| *limit > 0).min().unwrap_or(u64::MAX),
             max_count: base.limits.max_memory_allocation_count,
         })
@@ -165,35 +176,38 @@ impl Adapter {
         Some(most.saturating_sub(budget.heap_usage[heap as usize]))
     }
 
-    /// The types of memory to take segments and staging buffers from, of those whose bits are set.
-    pub(super) fn types(&self, allowed: u32) -> Option<(u32, u32)> {
+    /// The type of memory to take segments from, of those whose bits are set.
+    pub(super) fn segment_type(&self, allowed: u32) -> Option<u32> {
         use vk::MemoryPropertyFlags as Flags;
         let (heap, _) = self.heap();
-        let types = || {
-            (0..)
-                .zip(self.memory.memory_types_as_slice())
-                .filter(move |(index, _)| allowed & 1 << index != 0)
-                .filter(|(_, one)| !one.property_flags.intersects(Flags::PROTECTED | Flags::LAZILY_ALLOCATED))
-        };
-        // The first of the best: drivers order them by how fast they are.
-        let first_best = |rank: &dyn Fn(&vk::MemoryType) -> Option<u32>| {
-            let ranked = types().filter_map(|(index, one)| Some((rank(one)?, std::cmp::Reverse(index))));
-            ranked.max().map(|(_, index)| index.0)
-        };
-        let segment = first_best(&|one| {
+        self.first_best(allowed, |one| {
             (one.heap_index == heap).then(|| {
                 // What the processor sees too is scarce on some cards, and slower on others.
                 u32::from(one.property_flags.contains(Flags::DEVICE_LOCAL)) * 2
                     + u32::from(!one.property_flags.contains(Flags::HOST_VISIBLE))
             })
-        });
-        let staging = first_best(&|one| {
+        })
+    }
+
+    /// The type of memory to take staging buffers from, of those whose bits are set.
+    pub(super) fn staging_type(&self, allowed: u32) -> Option<u32> {
+        use vk::MemoryPropertyFlags as Flags;
+        self.first_best(allowed, |one| {
             let flags = one.property_flags;
-            flags
-                .contains(Flags::HOST_VISIBLE | Flags::HOST_COHERENT)
-                .then(|| u32::from(flags.contains(Flags::HOST_CACHED)))
-        });
-        segment.zip(staging)
+            let fit = flags.contains(Flags::HOST_VISIBLE | Flags::HOST_COHERENT);
+            fit.then(|| u32::from(flags.contains(Flags::HOST_CACHED)))
+        })
+    }
+
+    /// The first of the types that rank highest: drivers order them by how fast they are.
+    fn first_best(&self, allowed: u32, rank: impl Fn(&vk::MemoryType) -> Option<u32>) -> Option<u32> {
+        use vk::MemoryPropertyFlags as Flags;
+        let ranked = (0..)
+            .zip(self.memory.memory_types_as_slice())
+            .filter(|(index, _)| allowed & 1 << index != 0)
+            .filter(|(_, one)| !one.property_flags.intersects(Flags::PROTECTED | Flags::LAZILY_ALLOCATED))
+            .filter_map(|(index, one)| Some((rank(one)?, std::cmp::Reverse(index))));
+        ranked.max().map(|(_, index): (_, std::cmp::Reverse<u32>)| index.0)
     }
 }
 
@@ -212,9 +226,18 @@ fn transfer_family(families: &[vk::QueueFamilyProperties]) -> Option<u32> {
     ranked.max().map(|(_, index)| index.0)
 }
 
-fn uuid(bytes: [u8; vk::UUID_SIZE]) -> String {
-    let hex = format!("{:032x}", u128::from_be_bytes(bytes));
-    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+/// Whether buffers of ours can be exported as opaque descriptors, by any process that shares pieces of a segment's memory.
+fn exports(instance: &ash::Instance, physical: vk::PhysicalDevice) -> bool {
+    use vk::ExternalMemoryFeatureFlags as Flags;
+    let asked = vk::PhysicalDeviceExternalBufferInfo::default()
+        .usage(BUFFER_USAGE)
+        .handle_type(vk::ExternalMemoryHandleTypeFlags::OPAQUE_FD);
+    let mut answer = vk::ExternalBufferProperties::default();
+    // SAFETY: the adapter is of this instance, and new enough for the question.
+    unsafe { instance.get_physical_device_external_buffer_properties(physical, &asked, &mut answer) };
+    let features = answer.external_memory_properties.external_memory_features;
+    // Dedicated memory has to be imported for a buffer that is the exporter's twin: a client cannot use it as it likes.
+    features.contains(Flags::EXPORTABLE | Flags::IMPORTABLE) && !features.contains(Flags::DEDICATED_ONLY)
 }
 
 #[cfg(test)]
@@ -237,11 +260,5 @@ mod tests {
         assert_eq!(transfer_family(&[decode]), None);
         let none = vk::QueueFamilyProperties { queue_count: 0, ..copy };
         assert_eq!(transfer_family(&[none]), None);
-    }
-
-    #[test]
-    fn a_uuid_is_written_as_usual() {
-        let bytes = std::array::from_fn(|index| index as u8 * 17);
-        assert_eq!(uuid(bytes), "00112233-4455-6677-8899-aabbccddeeff");
     }
 }

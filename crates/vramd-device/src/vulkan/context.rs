@@ -1,12 +1,13 @@
 //! What is open in the driver while a device has segments: the logical device, its queue, the staging buffers.
 
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ash::vk;
 
-use super::adapter::{Adapter, Instance};
+use super::adapter::{Adapter, BUFFER_USAGE, Instance};
 use crate::{Call, DeviceError};
 
 /// What goes through a staging buffer at once.
@@ -18,6 +19,7 @@ const IDLE_STAGES: usize = 8;
 /// A card that does nothing for so long will not do it any more.
 const PATIENCE_NS: u64 = 60_000_000_000;
 const WAIT: &str = "vkWaitForFences";
+const GET_FD: &str = "vkGetMemoryFdKHR";
 
 /// A failed call of the driver, before it is known what it means.
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +40,9 @@ impl Failed {
             result if native == WAIT && result != vk::Result::ERROR_DEVICE_LOST => DeviceError::Lost {
                 reason: format!("{native}: {result} ({} seconds at most)", PATIENCE_NS / 1_000_000_000),
             },
+            vk::Result::ERROR_TOO_MANY_OBJECTS if call == Call::Export => {
+                DeviceError::Native { call, native, source: rustix::io::Errno::MFILE.into() }
+            }
             vk::Result::ERROR_OUT_OF_DEVICE_MEMORY
             | vk::Result::ERROR_OUT_OF_HOST_MEMORY
             | vk::Result::ERROR_TOO_MANY_OBJECTS => DeviceError::OutOfMemory { requested, available },
@@ -53,6 +58,8 @@ pub(super) struct Context {
     pub raw: ash::Device,
     queue: Mutex<vk::Queue>,
     family: u32,
+    /// Of adapters whose memory can be exported.
+    exporter: Option<ash::khr::external_memory_fd::Device>,
     segment_type: u32,
     staging_type: u32,
     idle: Mutex<Vec<Stage>>,
@@ -83,20 +90,39 @@ pub(super) struct Block {
     pub memory: vk::DeviceMemory,
 }
 
+/// What a buffer and its memory are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Segment,
+    Staging,
+}
+
+/// A segment's memory, as the driver has it.
+pub(super) struct MemoryFacts {
+    pub memory_type: u32,
+    pub bytes: u64,
+}
+
 impl Context {
     pub fn open(adapter: &Adapter) -> Result<Self, Failed> {
         let queues = [vk::DeviceQueueCreateInfo::default()
             .queue_family_index(adapter.family)
             .queue_priorities(&[1.0])];
-        let create = vk::DeviceCreateInfo::default().queue_create_infos(&queues);
+        let extensions = [ash::khr::external_memory_fd::NAME.as_ptr()];
+        let mut create = vk::DeviceCreateInfo::default().queue_create_infos(&queues);
+        if adapter.exports {
+            create = create.enabled_extension_names(&extensions);
+        }
         let instance = &adapter.instance.raw;
         // SAFETY: the adapter is of this instance; what `create` points to lives until the call returns.
         let raw = unsafe { instance.create_device(adapter.physical, &create, None) }
             .map_err(Failed::at("vkCreateDevice"))?;
         // SAFETY: one queue of that family was asked for.
         let queue = unsafe { raw.get_device_queue(adapter.family, 0) };
+        let exporter = adapter.exports.then(|| ash::khr::external_memory_fd::Device::new(instance, &raw));
         let mut context = Self {
             raw,
+            exporter,
             queue: Mutex::new(queue),
             family: adapter.family,
             segment_type: 0,
@@ -106,17 +132,14 @@ impl Context {
             abandoned: AtomicBool::new(false),
             instance: adapter.instance.clone(),
         };
-        // All buffers of one usage can lie in the same types.
-        let probe = context.buffer(STAGE_BYTES)?;
-        // SAFETY: the buffer was just made and is used nowhere else.
-        let allowed = unsafe {
-            let requirements = context.raw.get_buffer_memory_requirements(probe);
-            context.raw.destroy_buffer(probe, None);
-            requirements.memory_type_bits
+        let unfit = || Failed {
+            native: "vkGetBufferMemoryRequirements",
+            result: vk::Result::ERROR_FEATURE_NOT_PRESENT,
         };
-        let unfit =
-            Failed { native: "vkGetBufferMemoryRequirements", result: vk::Result::ERROR_FEATURE_NOT_PRESENT };
-        (context.segment_type, context.staging_type) = adapter.types(allowed).ok_or(unfit)?;
+        context.segment_type =
+            adapter.segment_type(context.allowed_types(Use::Segment)?).ok_or_else(unfit)?;
+        context.staging_type =
+            adapter.staging_type(context.allowed_types(Use::Staging)?).ok_or_else(unfit)?;
         Ok(context)
     }
 
@@ -127,27 +150,78 @@ impl Context {
         Ok(())
     }
 
-    fn buffer(&self, bytes: u64) -> Result<vk::Buffer, Failed> {
-        let create = vk::BufferCreateInfo::default()
+    /// The types that all buffers of one use can lie in, as bits.
+    fn allowed_types(&self, usage: Use) -> Result<u32, Failed> {
+        let probe = self.buffer(STAGE_BYTES, usage)?;
+        // SAFETY: the buffer was just made and is used nowhere else.
+        unsafe {
+            let requirements = self.raw.get_buffer_memory_requirements(probe);
+            self.raw.destroy_buffer(probe, None);
+            Ok(requirements.memory_type_bits)
+        }
+    }
+
+    fn is_exported(&self, usage: Use) -> bool {
+        usage == Use::Segment && self.exporter.is_some()
+    }
+
+    fn buffer(&self, bytes: u64, usage: Use) -> Result<vk::Buffer, Failed> {
+        let mut external = vk::ExternalMemoryBufferCreateInfo::default()
+            .handle_types(vk::ExternalMemoryHandleTypeFlags::OPAQUE_FD);
+        let mut create = vk::BufferCreateInfo::default()
             .size(bytes)
-            .usage(vk::BufferUsageFlags::TRANSFER_SRC | vk::BufferUsageFlags::TRANSFER_DST)
+            .usage(BUFFER_USAGE)
             .sharing_mode(vk::SharingMode::EXCLUSIVE);
+        if self.is_exported(usage) {
+            create = create.push_next(&mut external);
+        }
         // SAFETY: the device lives.
         unsafe { self.raw.create_buffer(&create, None) }.map_err(Failed::at("vkCreateBuffer"))
     }
 
     /// Memory of a segment, with a buffer over all of it.
     pub fn block(&self, bytes: u64) -> Result<Block, Failed> {
-        self.block_of(bytes, self.segment_type)
+        self.block_of(bytes, Use::Segment)
     }
 
-    fn block_of(&self, bytes: u64, memory_type: u32) -> Result<Block, Failed> {
-        let buffer = self.buffer(bytes)?;
+    /// A descriptor of a segment's memory, and what its importer has to know beside the adapter.
+    pub fn export(&self, block: Block) -> Result<(OwnedFd, MemoryFacts), Failed> {
+        let unable = Failed { native: GET_FD, result: vk::Result::ERROR_EXTENSION_NOT_PRESENT };
+        let exporter = self.exporter.as_ref().ok_or(unable)?;
+        let get = vk::MemoryGetFdInfoKHR::default()
+            .memory(block.memory)
+            .handle_type(vk::ExternalMemoryHandleTypeFlags::OPAQUE_FD);
+        // SAFETY: the memory is ours, lives, and was made to be exported so; a descriptor that comes is the caller's.
+        let descriptor = unsafe { exporter.get_memory_fd(&get) }.map_err(Failed::at(GET_FD))?;
+        if descriptor < 0 {
+            return Err(Failed { native: GET_FD, result: vk::Result::ERROR_UNKNOWN });
+        }
+        // SAFETY: as above.
+        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        // Not every driver does.
+        rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC)
+            .map_err(|_| Failed { native: GET_FD, result: vk::Result::ERROR_UNKNOWN })?;
+        // SAFETY: the buffer lives.
+        let bytes = unsafe { self.raw.get_buffer_memory_requirements(block.buffer) }.size;
+        Ok((descriptor, MemoryFacts { memory_type: self.segment_type, bytes }))
+    }
+
+    fn block_of(&self, bytes: u64, usage: Use) -> Result<Block, Failed> {
+        let buffer = self.buffer(bytes, usage)?;
+        let memory_type = match usage {
+            Use::Segment => self.segment_type,
+            Use::Staging => self.staging_type,
+        };
+        let mut export = vk::ExportMemoryAllocateInfo::default()
+            .handle_types(vk::ExternalMemoryHandleTypeFlags::OPAQUE_FD);
         // SAFETY: the buffer is new. The driver says how much memory it takes, which may be more than its size.
         let made = unsafe {
             let size = self.raw.get_buffer_memory_requirements(buffer).size;
-            let allocate =
+            let mut allocate =
                 vk::MemoryAllocateInfo::default().allocation_size(size).memory_type_index(memory_type);
+            if self.is_exported(usage) {
+                allocate = allocate.push_next(&mut export);
+            }
             self.raw.allocate_memory(&allocate, None).map_err(Failed::at("vkAllocateMemory")).and_then(
                 |memory| {
                     let bound = self.raw.bind_buffer_memory(buffer, memory, 0);
@@ -204,7 +278,7 @@ impl Context {
     }
 
     fn stage(&self) -> Result<Stage, Failed> {
-        let block = self.block_of(STAGE_BYTES, self.staging_type)?;
+        let block = self.block_of(STAGE_BYTES, Use::Staging)?;
         self.stage_over(block).inspect_err(|_| self.free(block))
     }
 

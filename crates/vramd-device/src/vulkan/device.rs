@@ -1,15 +1,15 @@
 //! The devices `vulkan:N`: the books of what they hold, and the contract's calls.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use vramd_api::attach::{Handle, HandleType};
 use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 
 use super::adapter::Adapter;
 use super::context::{Block, Context, Failed, STAGE_BYTES, SUBMIT_BYTES};
 use crate::host::Host;
 use crate::table::{Extent, Table};
-use crate::{Call, DeviceError, ExportAccess, Facts, Range, Sample, SegmentId, Source, Writers};
+use crate::{Call, DeviceError, ExportAccess, Exported, Facts, Range, Sample, SegmentId, Source, Writers};
 
 /// What cards give out without waste: most have pages of this size or take several together.
 const GRANULARITY: u64 = 64 << 10;
@@ -54,6 +54,7 @@ struct Segment {
     context: Arc<Context>,
     block: Block,
     bytes: u64,
+    writers: Writers,
 }
 
 impl Extent for Segment {
@@ -84,6 +85,9 @@ impl Device {
         if adapter.is_software() {
             notes.push("a software driver: it runs on the processor, in host memory".to_owned());
         }
+        if !adapter.exports {
+            notes.push("the driver cannot export memory: other processes cannot attach it".to_owned());
+        }
         if !adapter.has_budget {
             notes.push(
                 "the driver has no VK_EXT_memory_budget: what other programs use is not seen".to_owned(),
@@ -91,7 +95,7 @@ impl Device {
         }
         let facts = Facts {
             device,
-            uuid: adapter.uuid.clone(),
+            uuid: adapter.uuid.to_string(),
             name: adapter.name.clone(),
             memory_type: adapter.memory_type(),
             total_bytes: options.limit_bytes.map_or(heap_bytes, |limit| limit.min(heap_bytes)),
@@ -99,7 +103,8 @@ impl Device {
             max_segment_bytes: adapter.max_bytes & !(GRANULARITY - 1),
             page_bytes: 4096,
             capabilities: DeviceCapabilities {
-                export: false,
+                handle: adapter.exports.then_some(HandleType::VulkanOpaqueFd),
+                read_only_export: false,
                 host_access: false,
                 remap: false,
                 sparse: false,
@@ -153,10 +158,10 @@ impl Device {
         }
     }
 
-    fn make(&self, bytes: u64) -> Result<Segment, Failed> {
+    fn make(&self, bytes: u64, writers: Writers) -> Result<Segment, Failed> {
         let context = self.context()?;
         let block = context.block(bytes)?;
-        let segment = Segment { context, block, bytes };
+        let segment = Segment { context, block, bytes, writers };
         // The driver may hand out what another program had.
         segment.zero(0, bytes)?;
         Ok(segment)
@@ -195,7 +200,7 @@ impl crate::Device for Device {
         Ok(Sample { used_bytes, available_bytes, held_bytes: state.held })
     }
 
-    fn create(&self, segment: SegmentId, bytes: u64, _: Writers) -> Result<(), DeviceError> {
+    fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError> {
         self.segments.check_new(segment, bytes, self.facts.granularity_bytes)?;
         self.check_lost()?;
         {
@@ -210,7 +215,7 @@ impl crate::Device for Device {
             state.pending += bytes;
             state.count += 1;
         }
-        let made = self.make(bytes);
+        let made = self.make(bytes, writers);
         let failed = |device: &Self| {
             let mut state = device.state();
             state.held -= bytes;
@@ -313,15 +318,29 @@ impl crate::Device for Device {
         unread.map_or(Ok(()), |error| Err(DeviceError::Source(error)))
     }
 
-    fn importers(&self, segment: SegmentId, _: &[u32]) -> Result<Vec<u32>, DeviceError> {
-        // Nothing is exported.
-        self.segments.get(Call::Importers, segment).map(|_| Vec::new())
+    fn importers(&self, segment: SegmentId, _: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
+        self.segments.get(Call::Importers, segment).map(|_| None)
     }
 
-    fn export(&self, segment: SegmentId, _: ExportAccess) -> Result<OwnedFd, DeviceError> {
-        self.segments.get(Call::Export, segment)?;
-        let reason = "this backend does not export memory";
-        Err(DeviceError::Misuse { call: Call::Export, segment, reason })
+    fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
+        let exported = self.segments.get(Call::Export, segment)?;
+        self.check_lost()?;
+        let misuse = |reason| DeviceError::Misuse { call: Call::Export, segment, reason };
+        if !self.adapter.exports {
+            return Err(misuse("the driver cannot export memory"));
+        }
+        if access == ExportAccess::Write && exported.writers == Writers::DeviceOnly {
+            return Err(misuse("it was created for the device alone to write"));
+        }
+        let (descriptor, memory) =
+            exported.context.export(exported.block).map_err(self.explain(Call::Export, 0))?;
+        let handle = Handle::VulkanOpaqueFd {
+            device_uuid: self.adapter.uuid,
+            driver_uuid: self.adapter.driver_uuid,
+            memory_type_index: memory.memory_type,
+            allocation_bytes: memory.bytes,
+        };
+        Ok(Exported { descriptor, handle })
     }
 }
 

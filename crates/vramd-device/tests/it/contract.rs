@@ -2,7 +2,7 @@
 //! backend is adding a line to `on_every_backend`.
 
 use std::io::{self, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Mutex;
 use std::thread;
 
@@ -11,11 +11,15 @@ use proptest::test_runner::Config;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::mm::ProtFlags;
-use vramd_device::{Device, DeviceError, ExportAccess, Range, SegmentId, Writers, cpu, sim, vulkan};
+use vramd_api::attach::HandleType;
+use vramd_device::{
+    Device, DeviceError, ExportAccess, Exported, Range, SegmentId, Writers, cpu, sim, vulkan,
+};
 
 use crate::files::{buffered, direct, file, pattern};
 use crate::fresh;
-use crate::importer::{Import, reopen_writable};
+use crate::importer::{Import, Importer, reopen_writable};
+use crate::vulkan_importer::assert_refused_elsewhere;
 
 const TOTAL: u64 = 64 << 20;
 
@@ -62,9 +66,9 @@ macro_rules! checks {
 }
 
 macro_rules! on_every_backend {
-    (everywhere: $($check:ident),* ; with_export: $($export:ident),* $(,)?) => {
-        mod cpu_device { checks!(Some(super::open_cpu()); $($check,)* $($export),*); }
-        mod sim_device { checks!(Some(super::open_sim()); $($check,)* $($export),*); }
+    (everywhere: $($check:ident),* ; with_memfd: $($memfd:ident),* $(,)?) => {
+        mod cpu_device { checks!(Some(super::open_cpu()); $($check,)* $($memfd),*); }
+        mod sim_device { checks!(Some(super::open_sim()); $($check,)* $($memfd),*); }
         mod vulkan_card { checks!(super::open_vulkan("card"); $($check),*); }
         mod vulkan_lavapipe { checks!(super::open_vulkan("llvmpipe"); $($check),*); }
         mod vulkan_swiftshader { checks!(super::open_vulkan("SwiftShader"); $($check),*); }
@@ -91,16 +95,20 @@ on_every_backend![
     a_segment_is_emptied_into_the_holes_of_another,
     a_file_fills_exactly_its_range,
     a_file_that_ends_early_is_an_error,
-    parallel_fills_do_not_mix;
-    with_export:
+    parallel_fills_do_not_mix,
     an_importer_sees_the_bytes,
-    a_process_that_has_a_segment_open_is_named_until_it_is_gone,
+    another_process_sees_the_bytes,
     importers_write_where_they_may,
-    a_device_only_segment_is_never_writable_for_importers,
-    nobody_changes_the_size,
     exported_descriptors_are_not_inherited,
+    many_exports_leave_nothing_behind,
     what_is_destroyed_lives_on_for_who_still_has_it,
     an_importer_sees_what_was_copied_into_a_sealed_segment,
+    who_cannot_import_a_segment_is_told;
+    with_memfd:
+    a_process_that_has_a_segment_open_is_named_until_it_is_gone,
+    readers_cannot_write,
+    a_device_only_segment_is_never_writable_for_importers,
+    nobody_changes_the_size,
 ];
 
 /// A size that every backend's granularity divides.
@@ -123,7 +131,22 @@ fn available(device: &dyn Device) -> u64 {
 }
 
 fn export(device: &dyn Device, segment: SegmentId, access: ExportAccess) -> OwnedFd {
-    device.export(segment, access).unwrap()
+    device.export(segment, access).unwrap().descriptor
+}
+
+/// Whether other processes can have its memory; it is told where they cannot.
+fn exports(device: &dyn Device) -> bool {
+    let facts = device.facts();
+    let exports = facts.capabilities.handle.is_some();
+    if !exports {
+        let text = format!("SKIPPED: a check of exports on {}: its driver has none\n", facts.name);
+        io::stderr().write_all(text.as_bytes()).unwrap();
+    }
+    exports
+}
+
+fn reader(device: &dyn Device, segment: SegmentId) -> Importer {
+    Importer::reader(device.export(segment, ExportAccess::Read).unwrap(), SIZE)
 }
 
 #[track_caller]
@@ -329,15 +352,51 @@ fn many_threads_leave_nothing_behind(device: &dyn Device) {
 }
 
 fn an_importer_sees_the_bytes(device: &dyn Device) {
+    if !exports(device) {
+        return;
+    }
     for writers in [Writers::DeviceOnly, Writers::Importers] {
         let id = create(device, writers);
         let bytes = pattern(SIZE as usize);
         device.write(id, 0, &bytes).unwrap();
-        let import = Import::read(export(device, id, ExportAccess::Read), SIZE);
+        let import = reader(device, id);
         assert!(import.bytes() == bytes);
         device.zero(Range { segment: id, offset: 1, bytes: SIZE - 1 }).unwrap();
         assert!(import.bytes()[1..].iter().all(|byte| *byte == 0));
     }
+}
+
+/// Names the handle to the process that this test starts.
+const CHILD: &str = "VRAMD_TEST_HANDLE";
+
+fn another_process_sees_the_bytes(device: &dyn Device) {
+    if !exports(device) {
+        return;
+    }
+    let id = create(device, Writers::DeviceOnly);
+    device.write(id, 0, &pattern(SIZE as usize)).unwrap();
+    let exported = device.export(id, ExportAccess::Read).unwrap();
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "contract::in_the_other_process", "--nocapture"])
+        .env(CHILD, serde_json::to_string(&exported.handle).unwrap())
+        .stdin(exported.descriptor)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(
+        child.status.success() && said.contains("1 passed"),
+        "{said}{}",
+        String::from_utf8_lossy(&child.stderr)
+    );
+}
+
+#[test]
+fn in_the_other_process() {
+    let Ok(handle) = std::env::var(CHILD) else { return };
+    let handle = serde_json::from_str(&handle).unwrap();
+    let descriptor = io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let import = Importer::reader(Exported { descriptor, handle }, SIZE);
+    assert!(import.bytes() == pattern(SIZE as usize));
 }
 
 fn a_process_that_has_a_segment_open_is_named_until_it_is_gone(device: &dyn Device) {
@@ -346,19 +405,28 @@ fn a_process_that_has_a_segment_open_is_named_until_it_is_gone(device: &dyn Devi
     // It has the descriptor as its input, and is ended below.
     let mut child = std::process::Command::new("sleep").arg("60").stdin(read).spawn().unwrap();
     let processes = [std::process::id(), child.id(), u32::MAX];
-    assert_eq!(device.importers(id, &processes).unwrap(), [child.id()]);
+    assert_eq!(device.importers(id, &processes).unwrap(), Some(vec![child.id()]));
     child.kill().unwrap();
     child.wait().unwrap();
-    assert!(device.importers(id, &processes).unwrap().is_empty());
+    assert_eq!(device.importers(id, &processes).unwrap(), Some(Vec::new()));
     assert_misuse(&device.importers(fresh(), &processes));
 }
 
 fn importers_write_where_they_may(device: &dyn Device) {
+    if !exports(device) {
+        return;
+    }
     let id = create(device, Writers::Importers);
-    let write = export(device, id, ExportAccess::Write);
-    let import = Import::map(&write, SIZE, ProtFlags::READ | ProtFlags::WRITE).unwrap();
+    let import = Importer::writer(device.export(id, ExportAccess::Write).unwrap(), SIZE);
     import.write(4095, b"hello");
     assert_eq!(&contents(device, id, SIZE)[4095..4100], b"hello");
+    assert_eq!(&reader(device, id).bytes()[4095..4100], b"hello");
+    let sealed = create(device, Writers::DeviceOnly);
+    assert_misuse(&device.export(sealed, ExportAccess::Write));
+}
+
+fn readers_cannot_write(device: &dyn Device) {
+    let id = create(device, Writers::Importers);
     let read = export(device, id, ExportAccess::Read);
     let refused = Import::map(&read, SIZE, ProtFlags::READ | ProtFlags::WRITE);
     assert_eq!(refused.err(), Some(Errno::ACCESS));
@@ -367,7 +435,6 @@ fn importers_write_where_they_may(device: &dyn Device) {
 
 fn a_device_only_segment_is_never_writable_for_importers(device: &dyn Device) {
     let id = create(device, Writers::DeviceOnly);
-    assert_misuse(&device.export(id, ExportAccess::Write));
     let read = export(device, id, ExportAccess::Read);
     let writable = ProtFlags::READ | ProtFlags::WRITE;
     assert_eq!(Import::map(&read, SIZE, writable).err(), Some(Errno::ACCESS));
@@ -408,6 +475,9 @@ fn nobody_changes_the_size(device: &dyn Device) {
 }
 
 fn exported_descriptors_are_not_inherited(device: &dyn Device) {
+    if !exports(device) {
+        return;
+    }
     let id = create(device, Writers::Importers);
     for access in [ExportAccess::Read, ExportAccess::Write] {
         let flags = rustix::io::fcntl_getfd(export(device, id, access)).unwrap();
@@ -415,17 +485,42 @@ fn exported_descriptors_are_not_inherited(device: &dyn Device) {
     }
 }
 
+/// A driver that kept a segment for each descriptor that it ever gave would not get all back.
+fn many_exports_leave_nothing_behind(device: &dyn Device) {
+    if !exports(device) {
+        return;
+    }
+    for _ in 0..8 {
+        let id = create(device, Writers::Importers);
+        for _ in 0..64 {
+            export(device, id, ExportAccess::Read);
+        }
+        device.destroy(id).unwrap();
+    }
+    assert_eq!(available(device), TOTAL);
+}
+
+fn who_cannot_import_a_segment_is_told(device: &dyn Device) {
+    if device.facts().capabilities.handle == Some(HandleType::VulkanOpaqueFd) {
+        let id = create(device, Writers::Importers);
+        assert_refused_elsewhere(&device.export(id, ExportAccess::Read).unwrap(), SIZE);
+    }
+}
+
 fn what_is_destroyed_lives_on_for_who_still_has_it(device: &dyn Device) {
+    if !exports(device) {
+        return;
+    }
     let id = create(device, Writers::DeviceOnly);
     let bytes = pattern(SIZE as usize);
     device.write(id, 0, &bytes).unwrap();
-    let descriptor = export(device, id, ExportAccess::Read);
-    let import = Import::read(&descriptor, SIZE);
+    let exported = device.export(id, ExportAccess::Read).unwrap();
+    let import = reader(device, id);
     device.destroy(id).unwrap();
     assert_eq!(available(device), TOTAL);
     assert!(import.bytes() == bytes);
     drop(import);
-    assert!(Import::read(&descriptor, SIZE).bytes() == bytes);
+    assert!(Importer::reader(exported, SIZE).bytes() == bytes);
 }
 
 /// Random copies between two segments and inside of each, against two vectors.
@@ -473,8 +568,11 @@ fn a_copy_that_overlaps_or_leaves_its_segment_is_misuse_and_changes_nothing(devi
 }
 
 fn an_importer_sees_what_was_copied_into_a_sealed_segment(device: &dyn Device) {
+    if !exports(device) {
+        return;
+    }
     let (source, sealed) = (create(device, Writers::Importers), create(device, Writers::DeviceOnly));
-    let import = Import::read(export(device, sealed, ExportAccess::Read), SIZE);
+    let import = reader(device, sealed);
     device.write(source, 100, b"moved").unwrap();
     device.copy(Range { segment: source, offset: 100, bytes: 5 }, sealed, 7).unwrap();
     assert_eq!(&import.bytes()[7..12], b"moved");
@@ -496,11 +594,7 @@ fn a_segment_is_emptied_into_the_holes_of_another(device: &dyn Device) {
         }
     }
     let places = [packed, emptied];
-    let importers = device
-        .facts()
-        .capabilities
-        .export
-        .then(|| places.map(|segment| Import::read(export(device, segment, ExportAccess::Read), SIZE)));
+    let importers = device.facts().capabilities.handle.map(|_| places.map(|segment| reader(device, segment)));
     // As the device has it, and every importer.
     let seen = |which: usize| {
         let bytes = contents(device, places[which], SIZE);

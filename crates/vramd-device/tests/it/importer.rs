@@ -6,6 +6,47 @@ use std::ptr;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
+use vramd_api::attach::Handle;
+use vramd_device::Exported;
+
+use crate::vulkan_importer::Imported;
+
+/// A segment in the hands of another program, whatever its descriptor is.
+pub enum Importer {
+    Mapped(Import),
+    Vulkan(Box<Imported>),
+}
+
+impl Importer {
+    pub fn reader(exported: Exported, bytes: u64) -> Self {
+        Self::new(exported, bytes, ProtFlags::READ)
+    }
+
+    pub fn writer(exported: Exported, bytes: u64) -> Self {
+        Self::new(exported, bytes, ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    fn new(exported: Exported, bytes: u64, access: ProtFlags) -> Self {
+        match exported.handle {
+            Handle::Memfd => Self::Mapped(Import::map(exported.descriptor, bytes, access).unwrap()),
+            Handle::VulkanOpaqueFd { .. } => Self::Vulkan(Box::new(Imported::new(exported, bytes))),
+        }
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        match self {
+            Self::Mapped(import) => import.bytes(),
+            Self::Vulkan(imported) => imported.bytes(),
+        }
+    }
+
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        match self {
+            Self::Mapped(import) => import.write(offset, bytes),
+            Self::Vulkan(imported) => imported.write(offset, bytes),
+        }
+    }
+}
 
 pub struct Import {
     base: *mut u8,

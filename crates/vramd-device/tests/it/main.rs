@@ -7,6 +7,7 @@ mod cpu;
 mod files;
 mod importer;
 mod sim;
+mod vulkan_importer;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

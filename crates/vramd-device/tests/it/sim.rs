@@ -25,7 +25,7 @@ fn create(device: &sim::Device, bytes: u64) -> SegmentId {
 
 /// Host memory that is behind a segment.
 fn host_bytes(device: &sim::Device, id: SegmentId) -> u64 {
-    let descriptor = device.export(id, ExportAccess::Read).unwrap();
+    let descriptor = device.export(id, ExportAccess::Read).unwrap().descriptor;
     rustix::fs::fstat(descriptor).unwrap().st_blocks.cast_unsigned() * 512
 }
 
@@ -65,7 +65,7 @@ fn it_says_what_it_is() {
     let facts = device.facts();
     assert_eq!((facts.device.as_str(), facts.uuid.as_str()), ("sim:3", "sim-3"));
     assert_eq!((facts.memory_type, facts.granularity_bytes), (MemoryType::Vram, 64 << 10));
-    assert!(facts.capabilities.export && !facts.capabilities.host_access);
+    assert!(facts.capabilities.read_only_export && !facts.capabilities.host_access);
 }
 
 #[test]

@@ -113,7 +113,7 @@ pub async fn devices(client: &Client, output: Output) -> Result<(), CommandError
 
 fn capabilities(can: DeviceCapabilities) -> String {
     let all = [
-        (can.export, "export"),
+        (can.handle.is_some(), "export"),
         (can.host_access, "host-access"),
         (can.remap, "remap"),
         (can.sparse, "sparse"),
