@@ -9,9 +9,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vramd-api", &[]),
     ("vramd-core", &["vramd-api"]),
     // Its tests are clients of what it exports.
-    ("vramd-device", &["vramd-api", "vramd-attach"]),
+    ("vramd-device", &["vramd-api", "vramd-attach", "vramd-fake-cuda"]),
+    ("vramd-fake-cuda", &[]),
     ("vramd-attach", &["vramd-api"]),
-    ("vramd-daemon", &["vramd-api", "vramd-attach", "vramd-core", "vramd-device"]),
+    ("vramd-daemon", &["vramd-api", "vramd-attach", "vramd-core", "vramd-device", "vramd-fake-cuda"]),
     ("vramd", &["vramd-api", "vramd-attach", "vramd-core", "vramd-daemon"]),
     ("xtask", &[]),
 ];

@@ -157,6 +157,8 @@ pub enum HandleType {
     Memfd,
     /// Imported by Vulkan, as `VK_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD_BIT`.
     VulkanOpaqueFd,
+    /// Imported by CUDA, as `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`.
+    CudaPosixFd,
 }
 
 /// One descriptor's kind, with what its importer has to know.
@@ -175,6 +177,11 @@ pub enum Handle {
         /// `VkMemoryAllocateInfo::allocationSize`.
         allocation_bytes: u64,
     },
+    /// `bytes` of the segment are the size to map it with.
+    CudaPosixFd {
+        /// As `nvidia-smi -L` prints it, and as `CUDA_VISIBLE_DEVICES` takes it.
+        device_uuid: String,
+    },
 }
 
 impl Handle {
@@ -182,6 +189,7 @@ impl Handle {
         match self {
             Self::Memfd => HandleType::Memfd,
             Self::VulkanOpaqueFd { .. } => HandleType::VulkanOpaqueFd,
+            Self::CudaPosixFd { .. } => HandleType::CudaPosixFd,
         }
     }
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use vramd_api::{ApiError, DeviceHealth, DeviceId, ErrorCode};
 use vramd_core::ledger::DeviceFacts;
-use vramd_device::{Device, DeviceError, cpu, sim, vulkan};
+use vramd_device::{Device, DeviceError, Facts, cpu, cuda, sim, vulkan};
+
+use crate::Config;
 
 /// The share of the machine's memory that the daemon may hold when no limit is configured.
 const DEFAULT_CPU_SHARE: f64 = 0.8;
@@ -24,30 +26,51 @@ pub enum VulkanAdapters {
     All,
 }
 
-impl VulkanAdapters {
-    const WORDS: [(Self, &'static str); 3] =
-        [(Self::None, "none"), (Self::Hardware, "hardware"), (Self::All, "all")];
+/// Which cards to open for CUDA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CudaCards {
+    None,
+    /// All that `CUDA_VISIBLE_DEVICES` leaves.
+    #[default]
+    All,
 }
 
-impl std::fmt::Display for VulkanAdapters {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let word = Self::WORDS.iter().find(|(value, _)| value == self);
-        f.write_str(word.map_or("none", |(_, word)| word))
-    }
+/// The words of a choice, as settings have them.
+macro_rules! words {
+    ($choice:ident, $expected:literal: $($value:ident $word:literal),*) => {
+        impl std::fmt::Display for $choice {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(match self {
+                    $(Self::$value => $word,)*
+                })
+            }
+        }
+
+        impl std::str::FromStr for $choice {
+            type Err = &'static str;
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                match text {
+                    $($word => Ok(Self::$value),)*
+                    _ => Err($expected),
+                }
+            }
+        }
+    };
 }
 
-impl std::str::FromStr for VulkanAdapters {
-    type Err = &'static str;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let found = Self::WORDS.iter().find(|(_, word)| *word == text);
-        found.map(|(value, _)| *value).ok_or("write none, hardware or all")
-    }
-}
+words!(VulkanAdapters, "write none, hardware or all": None "none", Hardware "hardware", All "all");
+words!(CudaCards, "write none or all": None "none", All "all");
 
 /// The Vulkan adapters of this machine by name, and whether each is a real card; or why there are none.
 pub fn vulkan_adapters() -> Result<Vec<(String, bool)>, String> {
     let adapters = vulkan::discover().map_err(|error| error.to_string())?;
     Ok(adapters.iter().map(|adapter| (adapter.name().to_owned(), !adapter.is_software())).collect())
+}
+
+/// The cards of this machine that CUDA may use, by name; or why there are none.
+pub fn cuda_cards() -> Result<Vec<String>, String> {
+    let cards = cuda::discover(&cuda::Libraries::default()).map_err(|error| error.to_string())?;
+    Ok(cards.iter().map(|card| card.name().to_owned()).collect())
 }
 
 /// A device and the most that the daemon may hold on it.
@@ -70,30 +93,63 @@ impl std::fmt::Debug for Opened {
 pub struct Devices(BTreeMap<DeviceId, Opened>);
 
 impl Devices {
-    /// Opens the host's memory, simulated devices by a spec such as `24GiB,8GiB`, and Vulkan adapters. One of those that
-    /// does not open is left out, with a line in the log.
-    pub fn open(
-        cpu_limit_bytes: Option<u64>,
-        sim_spec: Option<&str>,
-        adapters: VulkanAdapters,
-    ) -> Result<Self, String> {
+    /// Opens the host's memory, simulated devices by a spec such as `24GiB,8GiB`, cards for CUDA and Vulkan adapters. One
+    /// of those that does not open is left out, with a line in the log.
+    pub fn open(config: &Config) -> Result<Self, String> {
+        let Config { cpu_limit_bytes, sim, cuda, vulkan, loader, .. } = config;
         let mut devices = Self::default();
         let cpu =
             cpu::Device::open(cpu::Options::default()).map_err(|error| format!("host memory: {error}"))?;
         let total = cpu.facts().total_bytes;
         let limit = cpu_limit_bytes.unwrap_or((total as f64 * DEFAULT_CPU_SHARE) as u64);
         devices.add(Arc::new(cpu), limit);
-        for spec in
-            sim_spec.map(sim::parse_spec).transpose().map_err(|error| error.to_string())?.unwrap_or_default()
+        for spec in sim
+            .as_deref()
+            .map(sim::parse_spec)
+            .transpose()
+            .map_err(|error| error.to_string())?
+            .unwrap_or_default()
         {
             let limit = spec.total_bytes;
             let device = sim::Device::open(spec).map_err(|error| format!("simulated device: {error}"))?;
             devices.add(Arc::new(device), limit);
         }
-        if adapters != VulkanAdapters::None {
-            devices.open_vulkan(adapters == VulkanAdapters::All);
+        // Before Vulkan: what CUDA has, clients can do more with.
+        if *cuda != CudaCards::None {
+            devices.open_cuda(&cuda::Libraries::default(), loader);
+        }
+        if *vulkan != VulkanAdapters::None {
+            devices.open_vulkan(*vulkan == VulkanAdapters::All);
         }
         Ok(devices)
+    }
+
+    fn open_cuda(&mut self, libraries: &cuda::Libraries, loader: &cuda::LoaderCommand) {
+        let found = cuda::discover(libraries).unwrap_or_else(|error| {
+            // Most machines have no such card, and want none.
+            tracing::info!(%error, "no CUDA device is opened");
+            Vec::new()
+        });
+        for (ordinal, adapter) in (0..).zip(found) {
+            let name = adapter.name().to_owned();
+            let options = cuda::Options { ordinal, limit_bytes: None, loader: loader.clone() };
+            match cuda::Device::open(adapter, options) {
+                Ok(device) => self.add_card(Arc::new(device)),
+                Err(error) => tracing::warn!(name, %error, "a card does not open for CUDA"),
+            }
+        }
+    }
+
+    /// Adds a card, unless it is there already by way of another driver: its bytes would count twice.
+    fn add_card(&mut self, device: Arc<dyn Device>) {
+        let Facts { device: id, uuid, total_bytes, .. } = device.facts();
+        if let Some(same) = self.iter().find(|other| same_card(&other.facts().uuid, uuid)) {
+            let other = &same.facts().device;
+            tracing::info!(device = %id, uuid, %other, "a card that is open already is not opened again");
+            return;
+        }
+        let limit = (*total_bytes as f64 * DEFAULT_CARD_SHARE) as u64;
+        self.add(device, limit);
     }
 
     fn open_vulkan(&mut self, software: bool) {
@@ -108,10 +164,7 @@ impl Devices {
                 continue;
             }
             match vulkan::Device::open(adapter, vulkan::Options { ordinal, limit_bytes: None }) {
-                Ok(device) => {
-                    let limit = (device.facts().total_bytes as f64 * DEFAULT_CARD_SHARE) as u64;
-                    self.add(Arc::new(device), limit);
-                }
+                Ok(device) => self.add_card(Arc::new(device)),
                 Err(error) => tracing::warn!(name, %error, "a Vulkan adapter does not open"),
             }
         }
@@ -155,6 +208,12 @@ impl Devices {
             }
         })
     }
+}
+
+/// Whether two uuids name one card. NVIDIA's have a word before them that Vulkan leaves out.
+fn same_card(one: &str, other: &str) -> bool {
+    let plain = |uuid: &str| uuid.strip_prefix("GPU-").unwrap_or(uuid).to_ascii_lowercase();
+    plain(one) == plain(other)
 }
 
 /// A device as the interfaces show it.

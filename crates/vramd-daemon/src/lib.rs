@@ -30,13 +30,14 @@ use tokio_util::sync::CancellationToken;
 use vramd_api::{ComponentName, DeviceId, ModelName, ReadyFile};
 
 pub use clock::LocalTime;
-pub use devices::{Devices, VulkanAdapters, vulkan_adapters};
+pub use devices::{CudaCards, Devices, VulkanAdapters, cuda_cards, vulkan_adapters};
 use driver::{Driver, Event, Load, Schedule};
 pub use http::openapi_json;
 use server::{RemoveOnDrop, Server};
 use source::Roots;
 use store::{Store, StoreError};
 pub use vramd_core::quiet_hours::QuietHours;
+pub use vramd_device::cuda::{LoaderCommand, serve as serve_loader};
 
 /// How long the driver may take to end what runs when the daemon stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,8 +55,12 @@ pub struct Config {
     pub cpu_limit_bytes: Option<u64>,
     /// Simulated devices: `24GiB,8GiB`.
     pub sim: Option<String>,
+    /// Cards to open for CUDA.
+    pub cuda: CudaCards,
     /// Vulkan adapters to open.
     pub vulkan: VulkanAdapters,
+    /// How to start the process that uses CUDA.
+    pub loader: LoaderCommand,
     /// When devices are defragmented without being asked.
     pub quiet_hours: Option<QuietHours>,
     /// Written once the daemon serves.
@@ -122,8 +127,7 @@ pub async fn serve(
     config: Config,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), StartError> {
-    let devices = Devices::open(config.cpu_limit_bytes, config.sim.as_deref(), config.vulkan)
-        .map_err(StartError::Devices)?;
+    let devices = Devices::open(&config).map_err(StartError::Devices)?;
     serve_on(config, devices, LocalTime::system(), shutdown).await
 }
 

@@ -11,6 +11,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on fails"))]
 
 pub mod cpu;
+pub mod cuda;
 mod error;
 mod host;
 mod segment;

@@ -48,6 +48,11 @@ impl<S: Extent> Table<S> {
         }
     }
 
+    /// Undoes a removal.
+    pub(crate) fn put_back(&self, id: SegmentId, segment: Arc<S>) {
+        self.lock().insert(id, segment);
+    }
+
     pub(crate) fn remove(&self, id: SegmentId) -> Result<Arc<S>, DeviceError> {
         self.lock().remove(&id).ok_or_else(|| misuse(Call::Destroy, id, "there is no such segment"))
     }

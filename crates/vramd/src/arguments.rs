@@ -12,7 +12,7 @@ use vramd_api::{
 };
 use vramd_core::ledger::BLOCK_QUANTUM;
 use vramd_core::replay::Format;
-use vramd_daemon::{QuietHours, VulkanAdapters};
+use vramd_daemon::{CudaCards, QuietHours, VulkanAdapters};
 
 use crate::settings::{Layer, Switch};
 
@@ -61,6 +61,9 @@ pub enum Command {
     /// Print a reference page of the documentation
     #[command(hide = true)]
     Generate { page: Page },
+    /// Use CUDA for a daemon, which starts this with a socket as its standard input
+    #[command(hide = true)]
+    Loader { library: PathBuf, card: String },
 }
 
 /// The commands that ask a daemon.
@@ -222,6 +225,9 @@ pub struct ServeArguments {
     /// Simulated devices by their sizes: 24GiB or 24GiB,8GiB
     #[arg(long, value_name = "SPEC")]
     sim: Option<String>,
+    /// NVIDIA cards to open as devices [default: all]
+    #[arg(long, value_name = "none|all")]
+    cuda: Option<CudaCards>,
     /// Vulkan adapters to open as devices [default: none]
     #[arg(long, value_name = "none|hardware|all")]
     vulkan: Option<VulkanAdapters>,
@@ -246,6 +252,7 @@ impl ServeArguments {
             model_roots: (!self.model_root.is_empty()).then_some(self.model_root),
             cpu_limit: self.cpu_limit,
             sim: self.sim,
+            cuda: self.cuda,
             vulkan: self.vulkan,
             ready_file: self.ready_file,
             quiet_hours: self.quiet_hours,

@@ -12,7 +12,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use vramd_api::Bytes;
-use vramd_daemon::{QuietHours, VulkanAdapters};
+use vramd_daemon::{CudaCards, LoaderCommand, QuietHours, VulkanAdapters};
 
 /// A setting as documents and `config show` name it.
 #[derive(Debug)]
@@ -46,6 +46,8 @@ settings! {
         "The most host memory that the daemon may hold: `24GiB`, or a number of bytes.";
     SIM = "sim", "--sim", "VRAMD_SIM", "none",
         "Simulated devices by their sizes: `24GiB` or `24GiB,8GiB`.";
+    CUDA = "cuda", "--cuda", "VRAMD_CUDA", "all",
+        "NVIDIA cards to open as devices: `none`, or `all` that CUDA_VISIBLE_DEVICES leaves.";
     VULKAN = "vulkan", "--vulkan", "VRAMD_VULKAN", "none",
         "Vulkan adapters to open as devices: `none`, `hardware`, or `all`, which is software drivers too.";
     READY_FILE = "ready_file", "--ready-file", "VRAMD_READY_FILE", "none",
@@ -137,7 +139,9 @@ fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Bytes>, D::
 }
 
 /// One of a few words in a file.
-fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<VulkanAdapters>, D::Error> {
+fn word<'de, D: Deserializer<'de>, T: FromStr<Err = &'static str>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
     String::deserialize(deserializer)?.parse().map(Some).map_err(serde::de::Error::custom)
 }
 
@@ -152,6 +156,8 @@ pub struct Layer {
     #[serde(default, deserialize_with = "size")]
     pub cpu_limit: Option<Bytes>,
     pub sim: Option<String>,
+    #[serde(default, deserialize_with = "word")]
+    pub cuda: Option<CudaCards>,
     #[serde(default, deserialize_with = "word")]
     pub vulkan: Option<VulkanAdapters>,
     pub ready_file: Option<PathBuf>,
@@ -193,6 +199,7 @@ pub struct Settings {
     pub model_roots: Sourced<Vec<PathBuf>>,
     pub cpu_limit: Sourced<Option<Bytes>>,
     pub sim: Sourced<Option<String>>,
+    pub cuda: Sourced<CudaCards>,
     pub vulkan: Sourced<VulkanAdapters>,
     pub ready_file: Sourced<Option<PathBuf>>,
     pub quiet_hours: Sourced<Switch<QuietHours>>,
@@ -259,6 +266,7 @@ pub fn resolve(
         model_roots: pick.value(&MODEL_ROOTS, |layer| layer.model_roots.clone()).or_default(Vec::new()),
         cpu_limit: pick.value(&CPU_LIMIT, |layer| layer.cpu_limit.map(Some)).or_default(None),
         sim: pick.value(&SIM, |layer| layer.sim.clone().map(Some)).or_default(None),
+        cuda: pick.value(&CUDA, |layer| layer.cuda).or_default(CudaCards::All),
         vulkan: pick.value(&VULKAN, |layer| layer.vulkan).or_default(VulkanAdapters::None),
         ready_file: pick.value(&READY_FILE, |layer| layer.ready_file.clone().map(Some)).or_default(None),
         quiet_hours: pick.value(&QUIET_HOURS, |layer| layer.quiet_hours.clone()).or_default(Switch::Off),
@@ -356,6 +364,7 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
             .map(|roots| std::env::split_paths(roots).filter(|root| !root.as_os_str().is_empty()).collect()),
         cpu_limit: parse(environment, &CPU_LIMIT)?,
         sim: parse(environment, &SIM)?,
+        cuda: parse(environment, &CUDA)?,
         vulkan: parse(environment, &VULKAN)?,
         ready_file: path(&READY_FILE),
         quiet_hours: parse(environment, &QUIET_HOURS)?,
@@ -381,7 +390,7 @@ fn default_state_dir(environment: &Environment) -> Result<PathBuf, SettingsError
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 10] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 11] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         [
@@ -391,6 +400,7 @@ impl Settings {
             (MODEL_ROOTS.key, roots.into(), &self.model_roots.origin),
             (CPU_LIMIT.key, json!(self.cpu_limit.value.map(Bytes::get)), &self.cpu_limit.origin),
             (SIM.key, json!(self.sim.value), &self.sim.origin),
+            (CUDA.key, json!(self.cuda.value.to_string()), &self.cuda.origin),
             (VULKAN.key, json!(self.vulkan.value.to_string()), &self.vulkan.origin),
             (READY_FILE.key, json!(self.ready_file.value.as_ref().map(path)), &self.ready_file.origin),
             (
@@ -412,7 +422,10 @@ impl Settings {
             model_roots: self.model_roots.value.iter().map(std::path::absolute).collect::<io::Result<_>>()?,
             cpu_limit_bytes: self.cpu_limit.value.map(Bytes::get),
             sim: self.sim.value,
+            cuda: self.cuda.value,
             vulkan: self.vulkan.value,
+            // Whatever becomes of the file meanwhile: the same program.
+            loader: LoaderCommand { program: "/proc/self/exe".into(), arguments: vec!["loader".into()] },
             quiet_hours: self.quiet_hours.value.on(),
             ready_file: absolute(self.ready_file.value)?,
         })

@@ -6,17 +6,41 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use vramd_api::attach::Handle;
 use vramd_daemon::Devices;
-use vramd_device::{Device, cpu, sim, vulkan};
+use vramd_device::{Device, cpu, cuda, sim, vulkan};
+use vramd_fake_cuda::{Installed, loader_arguments};
 
 use crate::meetings::allocated_on;
 use crate::moves::{contents, fill};
 use crate::support::{Daemon, Home, MIB, payload, wait_for, write_model};
 
-/// Host memory, a simulated device, and each Vulkan driver of the machine.
+/// This process, as a CUDA device started it.
+#[test]
+fn as_a_loader() {
+    let Some((library, card)) = loader_arguments() else { return };
+    let control = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).expect("a descriptor");
+    let _ = cuda::serve(&library, &card, &control);
+}
+
+/// A card of the fake driver, which lies in the home of the test.
+fn fake_card(home: &Home) -> cuda::Device {
+    let directory = home.path("driver");
+    std::fs::create_dir(&directory).expect("a directory");
+    let uuid = format!("GPU-{}", uuid::Uuid::now_v7());
+    let driver = Installed::new(&directory, vec![uuid], 4 << 30).expect("a driver");
+    let libraries = cuda::Libraries { cuda: driver.cuda(), nvml: driver.nvml() };
+    let adapter = cuda::discover(&libraries).expect("a driver").remove(0);
+    let arguments = ["--exact", "pairs::as_a_loader", "--nocapture"].map(Into::into).to_vec();
+    let loader = cuda::LoaderCommand { program: std::env::current_exe().expect("this program"), arguments };
+    let options = cuda::Options { ordinal: 0, limit_bytes: Some(64 * MIB), loader };
+    cuda::Device::open(adapter, options).expect("it opens")
+}
+
+/// Host memory, a simulated device, a card of the fake CUDA driver, and each Vulkan driver of the machine.
 fn start(home: &Home) -> (Daemon, Vec<String>) {
     let mut open: Vec<Arc<dyn Device>> = vec![
         Arc::new(cpu::Device::open(cpu::Options::default()).expect("host memory")),
         Arc::new(sim::Device::open(sim::Spec::new(0, 64 * MIB)).expect("a device")),
+        Arc::new(fake_card(home)),
     ];
     match vulkan::discover() {
         Ok(adapters) => {
@@ -30,7 +54,7 @@ fn start(home: &Home) -> (Daemon, Vec<String>) {
             std::io::stderr().write_all(text.as_bytes()).expect("written");
         }
     }
-    let needed = if std::env::var_os("VRAMD_TEST_VULKAN").is_some() { 4 } else { 2 };
+    let needed = if std::env::var_os("VRAMD_TEST_VULKAN").is_some() { 5 } else { 3 };
     assert!(open.len() >= needed, "two Vulkan drivers are needed: {open_names:?}", open_names = names(&open));
     let names = names(&open);
     let mut devices = Devices::default();
@@ -127,19 +151,19 @@ fn a_model_is_loaded_onto_every_device_and_copied_to_host_memory() {
 fn memory_of_a_card_is_attached_by_clients_that_can_import_it() {
     let home = Home::new();
     let (daemon, names) = start(&home);
-    for name in names.iter().filter(|name| name.starts_with("vulkan")) {
+    for name in names.iter().filter(|name| name.starts_with("vulkan") || name.starts_with("cuda")) {
         // Large enough for a segment of its own.
         let body = json!({"sizeBytes": 8 * MIB});
         let id = allocated_on(&daemon, name, &body);
         match daemon.attach(&json!({"allocationId": id})) {
             Err(vramd_attach::AttachError::Api(refused)) => {
                 assert_eq!(refused.code, vramd_api::ErrorCode::Conflict);
-                assert_eq!(refused.details["handle"], "vulkanOpaqueFd");
+                assert!(refused.details["handle"].is_string(), "{refused:?}");
                 assert!(refused.hint.is_some_and(|hint| hint.contains("cpu:0")));
             }
             other => panic!("it was granted: {other:?}"),
         }
-        let request = json!({"allocationId": id, "handles": ["memfd", "vulkanOpaqueFd"]});
+        let request = json!({"allocationId": id, "handles": ["memfd", "vulkanOpaqueFd", "cudaPosixFd"]});
         let reader = daemon.attach(&request).expect("attached");
         let device = daemon.get(&format!("/api/devices/{name}")).data(200);
         assert_eq!(device["capabilities"]["readOnlyExport"], false);
@@ -149,6 +173,7 @@ fn memory_of_a_card_is_attached_by_clients_that_can_import_it() {
                 assert_eq!(device_uuid.to_string(), device["uuid"]);
                 assert!(*allocation_bytes >= segment.bytes);
             }
+            Handle::CudaPosixFd { device_uuid } => assert_eq!(*device_uuid, device["uuid"]),
             Handle::Memfd => panic!("it is no memfd"),
         }
         drop(reader);

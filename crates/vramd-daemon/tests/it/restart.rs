@@ -142,7 +142,9 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         model_roots: Vec::new(),
         cpu_limit_bytes: None,
         sim: None,
+        cuda: vramd_daemon::CudaCards::None,
         vulkan: vramd_daemon::VulkanAdapters::None,
+        loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
         quiet_hours: None,
         ready_file: None,
     };

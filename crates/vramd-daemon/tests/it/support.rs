@@ -193,7 +193,9 @@ impl Home {
             model_roots: vec![self.path("models")],
             cpu_limit_bytes: None,
             sim: None,
+            cuda: vramd_daemon::CudaCards::None,
             vulkan: vramd_daemon::VulkanAdapters::None,
+            loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
             quiet_hours,
             ready_file: Some(ready.clone()),
         };

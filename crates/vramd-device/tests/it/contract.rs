@@ -13,9 +13,10 @@ use rustix::io::Errno;
 use rustix::mm::ProtFlags;
 use vramd_api::attach::HandleType;
 use vramd_device::{
-    Device, DeviceError, ExportAccess, Exported, Range, SegmentId, Writers, cpu, sim, vulkan,
+    Device, DeviceError, ExportAccess, Exported, Range, SegmentId, Writers, cpu, cuda, sim, vulkan,
 };
 
+use crate::cuda_importer;
 use crate::files::{buffered, direct, file, pattern};
 use crate::fresh;
 use crate::importer::{Import, Importer, reopen_writable};
@@ -49,14 +50,33 @@ fn open_vulkan(driver: &str) -> Option<vulkan::Device> {
     };
     let needed = driver != "card" && std::env::var_os("VRAMD_TEST_VULKAN").is_some();
     assert!(!needed, "{driver}: {reason}");
+    skipped(&format!("Vulkan, {driver}"), &reason);
+    None
+}
+
+/// On the first real card; None, and said, where there is none.
+fn open_cuda_card() -> Option<cuda::Device> {
+    let reason = match cuda::discover(&cuda::Libraries::default()) {
+        Ok(found) => match found.into_iter().next() {
+            Some(adapter) => return Some(crate::cuda::open(adapter, Some(TOTAL))),
+            None => "there is none".to_owned(),
+        },
+        Err(error) => error.to_string(),
+    };
+    assert!(std::env::var_os("VRAMD_TEST_CUDA_CARD").is_none(), "{reason}");
+    skipped("CUDA, card", &reason);
+    None
+}
+
+/// Says once what is skipped.
+fn skipped(what: &str, reason: &str) {
     let mut told = TOLD.lock().unwrap();
-    if !told.iter().any(|one| one == driver) {
-        told.push(driver.to_owned());
+    if !told.iter().any(|one| one == what) {
+        told.push(what.to_owned());
         // Past the test's own output, which is shown only of those that fail.
-        let text = format!("SKIPPED: the contract on Vulkan, {driver}: {reason}\n");
+        let text = format!("SKIPPED: the contract on {what}: {reason}\n");
         io::stderr().write_all(text.as_bytes()).unwrap();
     }
-    None
 }
 
 macro_rules! checks {
@@ -69,6 +89,8 @@ macro_rules! on_every_backend {
     (everywhere: $($check:ident),* ; with_memfd: $($memfd:ident),* $(,)?) => {
         mod cpu_device { checks!(Some(super::open_cpu()); $($check,)* $($memfd),*); }
         mod sim_device { checks!(Some(super::open_sim()); $($check,)* $($memfd),*); }
+        mod cuda_card { checks!(super::open_cuda_card(); $($check),*); }
+        mod cuda_fake { checks!(Some(crate::cuda::SHARED.open()); $($check),*); }
         mod vulkan_card { checks!(super::open_vulkan("card"); $($check),*); }
         mod vulkan_lavapipe { checks!(super::open_vulkan("llvmpipe"); $($check),*); }
         mod vulkan_swiftshader { checks!(super::open_vulkan("SwiftShader"); $($check),*); }
@@ -379,6 +401,7 @@ fn another_process_sees_the_bytes(device: &dyn Device) {
     let child = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "contract::in_the_other_process", "--nocapture"])
         .env(CHILD, serde_json::to_string(&exported.handle).unwrap())
+        .env(cuda_importer::LIBRARY, cuda_importer::library(&device.facts().uuid))
         .stdin(exported.descriptor)
         .output()
         .unwrap();

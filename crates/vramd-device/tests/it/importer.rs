@@ -9,12 +9,14 @@ use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use vramd_api::attach::Handle;
 use vramd_device::Exported;
 
+use crate::cuda_importer;
 use crate::vulkan_importer::Imported;
 
 /// A segment in the hands of another program, whatever its descriptor is.
 pub enum Importer {
     Mapped(Import),
     Vulkan(Box<Imported>),
+    Cuda(cuda_importer::Imported),
 }
 
 impl Importer {
@@ -30,6 +32,7 @@ impl Importer {
         match exported.handle {
             Handle::Memfd => Self::Mapped(Import::map(exported.descriptor, bytes, access).unwrap()),
             Handle::VulkanOpaqueFd { .. } => Self::Vulkan(Box::new(Imported::new(exported, bytes))),
+            Handle::CudaPosixFd { .. } => Self::Cuda(cuda_importer::Imported::new(&exported, bytes)),
         }
     }
 
@@ -37,6 +40,7 @@ impl Importer {
         match self {
             Self::Mapped(import) => import.bytes(),
             Self::Vulkan(imported) => imported.bytes(),
+            Self::Cuda(imported) => imported.bytes(),
         }
     }
 
@@ -44,6 +48,7 @@ impl Importer {
         match self {
             Self::Mapped(import) => import.write(offset, bytes),
             Self::Vulkan(imported) => imported.write(offset, bytes),
+            Self::Cuda(imported) => imported.write(offset, bytes),
         }
     }
 }

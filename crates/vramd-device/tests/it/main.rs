@@ -4,6 +4,8 @@
 
 mod contract;
 mod cpu;
+mod cuda;
+mod cuda_importer;
 mod files;
 mod importer;
 mod sim;

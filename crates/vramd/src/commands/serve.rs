@@ -1,5 +1,6 @@
 //! `vramd serve`.
 
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -47,6 +48,19 @@ pub fn serve(arguments: ServeArguments, output: Output) -> Result<(), CommandErr
     // A device call or a read that hangs must not keep the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
     outcome
+}
+
+/// `vramd loader`.
+pub fn load(library: &Path, card: &str) -> Result<(), CommandError> {
+    // The standard input stays the caller's: this is a descriptor of our own.
+    let control = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).map_err(std::io::Error::from)?;
+    if let Err(error) = vramd_daemon::serve_loader(library, card, &control) {
+        return Err(CommandError::Usage {
+            message: format!("this is no loader of a daemon's: {error}"),
+            hint: "`vramd serve` starts loaders by itself".to_owned(),
+        });
+    }
+    Ok(())
 }
 
 /// Each segment and each connection is a descriptor; the usual soft limit of 1,024 is for programs that use

@@ -9,7 +9,7 @@ use vramd_api::Bytes;
 
 use super::Check;
 use crate::settings::{Settings, Switch};
-use vramd_daemon::VulkanAdapters;
+use vramd_daemon::{CudaCards, VulkanAdapters};
 
 /// The store is small; below this it will soon refuse.
 const STORE_ROOM: u64 = 64 << 20;
@@ -18,6 +18,7 @@ const STORE_ROOM: u64 = 64 << 20;
 pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
     let mut checks = Vec::new();
     let listen = settings.listen.value.clone();
+    checks.push(cuda(settings.cuda.value, &vramd_daemon::cuda_cards(), has_nvidia_card(Path::new("/"))));
     checks.push(vulkan(settings.vulkan.value, &vramd_daemon::vulkan_adapters()));
     let config = settings.daemon()?;
     if let (Switch::On(address), false) = (listen, serving) {
@@ -58,6 +59,36 @@ pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
         });
     }
     Ok(checks)
+}
+
+/// The cards that CUDA may use; `there` says that the machine has one, whatever its driver says.
+fn cuda(wanted: CudaCards, found: &Result<Vec<String>, String>, there: bool) -> Check {
+    match (wanted, found) {
+        (CudaCards::All, Ok(cards)) if !cards.is_empty() => Check::ok("CUDA", cards.join(", ")),
+        (CudaCards::None, _) => Check::ok("CUDA", "not opened, by --cuda none"),
+        (CudaCards::All, Ok(_)) if there => Check::warning(
+            "CUDA",
+            "there is an NVIDIA card, but CUDA may use none",
+            "look at CUDA_VISIBLE_DEVICES and at `nvidia-smi -L`",
+        ),
+        (CudaCards::All, Err(error)) if there => Check::warning(
+            "CUDA",
+            format!("there is an NVIDIA card, but {error}"),
+            "install NVIDIA's driver, and in a container pass the card in; `nvidia-smi` has to work for this user",
+        ),
+        (CudaCards::All, _) => Check::ok("CUDA", "no NVIDIA card"),
+    }
+}
+
+/// Whether the PCI bus has a display controller of NVIDIA's.
+fn has_nvidia_card(root: &Path) -> bool {
+    let devices = std::fs::read_dir(root.join("sys/bus/pci/devices")).into_iter().flatten().flatten();
+    devices.map(|device| device.path()).any(|device| {
+        let starts = |file: &str, with: &str| {
+            std::fs::read_to_string(device.join(file)).is_ok_and(|text| text.starts_with(with))
+        };
+        starts("vendor", "0x10de") && starts("class", "0x03")
+    })
 }
 
 /// The drivers that are there, held against what the settings want.
@@ -124,6 +155,34 @@ fn existing(path: &Path) -> &Path {
 mod tests {
     use super::super::Verdict;
     use super::*;
+
+    #[test]
+    fn what_cuda_lacks_is_said_only_where_there_is_a_card() {
+        use super::super::Verdict::{Ok as Good, Warning};
+        let broken = Err("the library is not there".to_owned());
+        for (found, there, verdict) in [
+            (Ok(vec!["Card".to_owned()]), true, Good),
+            (Ok(Vec::new()), true, Warning),
+            (broken.clone(), true, Warning),
+            (broken, false, Good),
+        ] {
+            assert_eq!(cuda(CudaCards::All, &found, there).verdict, verdict, "{found:?}");
+            assert_eq!(cuda(CudaCards::None, &found, there).verdict, Good);
+        }
+        let root = tempfile::tempdir().expect("a directory");
+        assert!(!has_nvidia_card(root.path()));
+        for (name, vendor, class, is_card) in [
+            ("0000:00:01.0", "0x8086", "0x030000", false),
+            ("0000:00:02.0", "0x10de", "0x040300", false),
+            ("0000:00:03.0", "0x10de", "0x030200", true),
+        ] {
+            let device = root.path().join("sys/bus/pci/devices").join(name);
+            std::fs::create_dir_all(&device).expect("a directory");
+            std::fs::write(device.join("vendor"), format!("{vendor}\n")).expect("written");
+            std::fs::write(device.join("class"), format!("{class}\n")).expect("written");
+            assert_eq!(has_nvidia_card(root.path()), is_card, "{name}");
+        }
+    }
 
     #[test]
     fn what_vulkan_lacks_is_said_only_to_who_wants_it() {

@@ -1,0 +1,118 @@
+//! What NVML says of each card. Nothing here takes memory on one, or opens it for CUDA.
+
+use std::sync::Arc;
+
+use nvml_wrapper::Nvml;
+use nvml_wrapper::error::NvmlError;
+use nvml_wrapper_sys::bindings::nvmlDevice_t;
+use uuid::Uuid;
+
+use super::Libraries;
+use super::driver::{Driver, NoDriver};
+
+/// Why no card can be looked for.
+#[derive(Debug, thiserror::Error)]
+pub enum NoCuda {
+    #[error("NVIDIA's management library (NVML) cannot be used: {0}")]
+    Nvml(#[from] NvmlError),
+    #[error(transparent)]
+    Driver(#[from] NoDriver),
+}
+
+/// One card, or one instance of a card that is split (MIG).
+#[derive(Clone)]
+pub struct Adapter {
+    nvml: Arc<Nvml>,
+    handle: Handle,
+    pub(super) libraries: Libraries,
+    /// As `nvidia-smi -L` has it.
+    pub(super) uuid: String,
+    pub(super) id: Uuid,
+    pub(super) name: String,
+    pub(super) total_bytes: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Handle(nvmlDevice_t);
+
+// SAFETY: NVML may be called from any thread, and its handles are good until it is shut down, which the last adapter does.
+unsafe impl Send for Handle {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Handle {}
+
+impl std::fmt::Debug for Adapter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Adapter").field("name", &self.name).field("uuid", &self.uuid).finish_non_exhaustive()
+    }
+}
+
+/// Asks NVML for all cards, in its order, which is that of the PCI bus. Where `CUDA_VISIBLE_DEVICES` is set, or a card is split,
+/// the CUDA driver says which of them this process may use.
+pub fn discover(libraries: &Libraries) -> Result<Vec<Adapter>, NoCuda> {
+    let nvml = Arc::new(Nvml::builder().lib_path(libraries.nvml.as_os_str()).init()?);
+    let mut found = Vec::new();
+    let mut restricted = std::env::var_os("CUDA_VISIBLE_DEVICES").is_some();
+    for index in 0..nvml.device_count()? {
+        let card = nvml.device_by_index(index)?;
+        let is_split = card.mig_mode().is_ok_and(|mode| mode.current == 1);
+        restricted |= is_split;
+        if !is_split {
+            found.extend(Adapter::of(&nvml, &card, libraries)?);
+            continue;
+        }
+        for instance in 0..card.mig_device_count().unwrap_or(0) {
+            // The numbers have gaps where instances were removed.
+            if let Ok(instance) = card.mig_device_by_index(instance) {
+                found.extend(Adapter::of(&nvml, &instance, libraries)?);
+            }
+        }
+    }
+    if restricted {
+        let visible = Driver::load(&libraries.cuda)?.visible().map_err(NoDriver::from)?;
+        found.retain(|adapter| visible.iter().any(|(_, id)| *id == adapter.id));
+    }
+    Ok(found)
+}
+
+impl Adapter {
+    fn of(
+        nvml: &Arc<Nvml>,
+        card: &nvml_wrapper::Device<'_>,
+        libraries: &Libraries,
+    ) -> Result<Option<Self>, NvmlError> {
+        let uuid = card.uuid()?;
+        // "GPU-" or "MIG-" before it.
+        let Some(id) = uuid.get(4..).and_then(|id| Uuid::parse_str(id).ok()) else {
+            tracing::warn!(uuid, "a card whose uuid cannot be read is left out");
+            return Ok(None);
+        };
+        let total_bytes = match card.memory_info() {
+            Ok(memory) => memory.total,
+            Err(NvmlError::NotSupported) => {
+                tracing::info!(uuid, "a card without memory of its own is left out: it is the machine's");
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        let name = card.name()?.replace(char::is_control, "?");
+        // SAFETY: it is used with the NVML that it is from, which the adapter keeps.
+        let handle = Handle(unsafe { card.handle() });
+        let (nvml, libraries) = (nvml.clone(), libraries.clone());
+        Ok(Some(Self { nvml, handle, libraries, uuid, id, name, total_bytes }))
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    /// What nobody has of it, now.
+    pub(super) fn free_bytes(&self) -> Result<u64, NvmlError> {
+        // SAFETY: the handle is of this NVML, which is not shut down before the adapter goes.
+        let card = unsafe { nvml_wrapper::Device::new(self.handle.0, &self.nvml) };
+        Ok(card.memory_info()?.free)
+    }
+}

@@ -1,0 +1,330 @@
+//! What is special about CUDA: no context in this process, loaders that die, drivers that fail at any call.
+//!
+//! On the fake driver, since a real one fails when it likes.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use tempfile::TempDir;
+use uuid::Uuid;
+use vramd_device::cuda::{self, LoaderCommand};
+use vramd_device::{Call, Device, DeviceError, ExportAccess, Range, SegmentId, Writers};
+use vramd_fake_cuda::{Installed, loader_arguments};
+
+use crate::cuda_importer::DRIVERS;
+use crate::files::{buffered, file, pattern};
+use crate::fresh;
+
+const MIB: u64 = 1 << 20;
+const TOTAL: u64 = 64 * MIB;
+const SIZE: u64 = 4 * MIB;
+
+const UNKNOWN: u32 = 999;
+const OUT_OF_MEMORY: u32 = 2;
+const GPU_IS_LOST: u32 = 15;
+
+/// The fake driver, installed in a directory of its own.
+pub struct Fake {
+    home: TempDir,
+    driver: Installed,
+}
+
+impl Fake {
+    pub fn new(cards: usize, bytes: u64) -> Self {
+        let home = tempfile::tempdir().unwrap();
+        let cards: Vec<_> = (0..cards).map(|_| format!("GPU-{}", Uuid::now_v7())).collect();
+        let driver = Installed::new(home.path(), cards, bytes).unwrap();
+        let known = driver.cards.iter().map(|uuid| (uuid.clone(), driver.cuda()));
+        DRIVERS.lock().unwrap().extend(known);
+        Self { home, driver }
+    }
+
+    pub fn libraries(&self) -> cuda::Libraries {
+        cuda::Libraries { cuda: self.driver.cuda(), nvml: self.driver.nvml() }
+    }
+
+    fn fail(&self, call: &str, number: u32, code: u32) {
+        self.driver.fail(call, number, code).unwrap();
+    }
+
+    fn mend(&self) {
+        self.driver.mend().unwrap();
+    }
+
+    fn contexts(&self) -> BTreeSet<u32> {
+        self.driver.contexts()
+    }
+
+    pub fn open(&self) -> cuda::Device {
+        let adapter = cuda::discover(&self.libraries()).unwrap().remove(0);
+        open(adapter, Some(TOTAL))
+    }
+}
+
+pub fn open(adapter: cuda::Adapter, limit_bytes: Option<u64>) -> cuda::Device {
+    let arguments = ["--exact", "cuda::as_a_loader", "--nocapture"].map(Into::into).to_vec();
+    let loader = LoaderCommand { program: std::env::current_exe().unwrap(), arguments };
+    cuda::Device::open(adapter, cuda::Options { ordinal: 0, limit_bytes, loader }).unwrap()
+}
+
+/// One for all checks of the contract.
+pub static SHARED: LazyLock<Fake> = LazyLock::new(|| Fake::new(1, 16 << 30));
+
+/// This process, as it was started by [`open`].
+#[test]
+fn as_a_loader() {
+    let Some((library, card)) = loader_arguments() else { return };
+    let control = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).unwrap();
+    // Why it ends early, the other side was told.
+    let _ = cuda::serve(&library, &card, &control);
+}
+
+fn create(device: &cuda::Device) -> SegmentId {
+    let id = fresh();
+    device.create(id, SIZE, Writers::Importers).unwrap();
+    id
+}
+
+fn available(device: &cuda::Device) -> u64 {
+    device.sample().unwrap().available_bytes
+}
+
+#[test]
+fn no_context_is_ever_opened_in_this_process() {
+    let fake = Fake::new(1, 1 << 30);
+    let device = fake.open();
+    device.sample().unwrap();
+    assert!(fake.contexts().is_empty(), "status costs nothing on the card");
+    let id = create(&device);
+    device.write(id, 7, &pattern(5000)).unwrap();
+    device.export(id, ExportAccess::Read).unwrap();
+    device.destroy(id).unwrap();
+    let loaders = fake.contexts();
+    assert!(loaders.len() == 1 && !loaders.contains(&std::process::id()), "{loaders:?}");
+    drop(device);
+    let loader = loaders.first().unwrap();
+    assert!(!fs::exists(format!("/proc/{loader}")).unwrap(), "the loader outlives its device");
+}
+
+#[test]
+fn room_is_left_for_the_context_and_what_others_have_is_seen() {
+    let fake = Fake::new(1, 2 << 30);
+    let device = fake.open();
+    let free = |bytes: u64| fake.driver.set_others(2 << 30, (2 << 30) - bytes).unwrap();
+    free(512 * MIB + 8 * MIB);
+    assert_eq!(available(&device), 8 * MIB);
+    free(100 * MIB);
+    assert_eq!(available(&device), 0);
+    let refused = device.create(fresh(), SIZE, Writers::DeviceOnly);
+    assert!(matches!(refused, Err(DeviceError::OutOfMemory { .. })), "{refused:?}");
+}
+
+/// Everything that a device does, once; the first error.
+fn work(device: &cuda::Device) -> Result<(), DeviceError> {
+    let (one, two) = (fresh(), fresh());
+    let source = file(&pattern(9000));
+    let range = |offset, bytes| Range { segment: one, offset, bytes };
+    let done = device
+        .create(one, SIZE, Writers::Importers)
+        .and_then(|()| device.create(two, SIZE, Writers::DeviceOnly))
+        .and_then(|()| device.write(one, 3, &pattern(100_000)))
+        .and_then(|()| device.fill_from_file(range(MIB, 9000), &buffered(&source), 0))
+        .and_then(|()| device.copy(range(0, MIB), two, 77))
+        .and_then(|()| device.zero(range(0, 5)))
+        .and_then(|()| device.export(one, ExportAccess::Read).map(drop))
+        .and_then(|()| device.read(two, 0, &mut [0; 4096]));
+    // What is there goes, whatever happened.
+    let gone = [one, two].map(|id| match device.destroy(id) {
+        Err(DeviceError::Misuse { .. }) => Ok(()),
+        other => other,
+    });
+    done.and(gone.into_iter().collect())
+}
+
+#[test]
+fn a_driver_that_fails_at_any_call_leaves_nothing_and_the_next_try_succeeds() {
+    let fake = Fake::new(1, 1 << 30);
+    let device = fake.open();
+    work(&device).unwrap();
+    let calls = [
+        "cuMemCreate",
+        "cuMemExportToShareableHandle",
+        "cuMemImportFromShareableHandle",
+        "cuMemAddressReserve",
+        "cuMemMap",
+        "cuMemSetAccess",
+        "cuMemRelease",
+        "cuStreamSynchronize",
+        "cuMemcpyHtoDAsync_v2",
+        "cuMemcpyDtoHAsync_v2",
+        "cuMemcpyDtoDAsync_v2",
+        "cuMemsetD8Async",
+    ];
+    for call in calls {
+        for code in [UNKNOWN, OUT_OF_MEMORY] {
+            // The second one is somewhere in the middle, for most.
+            for number in [1, 2] {
+                fake.fail(call, number, code);
+                if let Err(error) = work(&device) {
+                    let known = match &error {
+                        DeviceError::OutOfMemory { .. } => code == OUT_OF_MEMORY,
+                        DeviceError::Native { native, .. } => native == &call,
+                        _ => false,
+                    };
+                    assert!(known, "{call} {number} {code}: {error:?}");
+                } else {
+                    assert_eq!(number, 2, "{call} did not fail");
+                }
+                fake.mend();
+                // A release that failed is tried again, as the daemon does.
+                work(&device).unwrap_or_else(|error| panic!("after {call} {number} {code}: {error:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_could_not_be_given_back_is_given_back_by_the_next_try() {
+    let fake = Fake::new(1, 1 << 30);
+    let device = fake.open();
+    let id = create(&device);
+    let before = available(&device);
+    fake.fail("cuMemRelease", 1, UNKNOWN);
+    let failed = device.destroy(id);
+    assert!(matches!(failed, Err(DeviceError::Native { call: Call::Destroy, .. })), "{failed:?}");
+    assert_eq!(available(&device), before);
+    fake.mend();
+    device.destroy(id).unwrap();
+    assert_eq!(available(&device), TOTAL);
+    // One that the loader does not unmap takes the loader with it.
+    let id = create(&device);
+    fake.fail("cuMemUnmap", 1, UNKNOWN);
+    device.destroy(id).unwrap();
+    assert_eq!(available(&device), TOTAL);
+    fake.mend();
+    work(&device).unwrap();
+    assert_eq!(fake.contexts().len(), 2);
+}
+
+#[test]
+fn a_loader_that_does_not_start_says_why_and_the_next_one_may() {
+    let fake = Fake::new(1, 1 << 30);
+    for (call, code) in [("cuDevicePrimaryCtxRetain", OUT_OF_MEMORY), ("cuCtxSetCurrent", UNKNOWN)] {
+        let device = fake.open();
+        fake.fail(call, 1, code);
+        let error = device.create(fresh(), SIZE, Writers::DeviceOnly).unwrap_err();
+        let known = match &error {
+            DeviceError::OutOfMemory { .. } => code == OUT_OF_MEMORY,
+            DeviceError::Native { native, .. } => native == &call,
+            _ => false,
+        };
+        assert!(known, "{call}: {error:?}");
+        assert_eq!(available(&device), TOTAL);
+        fake.mend();
+        work(&device).unwrap();
+    }
+}
+
+#[test]
+fn a_killed_loader_takes_no_bytes_with_it() {
+    let fake = Fake::new(1, 1 << 30);
+    let device = fake.open();
+    let id = create(&device);
+    let written = pattern(SIZE as usize);
+    device.write(id, 0, &written).unwrap();
+    let loader = *fake.contexts().first().unwrap();
+    let pid = rustix::process::Pid::from_raw(loader.cast_signed()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    // Whether the kernel has ended it before or after the call begins: that call may fail, no other.
+    let mut read = vec![0; written.len()];
+    if let Err(error) = device.read(id, 0, &mut read) {
+        assert!(matches!(error, DeviceError::Native { native: "the loader process", .. }), "{error:?}");
+        device.read(id, 0, &mut read).unwrap();
+    }
+    assert!(read == written);
+    device.destroy(id).unwrap();
+    assert_eq!(available(&device), TOTAL);
+}
+
+#[test]
+fn a_lost_card_is_lost_for_good_and_its_books_can_be_closed() {
+    let fake = Fake::new(1, 1 << 30);
+    let device = fake.open();
+    let id = create(&device);
+    fake.fail("nvmlDeviceGetMemoryInfo_v2", 0, GPU_IS_LOST);
+    let lost = |result: Result<(), DeviceError>| {
+        assert!(matches!(result, Err(DeviceError::Lost { .. })), "{result:?}");
+    };
+    lost(device.sample().map(drop));
+    lost(device.write(id, 0, b"x"));
+    lost(device.create(fresh(), SIZE, Writers::DeviceOnly));
+    lost(device.export(id, ExportAccess::Read).map(drop));
+    fake.mend();
+    lost(device.sample().map(drop));
+    device.destroy(id).unwrap();
+}
+
+#[test]
+fn a_driver_without_a_needed_function_is_named_and_the_card_still_seen() {
+    let fake = Fake::new(1, 1 << 30);
+    let library = fake.libraries().cuda;
+    let mut bytes = fs::read(&library).unwrap();
+    let name = b"cuMemExportToShareableHandle\0";
+    let places: Vec<_> = (0..bytes.len() - name.len()).filter(|at| bytes[*at..].starts_with(name)).collect();
+    for at in places {
+        bytes[at + 2] = b'm';
+    }
+    fs::write(&library, bytes).unwrap();
+    let device = fake.open();
+    assert_eq!(available(&device), TOTAL);
+    let error = device.create(fresh(), SIZE, Writers::DeviceOnly).unwrap_err();
+    let DeviceError::Native { source, .. } = &error else { panic!("{error:?}") };
+    assert!(source.to_string().contains("cuMemExportToShareableHandle"), "{source}");
+    assert_eq!(available(&device), TOTAL);
+}
+
+#[test]
+fn a_machine_without_the_driver_has_no_card() {
+    let nowhere =
+        cuda::Libraries { cuda: "/nowhere/libcuda.so.1".into(), nvml: "/nowhere/libnvidia-ml.so.1".into() };
+    assert!(matches!(cuda::discover(&nowhere), Err(cuda::NoCuda::Nvml(_))));
+    let fake = Fake::new(0, 0);
+    assert!(cuda::discover(&fake.libraries()).unwrap().is_empty());
+}
+
+/// Names the directory of a driver to the process that the next test starts.
+const VISIBLE: &str = "VRAMD_TEST_VISIBLE";
+
+#[test]
+fn only_cards_that_cuda_may_use_are_found() {
+    let fake = Fake::new(3, 1 << 30);
+    let found = |visible: &str| -> Vec<String> {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "cuda::in_a_restricted_process", "--nocapture"])
+            .env(VISIBLE, fake.home.path())
+            .env("CUDA_VISIBLE_DEVICES", visible)
+            .output()
+            .unwrap();
+        assert!(child.status.success(), "{child:?}");
+        let said = String::from_utf8(child.stdout).unwrap();
+        let cards = said.lines().filter_map(|line| line.strip_prefix("card ").map(str::to_owned));
+        cards.collect()
+    };
+    let [one, two, three] = fake.driver.cards.as_slice() else { panic!("three cards") };
+    assert_eq!(found("1"), *std::slice::from_ref(two));
+    assert_eq!(found(three), *std::slice::from_ref(three));
+    assert_eq!(found(&format!("{},0", &three[..35])), [one.clone(), three.clone()]);
+    assert!(found("").is_empty());
+    assert_eq!(cuda::discover(&fake.libraries()).unwrap().len(), 3);
+}
+
+#[test]
+fn in_a_restricted_process() {
+    let Some(home) = std::env::var_os(VISIBLE).map(PathBuf::from) else { return };
+    let libraries = cuda::Libraries { cuda: home.join("libcuda.so.1"), nvml: home.join("libnvidia-ml.so.1") };
+    for card in cuda::discover(&libraries).unwrap() {
+        println!("\ncard {}", card.uuid());
+    }
+}

@@ -1,0 +1,130 @@
+//! `libnvidia-ml.so.1`
+
+use std::ffi::{CStr, c_char, c_int, c_uint};
+
+use crate::state::{cards, fault, state};
+
+const SUCCESS: u32 = 0;
+const INVALID_ARGUMENT: u32 = 2;
+const NOT_SUPPORTED: u32 = 3;
+const NOT_FOUND: u32 = 6;
+
+macro_rules! faults {
+    ($call:literal) => {
+        match fault($call) {
+            SUCCESS => {}
+            code => return code,
+        }
+    };
+}
+
+/// `nvmlMemory_v2_t`
+#[repr(C)]
+pub struct Memory {
+    version: c_uint,
+    total: u64,
+    reserved: u64,
+    free: u64,
+    used: u64,
+}
+
+/// Writes a text with its end into the caller's room.
+unsafe fn write(text: &str, to: *mut c_char, room: c_uint) -> u32 {
+    if text.len() >= room as usize {
+        return 7;
+    }
+    // SAFETY: the caller has that much room; so it is below.
+    unsafe {
+        to.copy_from_nonoverlapping(text.as_ptr().cast(), text.len());
+        *to.add(text.len()) = 0;
+    }
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvmlInit_v2() -> u32 {
+    faults!("nvmlInit_v2");
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvmlShutdown() -> u32 {
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvmlErrorString(_: u32) -> *const c_char {
+    c"an error of the fake driver".as_ptr()
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlSystemGetDriverVersion(to: *mut c_char, room: c_uint) -> u32 {
+    // SAFETY: by the caller's word; so below.
+    unsafe { write("580.65.06", to, room) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetCount_v2(count: *mut c_uint) -> u32 {
+    faults!("nvmlDeviceGetCount_v2");
+    // SAFETY: as above.
+    unsafe { *count = cards().len() as c_uint };
+    SUCCESS
+}
+
+/// Handles are the numbers of the cards, from 1 on.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, handle: *mut usize) -> u32 {
+    faults!("nvmlDeviceGetHandleByIndex_v2");
+    if index as usize >= cards().len() {
+        return INVALID_ARGUMENT;
+    }
+    // SAFETY: as above.
+    unsafe { *handle = index as usize + 1 };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetHandleByUUID(uuid: *const c_char, handle: *mut usize) -> u32 {
+    // SAFETY: as above.
+    let uuid = unsafe { CStr::from_ptr(uuid) };
+    let found = cards().iter().position(|card| card.uuid.as_bytes() == uuid.to_bytes());
+    let Some(index) = found else { return NOT_FOUND };
+    // SAFETY: as above.
+    unsafe { *handle = index + 1 };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetUUID(handle: usize, to: *mut c_char, room: c_uint) -> u32 {
+    faults!("nvmlDeviceGetUUID");
+    let Some(card) = cards().into_iter().nth(handle - 1) else { return INVALID_ARGUMENT };
+    // SAFETY: as above.
+    unsafe { write(&card.uuid, to, room) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetName(_: usize, to: *mut c_char, room: c_uint) -> u32 {
+    faults!("nvmlDeviceGetName");
+    // SAFETY: as above.
+    unsafe { write("Fake card", to, room) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMigMode(_: usize, _: *mut c_uint, _: *mut c_uint) -> u32 {
+    NOT_SUPPORTED
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(handle: usize, memory: *mut Memory) -> u32 {
+    faults!("nvmlDeviceGetMemoryInfo_v2");
+    let Some(card) = cards().into_iter().nth(handle - 1) else { return INVALID_ARGUMENT };
+    let used = state().used(handle as c_int - 1) + card.others;
+    // SAFETY: as above.
+    unsafe {
+        (*memory).total = card.bytes;
+        (*memory).reserved = 0;
+        (*memory).used = used.min(card.bytes);
+        (*memory).free = card.bytes.saturating_sub(used);
+    }
+    SUCCESS
+}
