@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,7 +132,7 @@ class FakeDaemon:
 class Vramd:
     """The real daemon, on ports and paths of its own."""
 
-    def __init__(self, binary: str, directory: Path) -> None:
+    def __init__(self, binary: str, directory: Path, environment: Mapping[str, str] | None = None) -> None:
         self.directory = directory
         self.models = directory / "models"
         self.models.mkdir()
@@ -149,7 +149,9 @@ class Vramd:
         }
         command = [binary, "serve", *(str(word) for pair in arguments.items() for word in pair)]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | (environment or {})
+            )
         until(lambda: ready.exists() or self.process.poll() is not None, "the daemon's start", 60)
         assert self.process.poll() is None, self.log.read_text()
         served = json.loads(ready.read_text())

@@ -1,6 +1,6 @@
 //! `libcuda.so.1`
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{c_int, c_uint, c_void};
 use std::ptr;
 
@@ -313,11 +313,43 @@ pub extern "C" fn cuCtxSetCurrent(context: usize) -> u32 {
     SUCCESS
 }
 
+thread_local! {
+    static PUSHED: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+}
+
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut usize) -> u32 {
-    // SAFETY: as above.
-    unsafe { *context = CONTEXT.get() };
+pub extern "C" fn cuCtxPushCurrent_v2(context: usize) -> u32 {
+    faults!("cuCtxPushCurrent_v2");
+    PUSHED.with_borrow_mut(|pushed| pushed.push(CONTEXT.replace(context)));
     SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut usize) -> u32 {
+    let Some(before) = PUSHED.with_borrow_mut(Vec::pop) else { return INVALID_CONTEXT };
+    // SAFETY: as above.
+    unsafe { *context = CONTEXT.replace(before) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuDevicePrimaryCtxRelease_v2(_: c_int) -> u32 {
+    faults!("cuDevicePrimaryCtxRelease_v2");
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSynchronize() -> u32 {
+    faults!("cuCtxSynchronize");
+    needs_context!();
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: usize, from: usize, bytes: usize) -> u32 {
+    faults!("cuMemcpyDtoH_v2");
+    // SAFETY: by the caller's word.
+    unsafe { copy(to, from, bytes) }
 }
 
 #[unsafe(no_mangle)]

@@ -5,6 +5,7 @@
 
 from .attachment import AllocationAttachment, Attachment, attach, attach_allocation, default_socket
 from .client import Client
+from .cuda import CudaError
 from .errors import (
     Cancelled,
     ClosedError,
@@ -31,6 +32,7 @@ __all__ = [
     "ClosedError",
     "Conflict",
     "ConnectionFailed",
+    "CudaError",
     "EventStream",
     "InsufficientMemory",
     "NotFound",

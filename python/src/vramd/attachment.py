@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, overload
 
-from . import frames, moves
-from .errors import ClosedError, ConnectionFailed, ProtocolError, Timeout, from_body
+from . import cuda, frames, moves
+from .errors import ClosedError, ConnectionFailed, ProtocolError, Timeout, VramdError, from_body
 from .frames import Reply, Row, Tensor
 
 if TYPE_CHECKING:
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from .arrays import Array
     from .bodies import Access
 
-Framework = Literal["numpy", "torch"]
+Framework = Literal["numpy", "torch", "cuda"]
+
+#: What the daemon holds for an attachment, as this process has it.
+Buffer = mmap.mmap | bytes | cuda.Imported
+
+#: The descriptors that each framework can use; the daemon gives no others.
+_HANDLES = {"numpy": ["memfd"], "torch": ["memfd", cuda.HANDLE], "cuda": [cuda.HANDLE]}
 T = TypeVar("T")
 
 # Python's mmap has the name since 3.13 only; the value is Linux's on every architecture that it knows.
@@ -55,13 +61,13 @@ class Attached:
         self,
         connection: sockets.socket,
         reply: Reply,
-        buffer: mmap.mmap | bytes,
+        buffer: Buffer,
         base: int,
         private: bool = False,
     ) -> None:
         self._connection: sockets.socket | None = connection
         self._reply = reply
-        self._buffer: mmap.mmap | bytes | None = buffer
+        self._buffer: Buffer | None = buffer
         self._base = base
         self._private = private
         #: Why this attachment follows no moves.
@@ -104,8 +110,11 @@ class Attached:
 
     def close(self) -> None:
         """Ends the lease at once. The pages go with the last array that refers to them."""
-        connection, self._connection, self._buffer = self._connection, None, None
+        connection, buffer, self._connection, self._buffer = self._connection, self._buffer, None, None
         if connection is not None:
+            if isinstance(buffer, cuda.Imported):
+                # The daemon may give the bytes to others: whoever computes with them on the card does so now.
+                buffer.synchronize()
             moves.forget(connection)
             connection.close()
 
@@ -113,14 +122,17 @@ class Attached:
         if self._connection is None:
             raise ClosedError(f"{self} is closed", hint="use its arrays inside the with block, or copy them")
 
-    def _open_buffer(self) -> mmap.mmap | bytes:
+    def _open_buffer(self) -> Buffer:
         self.check_open()
         assert self._buffer is not None
         return self._buffer
 
     def _slice(self, offset: int, size: int) -> memoryview:
         start = self._base + offset
-        return memoryview(self._open_buffer())[start : start + size]
+        buffer = self._open_buffer()
+        if isinstance(buffer, cuda.Imported):
+            return memoryview(buffer.copy(start, size))
+        return memoryview(buffer)[start : start + size]
 
     def __enter__(self) -> Self:
         self.check_open()
@@ -153,7 +165,7 @@ class Attachment(Attached, Mapping[str, T], Generic[T]):
         self,
         connection: sockets.socket,
         reply: Reply,
-        buffer: mmap.mmap | bytes,
+        buffer: Buffer,
         base: int,
         framework: Framework,
     ) -> None:
@@ -183,7 +195,7 @@ class Attachment(Attached, Mapping[str, T], Generic[T]):
         return Tensor(name, dtype, tuple(shape), offset, size)
 
     def raw(self, name: str) -> memoryview:
-        """The bytes of a tensor, read-only; of any dtype, packed ones too."""
+        """The bytes of a tensor, read-only; of any dtype, packed ones too. Of a card, a copy."""
         tensor = self.info(name)
         return self._slice(tensor.offset, tensor.bytes).toreadonly()
 
@@ -214,6 +226,8 @@ class Attachment(Attached, Mapping[str, T], Generic[T]):
             from . import tensors
 
             return tensors.tensor
+        if self._framework == "cuda":
+            return cuda.array
         from . import arrays
 
         return arrays.array
@@ -224,16 +238,19 @@ class AllocationAttachment(Attached):
 
     @property
     def buffer(self) -> memoryview:
-        """All bytes; writable when it was attached for writing."""
+        """All bytes; writable when it was attached for writing. Of a card, a copy."""
         return self._slice(0, self.nbytes)
 
     @property
-    def array(self) -> Array:
-        """All bytes as a NumPy array of ``uint8``."""
+    def array(self) -> Any:
+        """All bytes as an array of ``uint8``: NumPy's, or ``vramd.cuda.Array`` of a card."""
+        whole = (self.allocation_id, "U8", (self.nbytes,), 0, self.nbytes)
+        buffer = self._open_buffer()
+        if isinstance(buffer, cuda.Imported):
+            return cuda.array(self, whole, buffer, self._base)
         from . import arrays
 
-        whole = (self.allocation_id, "U8", (self.nbytes,), 0, self.nbytes)
-        return arrays.array(self, whole, self._open_buffer(), self._base)
+        return arrays.array(self, whole, buffer, self._base)
 
 
 @overload
@@ -264,6 +281,20 @@ def attach(
 ) -> Attachment[torch.Tensor]: ...
 
 
+@overload
+def attach(
+    model: str,
+    device: str | None = None,
+    *,
+    component: str | None = None,
+    socket: str | os.PathLike[str] | None = None,
+    framework: Literal["cuda"],
+    access: Access = "read",
+    moves: bool = True,
+    timeout: float = 10.0,
+) -> Attachment[cuda.Array]: ...
+
+
 def attach(
     model: str,
     device: str | None = None,
@@ -286,6 +317,10 @@ def attach(
     a page of memory (a huge page, where the daemon uses these; without a free one the kernel ends the
     process, so ``clone()`` what you mean to change).
 
+    What is on an NVIDIA card is attached with ``framework="torch"``, or with ``"cuda"`` for anyone else who
+    knows ``__cuda_array_interface__``. It is the memory itself, in every process that has it: do not write to
+    it.
+
     The daemon may give the bytes another place meanwhile: the arrays stay as they are, at their addresses. (A
     private mapping that was written to stays where it is; a first write at the very moment of a move may be
     lost.) ``moves=False`` keeps the bytes where they are: for memory that the kernel or a device reads by
@@ -295,22 +330,21 @@ def attach(
     The attachment keeps the model resident until ``close``, or until the process ends in whatever way. After
     a fork the child has it too, and the lease ends when both have closed it.
     """
-    if framework not in ("numpy", "torch"):
-        raise ValueError(f'framework must be "numpy" or "torch", not {framework!r}')
+    if framework not in _HANDLES:
+        raise ValueError(f'framework must be "numpy", "torch" or "cuda", not {framework!r}')
     name, slash, part = model.partition("/")
     if slash and component is not None:
         raise ValueError(f"{model!r} names a component already; leave out component={component!r}")
-    request: dict[str, str | bool | None] = {
+    request: dict[str, Any] = {
         "model": name,
         "component": part if slash else component,
         "deviceId": device,
         "access": access,
         "moves": moves,
+        "handles": _HANDLES[framework] if framework != "numpy" else None,
     }
 
-    def build(
-        connection: sockets.socket, reply: Reply, buffer: mmap.mmap | bytes, base: int
-    ) -> Attachment[Any]:
+    def build(connection: sockets.socket, reply: Reply, buffer: Buffer, base: int) -> Attachment[Any]:
         return Attachment(connection, reply, buffer, base, framework)
 
     return _attach(request, socket, timeout, framework == "torch", build)
@@ -320,21 +354,26 @@ def attach_allocation(
     allocation_id: str,
     *,
     socket: str | os.PathLike[str] | None = None,
+    framework: Literal["numpy", "cuda"] = "numpy",
     access: Access = "read",
     moves: bool = True,
     timeout: float = 10.0,
 ) -> AllocationAttachment:
     """Attaches an allocation; with ``access="write"`` its bytes can be written, and others see it at once.
 
-    ``moves`` is as for ``attach``; what is attached for writing is never moved.
+    ``framework="cuda"`` is for what is on an NVIDIA card. ``moves`` is as for ``attach``; what is attached
+    for writing is never moved.
 
     >>> with vramd.attach_allocation(allocation["allocationId"], access="write") as shared:
     ...     shared.buffer[:5] = b"hello"
     """
-    request: dict[str, str | bool | None] = {
+    if framework not in ("numpy", "cuda"):
+        raise ValueError(f'framework must be "numpy" or "cuda", not {framework!r}')
+    request: dict[str, Any] = {
         "allocationId": allocation_id,
         "access": access,
         "moves": moves,
+        "handles": _HANDLES[framework] if framework != "numpy" else None,
     }
     return _attach(request, socket, timeout, False, AllocationAttachment)
 
@@ -343,11 +382,11 @@ A = TypeVar("A", bound=Attached)
 
 
 def _attach(
-    request: Mapping[str, str | bool | None],
+    request: Mapping[str, Any],
     socket: str | os.PathLike[str] | None,
     timeout: float,
     private: bool,
-    build: Callable[[sockets.socket, Reply, mmap.mmap | bytes, int], A],
+    build: Callable[[sockets.socket, Reply, Buffer, int], A],
 ) -> A:
     frame = frames.encode(frames.ATTACH, {key: value for key, value in request.items() if value is not None})
     connection = _connect(os.fspath(socket or default_socket()), frame, timeout)
@@ -355,23 +394,34 @@ def _attach(
         kind, body, descriptors = frames.receive(connection)
         try:
             if kind == frames.ERROR:
-                raise from_body(body)
+                raise _refused(body)
             if kind != frames.ATTACHED:
                 raise ProtocolError(f"the daemon answered with a frame of kind {kind}")
             reply = frames.read_reply(body, len(descriptors))
             if reply.access != request["access"]:
                 raise ProtocolError(f"asked for {request['access']} access, the daemon gave {reply.access}")
+            if reply.handle is not None and reply.handle["type"] not in request.get("handles", ()):
+                raise ProtocolError(f"the daemon sent a {reply.handle['type']}, which nobody asked for")
             buffer, base = _map(reply, descriptors[reply.segment], private)
         finally:
             frames.close_all(descriptors)
         connection.settimeout(None)
         attached = build(connection, reply, buffer, base)
+        if reply.handle is not None:
+            attached._fixed = "memory of a card stays at its address only while it stays where it is"
         if request["moves"]:
             moves.follow(connection, attached)
         return attached
     except BaseException:
         connection.close()
         raise
+
+
+def _refused(body: Any) -> VramdError:
+    error = from_body(body)
+    if error.details.get("handle") == cuda.HANDLE:
+        error.hint = 'attach it with framework="torch" or "cuda", or load it on cpu:0'
+    return error
 
 
 def _connect(path: str, frame: bytes, timeout: float) -> sockets.socket:
@@ -393,8 +443,10 @@ def _connect(path: str, frame: bytes, timeout: float) -> sockets.socket:
     return connection
 
 
-def _map(reply: Reply, descriptor: int, private: bool) -> tuple[mmap.mmap | bytes, int]:
+def _map(reply: Reply, descriptor: int, private: bool) -> tuple[Buffer, int]:
     """Maps the pages that hold the block; answers with the mapping and where in it the block begins."""
+    if reply.handle is not None:
+        return cuda.Imported(descriptor, reply.segment_bytes, reply.handle), reply.offset
     if reply.bytes == 0:
         return b"", 0
     start = reply.offset - reply.offset % reply.page_bytes

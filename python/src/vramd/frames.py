@@ -85,6 +85,8 @@ class Reply(NamedTuple):
     #: By name, as they were sent.
     tensors: dict[str, Row]
     metadata: dict[str, str]
+    #: What the segment's descriptor is; ``None`` for a memfd.
+    handle: dict[str, Any] | None
 
 
 def encode(kind: int, body: Mapping[str, Any], descriptors: int = 0) -> bytes:
@@ -274,6 +276,8 @@ def read_moved(body: Any, descriptors: int, before: Reply) -> Reply:
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ProtocolError(f"the daemon's move is malformed: {error!r}") from error
+    if _handle(body["segments"][segment]) != before.handle:
+        raise ProtocolError("a block cannot move to a segment of another kind")
     if (size, page_bytes) != (before.bytes, before.page_bytes):
         raise ProtocolError(f"a block of {before.bytes} bytes cannot move to one of {size}")
     if (offset - before.offset) % page_bytes:
@@ -328,7 +332,15 @@ def _reply(body: Any) -> Reply:
         bytes=size,
         tensors=tensors,
         metadata=dict(body.get("metadata", {})),
+        handle=_handle(body["segments"][segment]),
     )
+
+
+def _handle(segment: Any) -> dict[str, Any] | None:
+    handle = segment.get("handle")
+    if handle is not None:
+        _text(handle["type"])
+    return None if handle is None or handle["type"] == "memfd" else dict(handle)
 
 
 def check_row(row: Row, block_bytes: int) -> None:

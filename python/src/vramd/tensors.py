@@ -1,7 +1,8 @@
 """torch tensors over attached memory, without a copy.
 
 torch has no read-only tensors, so their mapping is private and copy-on-write: what a process writes it alone
-sees, and the daemon's bytes stay as they are.
+sees, and the daemon's bytes stay as they are. A card knows no such mapping: what is there is not to be
+written to.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import cuda
 from .errors import UnsupportedDtype
 from .frames import Row, check_row
 
@@ -34,9 +36,15 @@ def tensor(attached: Attached, row: Row, buffer: Any, base: int) -> Any:
             f"torch {torch.__version__} has no {dtype_name}, which tensor {name!r} has",
             hint=f"raw({name!r}) gives its bytes",
         )
+    on_card = isinstance(buffer, cuda.Imported)
+    device = f"cuda:{buffer.card.ordinal}" if on_card else "cpu"
     if size == 0:  # frombuffer takes no empty buffer
-        return torch.empty(shape, dtype=dtype)
-    raw = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=base + offset)
+        return torch.empty(shape, dtype=dtype, device=device)
+    if on_card:
+        # torch keeps the object that it gets, and with it the mapping.
+        raw = torch.as_tensor(cuda.array(attached, row, buffer, base).bytes, device=device)
+    else:
+        raw = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=base + offset)
     if (base + offset) % dtype.itemsize:
         # torch's kernels take alignment for granted, and files may break it: the one case that costs a copy.
         raw = raw.clone()
