@@ -1,4 +1,4 @@
-"""A copy within a Vulkan device, beside a bare program's and a plain copy of as many bytes."""
+"""Copies within a Vulkan device and from one to another, beside bare programs and a plain copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .table import Aim, Row, Table
 
 BYTES = 256 << 20
 AIM = 0.95
+OVERLAP = 1.5
 
 
 def measure(setup: Setup, table: Table) -> None:
@@ -22,6 +23,10 @@ def measure(setup: Setup, table: Table) -> None:
             say("no Vulkan driver is installed: nothing is measured")
         for device in devices:
             _copies(setup, daemon.client, device, table)
+        for source in devices:
+            for target in devices:
+                if source is not target:
+                    _between(setup, daemon.client, source, target, table)
 
 
 def _copies(setup: Setup, client: vramd.Client, device: Any, table: Table) -> None:
@@ -53,6 +58,30 @@ def _copies(setup: Setup, client: vramd.Client, device: Any, table: Table) -> No
         Row("memcpy, one thread", median(plain)),
     ]
     table.add(f"256 MiB copied on {device['name']}", "GB/s", rows, aim, more_is_better=True)
+
+
+def _between(setup: Setup, client: vramd.Client, source: Any, target: Any, table: Table) -> None:
+    names = [source["name"], target["name"]]
+    say(f"from {names[0]} to {names[1]}")
+    one, other = (
+        client.allocate(BYTES, device=device["deviceId"], lease_seconds=3600)["allocationId"]
+        for device in (source, target)
+    )
+    ordinals = [device["deviceId"].partition(":")[2] for device in (source, target)]
+    ours: list[float] = []
+    plain: list[float] = []
+    for number in range(setup.rounds(5) + 1):
+        rate = client.copy(one, other)["bytesPerSecond"] / 1e9
+        found = _run(setup, "vulkan-between", *ordinals, "--bytes", str(BYTES), "--rounds", "3")
+        assert found["names"] == names, f"these are other adapters there: {found['names']}"
+        if number > 0:  # the first warms up
+            ours.append(rate)
+            plain += [one / 1e9 for one in found["bytesPerSecond"]]
+    for each in (one, other):
+        client.release(each)
+    aim = Aim(f"≥ {OVERLAP} of the plain way", median(ours) >= OVERLAP * median(plain))
+    rows = [Row("vramd, overlapped", median(ours)), Row("out, across, in: one after the other", median(plain))]
+    table.add(f"256 MiB from {names[0]} to {names[1]}", "GB/s", rows, aim, more_is_better=True)
 
 
 def _run(setup: Setup, *arguments: str) -> Any:

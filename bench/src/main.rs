@@ -55,6 +55,15 @@ enum Command {
         #[arg(long, default_value_t = 7)]
         rounds: usize,
     },
+    /// Copies from one Vulkan adapter to another by way of host memory, one step after the other
+    VulkanBetween {
+        from: usize,
+        to: usize,
+        #[arg(long)]
+        bytes: Bytes,
+        #[arg(long, default_value_t = 7)]
+        rounds: usize,
+    },
     /// Copies memory and prints the rate as JSON
     Copier {
         #[arg(long)]
@@ -81,6 +90,10 @@ async fn main() -> anyhow::Result<()> {
         }
         Command::Vulkan { ordinal, bytes, rounds } => {
             println!("{}", vulkan::run(ordinal, bytes, rounds)?);
+            Ok(())
+        }
+        Command::VulkanBetween { from, to, bytes, rounds } => {
+            println!("{}", vulkan::run_between(from, to, bytes, rounds)?);
             Ok(())
         }
         Command::Copier { block, total, threads } => {
