@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::de::IntoDeserializer as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -144,9 +145,26 @@ pub struct Attach {
     /// This client follows moves: without it the bytes stay where they are for as long as it has them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub moves: bool,
-    /// The kinds of descriptors that it can import; none named is `memfd` alone.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub handles: Vec<HandleType>,
+    /// The kinds of descriptors that it can import; absent is `memfd` alone. Kinds that are not known here are left out.
+    #[serde(default, deserialize_with = "known", skip_serializing_if = "Option::is_none")]
+    pub handles: Option<Vec<HandleType>>,
+}
+
+impl Attach {
+    /// Whether it can import descriptors of that kind.
+    pub fn takes(&self, handle: HandleType) -> bool {
+        self.handles.as_ref().map_or(handle == HandleType::Memfd, |handles| handles.contains(&handle))
+    }
+}
+
+/// A newer client may name what only newer daemons have.
+fn known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<HandleType>>, D::Error> {
+    let names = Vec::<String>::deserialize(deserializer)?;
+    let known = |name: String| -> Option<HandleType> {
+        let name: serde::de::value::StringDeserializer<serde::de::value::Error> = name.into_deserializer();
+        HandleType::deserialize(name).ok()
+    };
+    Ok(Some(names.into_iter().filter_map(known).collect()))
 }
 
 /// What the descriptors of a device's memory are.
@@ -317,6 +335,16 @@ mod tests {
             let header = Header { kind, body_bytes: body, descriptors: 0 };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
+    }
+
+    #[test]
+    fn handles_of_newer_clients_are_left_out_and_none_is_not_absent() {
+        let read = |text: &str| serde_json::from_str::<Attach>(text).expect("a request");
+        let request = read(r#"{"model": "tiny", "handles": ["aNewerOne", "cudaPosixFd"]}"#);
+        assert_eq!(request.handles, Some(vec![HandleType::CudaPosixFd]));
+        assert!(!request.takes(HandleType::Memfd));
+        assert!(!read(r#"{"model": "tiny", "handles": ["aNewerOne"]}"#).takes(HandleType::Memfd));
+        assert!(read(r#"{"model": "tiny"}"#).takes(HandleType::Memfd));
     }
 
     #[test]

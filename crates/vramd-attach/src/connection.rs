@@ -164,6 +164,7 @@ pub(crate) fn attach_over(mut stream: UnixStream, request: &Attach) -> Result<At
             let attached: Attached = receive_body(&mut stream, &header)?;
             let tensors = attached.tensors()?;
             check_place(&attached.segments, &attached.block, header.descriptors, &descriptors)?;
+            check_handles(&attached.segments, |handle| request.takes(handle.kind()))?;
             check_tensors(&attached, &tensors)?;
             stream.set_read_timeout(None)?;
             Ok(Attachment { attached, tensors, descriptors, stream })
@@ -263,8 +264,17 @@ fn check_place(
     }
 }
 
+fn check_handles(segments: &[AttachedSegment], fits: impl Fn(&Handle) -> bool) -> Result<(), AttachError> {
+    match segments.iter().find(|segment| !fits(&segment.handle)) {
+        Some(segment) => bad(format!("a descriptor of kind {:?} was not asked for", segment.handle.kind())),
+        None => Ok(()),
+    }
+}
+
 /// What has to hold for the new pages to be mapped over the old ones.
 fn check_move(attached: &Attached, moved: &Moved) -> Result<(), AttachError> {
+    let before = attached.segments.first().map(|segment| segment.handle.kind());
+    check_handles(&moved.segments, |handle| Some(handle.kind()) == before)?;
     let page_bytes = |segments: &[AttachedSegment], block: &AttachedBlock| {
         segments.get(block.segment as usize).map_or(1, |segment| segment.page_bytes)
     };
@@ -394,6 +404,7 @@ mod tests {
             ("/tensors/0/4", json!(20)),
             ("/tensors/0/2", json!([u64::MAX, u64::MAX])),
             ("/segments", json!([])),
+            ("/segments/0/handle", json!({"type": "cudaPosixFd", "deviceUuid": "GPU-1"})),
         ];
         for (place, value) in cases {
             let mut body = answer();

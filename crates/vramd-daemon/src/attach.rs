@@ -189,7 +189,7 @@ async fn open(
     };
     let access = request.access;
     let moves = request.moves;
-    let handles = if request.handles.is_empty() { vec![HandleType::Memfd] } else { request.handles };
+    let handles = request.handles.unwrap_or_else(|| vec![HandleType::Memfd]);
     let request = AttachRequest { target, device, access, holder, moves, handles, tell };
     let attachment = driver.ask(|reply| Event::Attach(Box::new(request), reply)).await?;
     Ok((attachment, access))

@@ -70,7 +70,10 @@ pub fn vulkan_adapters() -> Result<Vec<(String, bool)>, String> {
 /// The cards of this machine that CUDA may use, by name; or why there are none.
 pub fn cuda_cards() -> Result<Vec<String>, String> {
     let cards = cuda::discover(&cuda::Libraries::default()).map_err(|error| error.to_string())?;
-    Ok(cards.iter().map(|card| card.name().to_owned()).collect())
+    cards
+        .iter()
+        .map(|card| card.check().map(|()| card.name().to_owned()).map_err(|error| error.to_string()))
+        .collect()
 }
 
 /// A device and the most that the daemon may hold on it.
@@ -130,10 +133,9 @@ impl Devices {
             tracing::info!(%error, "no CUDA device is opened");
             Vec::new()
         });
-        for (ordinal, adapter) in (0..).zip(found) {
+        for adapter in found {
             let name = adapter.name().to_owned();
-            let options = cuda::Options { ordinal, limit_bytes: None, loader: loader.clone() };
-            match cuda::Device::open(adapter, options) {
+            match cuda::Device::open(adapter, cuda::Options::new(loader.clone())) {
                 Ok(device) => self.add_card(Arc::new(device)),
                 Err(error) => tracing::warn!(name, %error, "a card does not open for CUDA"),
             }
@@ -251,6 +253,10 @@ pub fn error(device: &DeviceId, error: &DeviceError) -> ApiError {
         DeviceError::Lost { .. } => {
             (ErrorCode::DeviceLost, "other devices go on working; restart the daemon once the device is back")
         }
+        DeviceError::Interrupted { .. } => (
+            ErrorCode::Unavailable,
+            "try again: another one is started; see the daemon's log for why it ended",
+        ),
         DeviceError::Source(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => (
             ErrorCode::InvalidModelFile,
             "the file became shorter while it was read; put the whole file back and load again",

@@ -27,6 +27,13 @@ pub enum DeviceError {
     /// The device is gone; every segment on it is lost.
     #[error("the device is lost: {reason}")]
     Lost { reason: String },
+    /// A process that does this for the device ended meanwhile. Nothing is lost by it: the next call starts another one.
+    #[error("the process that does {call:?} for the device ended")]
+    Interrupted {
+        call: Call,
+        #[source]
+        source: io::Error,
+    },
     /// The file to read from failed.
     #[error("the source could not be read")]
     Source(#[source] io::Error),

@@ -1,10 +1,10 @@
 //! `libcuda.so.1`
 
 use std::cell::{Cell, RefCell};
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{CString, c_int, c_uint, c_void};
 use std::ptr;
 
-use crate::state::{Memory, Range, beside, cards, fault, note_context, state};
+use crate::state::{Memory, Range, beside, cards, fault, note_context, state, used};
 
 const SUCCESS: u32 = 0;
 const INVALID_VALUE: u32 = 1;
@@ -59,7 +59,7 @@ pub struct Access {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuInit(_: c_uint) -> u32 {
     faults!("cuInit");
-    if cards().is_empty() { NO_DEVICE } else { SUCCESS }
+    if visible().is_empty() { NO_DEVICE } else { SUCCESS }
 }
 
 /// The cards that `CUDA_VISIBLE_DEVICES` leaves, by their numbers or the beginnings of their uuids.
@@ -132,12 +132,14 @@ pub unsafe extern "C" fn cuMemCreate(
     let cards = cards();
     let Some(of) = cards.get(card as usize) else { return 101 };
     let mut state = state();
-    if state.used(card) + of.others + bytes as u64 > of.bytes {
+    if used(card) + of.others + bytes as u64 > of.bytes {
         return OUT_OF_MEMORY;
     }
     // SAFETY: calls to the kernel with arguments of our own. The mapping is only used here.
     let file = unsafe {
-        let file = libc::memfd_create(c"a card's memory".as_ptr(), libc::MFD_CLOEXEC);
+        // Whoever imports it learns from its name which card it is on.
+        let name = CString::new(format!("a card's memory {card}")).unwrap_or_default();
+        let file = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC);
         if file < 0 || libc::ftruncate(file, bytes as libc::off_t) != 0 {
             return OUT_OF_MEMORY;
         }
@@ -153,7 +155,8 @@ pub unsafe extern "C" fn cuMemCreate(
         file
     };
     let id = state.number();
-    state.memories.insert(id, Memory { file, bytes: bytes as u64, card, created: true, uses: 1 });
+    let Some(facts) = facts(file) else { return INVALID_VALUE };
+    state.insert(id, Memory { file, inode: facts.st_ino, bytes: bytes as u64, card, uses: 1 });
     // SAFETY: as above.
     unsafe { *handle = id };
     SUCCESS
@@ -187,21 +190,26 @@ pub unsafe extern "C" fn cuMemImportFromShareableHandle(to: *mut u64, from: *mut
     if kind != 1 {
         return INVALID_VALUE;
     }
-    // SAFETY: the descriptor is the caller's; what is kept is a copy. The structure is written before it is read.
-    unsafe {
-        let file = libc::fcntl(from.addr() as c_int, libc::F_DUPFD_CLOEXEC, 3);
-        let mut facts: libc::stat = std::mem::zeroed();
-        if file < 0 || libc::fstat(file, &raw mut facts) != 0 {
-            return INVALID_VALUE;
-        }
-        let mut state = state();
-        let id = state.number();
-        state
-            .memories
-            .insert(id, Memory { file, bytes: facts.st_size as u64, card: -1, created: false, uses: 1 });
-        *to = id;
-    }
+    // SAFETY: the descriptor is the caller's; what is kept is a copy.
+    let file = unsafe { libc::fcntl(from.addr() as c_int, libc::F_DUPFD_CLOEXEC, 3) };
+    let name = std::fs::read_link(format!("/proc/self/fd/{file}")).unwrap_or_default();
+    let name = name.to_string_lossy();
+    let card = name.strip_suffix(" (deleted)").and_then(|name| name.rsplit(' ').next()?.parse().ok());
+    let (Some(card), Some(facts)) = (card, facts(file)) else { return INVALID_VALUE };
+    let mut state = state();
+    let id = state.number();
+    state.insert(id, Memory { file, inode: facts.st_ino, bytes: facts.st_size as u64, card, uses: 1 });
+    // SAFETY: as above.
+    unsafe { *to = id };
     SUCCESS
+}
+
+fn facts(file: c_int) -> Option<libc::stat> {
+    // SAFETY: the structure is written before it is read.
+    unsafe {
+        let mut facts: libc::stat = std::mem::zeroed();
+        (libc::fstat(file, &raw mut facts) == 0).then_some(facts)
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -364,8 +372,9 @@ pub unsafe extern "C" fn cuStreamCreate(stream: *mut usize, _: c_uint) -> u32 {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamSynchronize(_: usize) -> u32 {
     faults!("cuStreamSynchronize");
-    // "hang" beside the library: this call waits until it is gone.
     while beside("hang").exists() {
+        // Who waits for this finds it; who does not, loses nothing.
+        let _ = std::fs::write(beside("hanging"), "");
         std::thread::park_timeout(std::time::Duration::from_millis(5));
     }
     SUCCESS

@@ -6,6 +6,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::state::used_beside;
+
 /// A driver with cards and faults of its own.
 #[derive(Debug)]
 pub struct Installed {
@@ -51,6 +53,23 @@ impl Installed {
     /// No call fails any more.
     pub fn mend(&self) -> io::Result<()> {
         self.fail("nothing", 1, 0)
+    }
+
+    /// What any process has of a card.
+    pub fn used_bytes(&self, card: i32) -> u64 {
+        used_beside(&self.home.join("uses"), card)
+    }
+
+    /// Lets no copy end, until it does again.
+    pub fn hang(&self, hangs: bool) -> io::Result<()> {
+        let file = self.home.join("hang");
+        let _ = fs::remove_file(self.home.join("hanging"));
+        if hangs { fs::write(file, "") } else { fs::remove_file(file) }
+    }
+
+    /// Whether a copy waits.
+    pub fn is_hanging(&self) -> bool {
+        self.home.join("hanging").exists()
     }
 
     /// The processes that have ever opened a context.

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint};
 
-use crate::state::{cards, fault, state};
+use crate::state::{cards, fault, used};
 
 const SUCCESS: u32 = 0;
 const INVALID_ARGUMENT: u32 = 2;
@@ -118,7 +118,7 @@ pub unsafe extern "C" fn nvmlDeviceGetMigMode(_: usize, _: *mut c_uint, _: *mut 
 pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(handle: usize, memory: *mut Memory) -> u32 {
     faults!("nvmlDeviceGetMemoryInfo_v2");
     let Some(card) = cards().into_iter().nth(handle - 1) else { return INVALID_ARGUMENT };
-    let used = state().used(handle as c_int - 1) + card.others;
+    let used = used(handle as c_int - 1) + card.others;
     // SAFETY: as above.
     unsafe {
         (*memory).total = card.bytes;

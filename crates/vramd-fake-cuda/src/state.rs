@@ -5,7 +5,7 @@ use std::ffi::{CStr, OsStr};
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 /// One card of the machine.
@@ -20,9 +20,10 @@ pub struct Card {
 /// Memory that was created or imported here.
 pub struct Memory {
     pub file: i32,
+    /// Of the file: the same in every process.
+    pub inode: u64,
     pub bytes: u64,
     pub card: i32,
-    pub created: bool,
     /// Handles and mappings.
     pub uses: u32,
 }
@@ -105,11 +106,51 @@ pub fn note_context() {
     assert!(noted.is_ok(), "the list of contexts cannot be written: {noted:?}");
 }
 
+/// What any living process has of a card, by handle or mapping: memory is free when the last of them has let go.
+pub fn used(card: i32) -> u64 {
+    used_beside(&beside("uses"), card)
+}
+
+pub fn used_beside(uses: &Path, card: i32) -> u64 {
+    let mut found = HashMap::new();
+    for process in fs::read_dir(uses).into_iter().flatten().flatten() {
+        if !lives(&process.file_name().to_string_lossy()) {
+            continue;
+        }
+        for line in fs::read_to_string(process.path()).unwrap_or_default().lines() {
+            let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+            if let [on, inode, bytes] = numbers[..]
+                && on == card as u64
+            {
+                found.insert(inode, bytes);
+            }
+        }
+    }
+    found.values().sum()
+}
+
+/// Whether a process is there, and not only its exit status.
+fn lives(process: &str) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
 impl State {
-    /// What was created on a card by this process and is not given back.
-    pub fn used(&self, card: i32) -> u64 {
-        let ours = self.memories.values().filter(|memory| memory.created && memory.card == card);
-        ours.map(|memory| memory.bytes).sum()
+    pub fn insert(&mut self, id: u64, memory: Memory) {
+        self.memories.insert(id, memory);
+        self.publish();
+    }
+
+    /// Says to all processes what this one has.
+    fn publish(&self) {
+        let line = |memory: &Memory| format!("{} {} {}\n", memory.card, memory.inode, memory.bytes);
+        let text: String = self.memories.values().map(line).collect();
+        let (uses, process) = (beside("uses"), std::process::id().to_string());
+        let new = beside(&format!("uses.{process}"));
+        let written = fs::create_dir_all(&uses)
+            .and_then(|()| fs::write(&new, text))
+            .and_then(|()| fs::rename(&new, uses.join(process)));
+        assert!(written.is_ok(), "what is used cannot be written: {written:?}");
     }
 
     pub fn number(&mut self) -> u64 {
@@ -125,6 +166,7 @@ impl State {
                 // SAFETY: our own descriptor, which nobody uses any more.
                 unsafe { libc::close(memory.file) };
                 self.memories.remove(&id);
+                self.publish();
             }
         }
     }

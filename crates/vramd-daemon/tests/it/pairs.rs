@@ -31,7 +31,7 @@ fn fake_card(home: &Home) -> cuda::Device {
     let adapter = cuda::discover(&libraries).expect("a driver").remove(0);
     let arguments = ["--exact", "pairs::as_a_loader", "--nocapture"].map(Into::into).to_vec();
     let loader = cuda::LoaderCommand { program: std::env::current_exe().expect("this program"), arguments };
-    let options = cuda::Options { ordinal: 0, limit_bytes: Some(64 * MIB), loader };
+    let options = cuda::Options { limit_bytes: Some(64 * MIB), ..cuda::Options::new(loader) };
     cuda::Device::open(adapter, options).expect("it opens")
 }
 

@@ -25,6 +25,8 @@ pub struct Adapter {
     nvml: Arc<Nvml>,
     handle: Handle,
     pub(super) libraries: Libraries,
+    /// Counts all cards and instances of the machine, those too that cannot be used.
+    pub(super) ordinal: u16,
     /// As `nvidia-smi -L` has it.
     pub(super) uuid: String,
     pub(super) id: Uuid,
@@ -46,24 +48,33 @@ impl std::fmt::Debug for Adapter {
     }
 }
 
-/// Asks NVML for all cards, in its order, which is that of the PCI bus. Where `CUDA_VISIBLE_DEVICES` is set, or a card is split,
-/// the CUDA driver says which of them this process may use.
+/// Asks NVML for all cards, in its order, which is that of the PCI bus; one that does not answer is left out. Where
+/// `CUDA_VISIBLE_DEVICES` is set, or a card is split, the CUDA driver says which of them this process may use.
 pub fn discover(libraries: &Libraries) -> Result<Vec<Adapter>, NoCuda> {
     let nvml = Arc::new(Nvml::builder().lib_path(libraries.nvml.as_os_str()).init()?);
     let mut found = Vec::new();
     let mut restricted = std::env::var_os("CUDA_VISIBLE_DEVICES").is_some();
+    let mut ordinal = 0;
+    let mut add = |card: Result<nvml_wrapper::Device<'_>, NvmlError>| {
+        let adapter = card.and_then(|card| Adapter::of(&nvml, &card, libraries, ordinal));
+        let left_out =
+            |error: &NvmlError| tracing::warn!(card = ordinal, %error, "an NVIDIA card is left out");
+        found.extend(adapter.inspect_err(left_out).ok().flatten());
+        ordinal += 1;
+    };
     for index in 0..nvml.device_count()? {
-        let card = nvml.device_by_index(index)?;
-        let is_split = card.mig_mode().is_ok_and(|mode| mode.current == 1);
-        restricted |= is_split;
-        if !is_split {
-            found.extend(Adapter::of(&nvml, &card, libraries)?);
+        let card = nvml.device_by_index(index);
+        let split = card.as_ref().ok().filter(|card| card.mig_mode().is_ok_and(|mode| mode.current == 1));
+        let Some(split) = split else {
+            add(card);
             continue;
-        }
-        for instance in 0..card.mig_device_count().unwrap_or(0) {
-            // The numbers have gaps where instances were removed.
-            if let Ok(instance) = card.mig_device_by_index(instance) {
-                found.extend(Adapter::of(&nvml, &instance, libraries)?);
+        };
+        restricted = true;
+        for instance in 0..split.mig_device_count().unwrap_or(0) {
+            match split.mig_device_by_index(instance) {
+                // The numbers have gaps where instances were removed.
+                Err(NvmlError::NotFound) => {}
+                instance => add(instance),
             }
         }
     }
@@ -79,6 +90,7 @@ impl Adapter {
         nvml: &Arc<Nvml>,
         card: &nvml_wrapper::Device<'_>,
         libraries: &Libraries,
+        ordinal: u16,
     ) -> Result<Option<Self>, NvmlError> {
         let uuid = card.uuid()?;
         // "GPU-" or "MIG-" before it.
@@ -98,7 +110,7 @@ impl Adapter {
         // SAFETY: it is used with the NVML that it is from, which the adapter keeps.
         let handle = Handle(unsafe { card.handle() });
         let (nvml, libraries) = (nvml.clone(), libraries.clone());
-        Ok(Some(Self { nvml, handle, libraries, uuid, id, name, total_bytes }))
+        Ok(Some(Self { nvml, handle, libraries, ordinal, uuid, id, name, total_bytes }))
     }
 
     pub fn name(&self) -> &str {
@@ -107,6 +119,11 @@ impl Adapter {
 
     pub fn uuid(&self) -> &str {
         &self.uuid
+    }
+
+    /// Whether CUDA can be used with it, which takes nothing of the card.
+    pub fn check(&self) -> Result<(), NoDriver> {
+        Driver::load(&self.libraries.cuda)?.find(self.id).map(|_| ())
     }
 
     /// What nobody has of it, now.

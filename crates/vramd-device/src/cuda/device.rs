@@ -1,7 +1,7 @@
 //! The devices `cuda:N`: the books of what they hold, and the contract's calls.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use nvml_wrapper::error::NvmlError;
@@ -10,28 +10,34 @@ use vramd_api::{DeviceCapabilities, MemoryType};
 
 use super::adapter::Adapter;
 use super::driver::{Driver, Failed, Memory, NoDriver, Ordinal};
-use super::loader::{Loader, LoaderCommand, Stage, Trouble};
+use super::loader::{Loader, LoaderCommand, Stage, Trouble, lock};
 use super::message::{Request, STAGE_BYTES};
 use crate::table::{Extent, Table};
 use crate::{Call, DeviceError, ExportAccess, Exported, Facts, Range, Sample, SegmentId, Source, Writers};
 
-/// A loader that nobody has needed for so long ends, and gives its context back.
-const IDLE: Duration = Duration::from_secs(10);
-
 /// What a context takes of a card: so much is left for the loader while it is not running.
 const CONTEXT_BYTES: u64 = 512 << 20;
 
-/// The granularity of every card so far; the driver's own is asked for when it is opened.
+/// The granularity of every card so far; the driver's own is asked for when it is first used.
 const GRANULARITY: u64 = 2 << 20;
 
 /// What an administrator may say about a card.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The N of `cuda:N`.
-    pub ordinal: u16,
     /// The most that the device may hold; it is then the device's total.
     pub limit_bytes: Option<u64>,
     pub loader: LoaderCommand,
+    /// A loader that nobody has needed for so long ends, and gives its context back.
+    pub idle: Duration,
+    /// A card that answers nothing for so long is lost.
+    pub patience: Duration,
+}
+
+impl Options {
+    /// As a daemon has them.
+    pub fn new(loader: LoaderCommand) -> Self {
+        Self { limit_bytes: None, loader, idle: Duration::from_secs(10), patience: Duration::from_mins(1) }
+    }
 }
 
 /// One card's memory as a device.
@@ -39,53 +45,59 @@ pub struct Options {
 pub struct Device {
     facts: Facts,
     adapter: Adapter,
-    command: LoaderCommand,
+    options: Options,
+    driver: Arc<Driver>,
+    /// The driver's number of the card, once it is in use.
+    ordinal: OnceLock<Ordinal>,
     state: Mutex<State>,
-    /// Loaded with the first segment.
-    driver: Mutex<Option<Arc<Opened>>>,
+    lost: OnceLock<String>,
     /// Running while something is to be copied or filled.
     loader: Mutex<Option<Arc<Loader>>>,
+    /// Held while one starts, which takes a while.
+    starting: Mutex<()>,
     /// A loader's context counts among what NVML calls used.
     has_context: AtomicBool,
     segments: Table<Segment>,
+    /// Segments that were never handed out, and that the driver has not taken back yet.
+    left: Mutex<Vec<Segment>>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     /// The size of all segments, those being created included.
     held: u64,
-    /// The part of `held` that NVML may not count as used yet.
+    /// The part of `held` that the driver is being asked for: NVML may not count it as used yet.
     pending: u64,
-    lost: Option<String>,
 }
 
-/// The driver, and which of its cards this is.
-struct Opened {
-    driver: Driver,
-    ordinal: Ordinal,
-}
+/// Puts what belongs at an offset of a range into a part of it.
+type Fill<'a> = dyn FnMut(usize, &mut [u8]) -> Result<(), DeviceError> + 'a;
 
 /// Memory of the card; it goes with this.
 struct Segment {
-    opened: Arc<Opened>,
+    driver: Arc<Driver>,
     id: u64,
-    memory: Memory,
-    released: AtomicBool,
+    /// None once it is given back. Held while it is exported: the driver may use its number again.
+    memory: Mutex<Option<Memory>>,
     bytes: u64,
     writers: Writers,
-    /// The number of the loader that has mapped it last.
-    mapped_by: Mutex<u64>,
 }
 
-impl std::fmt::Debug for Opened {
+impl std::fmt::Debug for Segment {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Opened")
+        write!(f, "Segment({})", self.id)
+    }
+}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Driver")
     }
 }
 
 impl std::fmt::Debug for Loader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Loader").field("number", &self.number).finish_non_exhaustive()
+        f.write_str("Loader")
     }
 }
 
@@ -98,22 +110,17 @@ impl Extent for Segment {
 impl Segment {
     /// Gives the memory back, once.
     fn release(&self) -> Result<(), Failed> {
-        if !self.released.load(Ordering::Relaxed) {
-            self.opened.driver.release(self.memory)?;
-            self.released.store(true, Ordering::Relaxed);
+        let mut memory = lock(&self.memory);
+        if let Some(number) = *memory {
+            self.driver.release(number)?;
+            *memory = None;
         }
         Ok(())
     }
 
-    /// Has a loader map it, unless it has.
-    fn map(&self, loader: &Loader, stage: &mut Stage) -> Result<(), Trouble> {
-        let mut mapped_by = lock(&self.mapped_by);
-        if *mapped_by != loader.number {
-            let descriptor = self.opened.driver.export(self.memory)?;
-            stage.import(self.id, self.bytes, &descriptor)?;
-            *mapped_by = loader.number;
-        }
-        Ok(())
+    fn export(&self) -> Result<std::os::fd::OwnedFd, Failed> {
+        let memory = lock(&self.memory);
+        self.driver.export((*memory).ok_or(Failed::UNKNOWN)?)
     }
 }
 
@@ -125,10 +132,12 @@ impl Drop for Segment {
 }
 
 impl Device {
-    pub fn open(adapter: Adapter, options: Options) -> Result<Self, DeviceError> {
+    /// Fails without a library that has what is needed here; takes nothing of the card.
+    pub fn open(adapter: Adapter, options: Options) -> Result<Self, NoDriver> {
+        let driver = Arc::new(Driver::load(&adapter.libraries.cuda)?);
         let total = adapter.total_bytes;
         let facts = Facts {
-            device: format!("cuda:{}", options.ordinal).parse().expect("of the right form"),
+            device: format!("cuda:{}", adapter.ordinal).parse().expect("of the right form"),
             uuid: adapter.uuid.clone(),
             name: adapter.name.clone(),
             memory_type: MemoryType::Vram,
@@ -146,94 +155,113 @@ impl Device {
             },
             notes: Vec::new(),
         };
-        let (state, driver, loader, has_context, segments) = <(_, _, _, _, _)>::default();
-        let command = options.loader;
-        Ok(Self { facts, adapter, command, state, driver, loader, has_context, segments })
+        let (ordinal, state, lost, loader) = <(_, _, _, _)>::default();
+        let (starting, has_context, segments, left) = <(_, _, _, _)>::default();
+        Ok(Self {
+            facts,
+            adapter,
+            options,
+            driver,
+            ordinal,
+            state,
+            lost,
+            loader,
+            starting,
+            has_context,
+            segments,
+            left,
+        })
     }
 
-    /// What is free of it, and what could be created now.
-    fn free_and_available(&self, state: &State) -> Result<(u64, u64), NvmlError> {
+    /// What is free of the card, and what could be created now. Asks NVML before it looks at the books: nobody waits for it.
+    fn free_and_available(&self) -> Result<(u64, u64), NvmlError> {
+        let free = self.adapter.free_bytes()?;
+        Ok(self.with_books(&lock(&self.state), free))
+    }
+
+    fn with_books(&self, state: &State, free: u64) -> (u64, u64) {
         let ours = self.facts.total_bytes.saturating_sub(state.held);
-        let free = self.adapter.free_bytes()?.saturating_sub(state.pending);
+        let free = free.saturating_sub(state.pending);
         // Without room for it nothing could be filled or copied any more. One that runs counts as used.
         let context = if self.has_context.load(Ordering::Relaxed) { 0 } else { CONTEXT_BYTES };
-        Ok((ours.min(free), ours.min(free.saturating_sub(context))))
+        (ours.min(free), ours.min(free.saturating_sub(context)))
     }
 
-    fn available_bytes(&self, state: &State) -> Result<u64, NvmlError> {
-        self.free_and_available(state).map(|(_, available)| available)
-    }
-
-    fn opened(&self) -> Result<Arc<Opened>, DeviceError> {
-        let mut slot = lock(&self.driver);
-        if let Some(opened) = &*slot {
-            return Ok(opened.clone());
+    /// The driver's number of the card. The first call begins to use the driver.
+    fn ordinal(&self) -> Result<Ordinal, DeviceError> {
+        if let Some(ordinal) = self.ordinal.get() {
+            return Ok(*ordinal);
         }
         let unfit = |native: &'static str, error: String| DeviceError::Native {
             call: Call::Create,
             native,
             source: std::io::Error::other(error),
         };
-        let driver = Driver::load(&self.adapter.libraries.cuda)
-            .map_err(|error| unfit("loading libcuda.so.1", error.to_string()))?;
-        let visible = driver
-            .visible()
-            .map_err(|failed| unfit("cuDeviceGetUuid_v2", NoDriver::from(failed).to_string()))?;
-        let found = visible.into_iter().find(|(_, id)| *id == self.adapter.id);
-        let (ordinal, _) = found.ok_or_else(|| {
-            unfit("cuDeviceGetUuid_v2", "the CUDA driver does not show this card".to_owned())
-        })?;
-        let granularity = driver.granularity(ordinal).map_err(self.explain_failed(Call::Create, 0))?;
+        let ordinal = self
+            .driver
+            .find(self.adapter.id)
+            .map_err(|error| unfit("looking for the card", error.to_string()))?;
+        let granularity = self.driver.granularity(ordinal).map_err(self.explain_failed(Call::Create, 0))?;
         if !GRANULARITY.is_multiple_of(granularity.max(1)) {
             let text = format!("the driver gives memory in pieces of {granularity} bytes");
             return Err(unfit("cuMemGetAllocationGranularity", text));
         }
-        let opened = Arc::new(Opened { driver, ordinal });
-        *slot = Some(opened.clone());
-        Ok(opened)
+        Ok(*self.ordinal.get_or_init(|| ordinal))
+    }
+
+    fn running(&self) -> Option<Arc<Loader>> {
+        lock(&self.loader).as_ref().filter(|loader| !loader.is_failed()).cloned()
     }
 
     /// The running loader, or a new one.
     fn loader(&self) -> Result<Arc<Loader>, Trouble> {
-        let mut slot = lock(&self.loader);
-        if let Some(loader) = slot.as_ref().filter(|loader| !loader.is_failed()) {
-            return Ok(loader.clone());
+        if let Some(loader) = self.running() {
+            return Ok(loader);
+        }
+        let _starting = lock(&self.starting);
+        // Another thread may have started one meanwhile.
+        if let Some(loader) = self.running() {
+            return Ok(loader);
         }
         // The failed one first: it holds memory.
-        self.end(&mut slot);
-        let loader = Loader::start(&self.command, &self.adapter.libraries.cuda, self.adapter.id)?;
-        let loader = Arc::new(loader);
+        self.end_loader();
+        let loader = Arc::new(Loader::start(&self.options.loader, &self.adapter, self.options.patience)?);
         self.has_context.store(true, Ordering::Relaxed);
-        *slot = Some(loader.clone());
+        *lock(&self.loader) = Some(loader.clone());
         Ok(loader)
     }
 
+    /// Ends the loader, if there is one, and waits until it is gone.
+    fn end_loader(&self) {
+        let mut slot = lock(&self.loader);
+        if let Some(loader) = slot.take() {
+            loader.kill();
+        }
+        self.has_context.store(false, Ordering::Relaxed);
+    }
+
     /// Lends a stage to `work`, in whose loader `segments` are mapped.
-    fn staged<T>(
+    fn staged(
         &self,
         segments: &[&Segment],
-        work: impl FnOnce(&mut Stage) -> Result<T, Trouble>,
-    ) -> Result<T, Trouble> {
+        work: impl FnOnce(&Loader, &mut Stage) -> Result<(), Trouble>,
+    ) -> Result<(), Trouble> {
         let loader = self.loader()?;
         loader.staged(|stage| {
-            segments.iter().try_for_each(|segment| segment.map(&loader, stage))?;
-            work(stage)
+            for segment in segments {
+                loader.map(stage, (segment.id, segment.bytes), || segment.export())?;
+            }
+            work(&loader, stage)
         })
     }
 
-    fn check_lost(&self) -> Result<(), DeviceError> {
-        match &lock(&self.state).lost {
-            Some(reason) => Err(DeviceError::Lost { reason: reason.clone() }),
-            None => Ok(()),
-        }
+    /// Has a request carried out that needs no staging memory.
+    fn ask(&self, segments: &[&Segment], request: Request) -> Result<(), Trouble> {
+        self.staged(segments, |loader, stage| loader.ask(stage, request))
     }
 
-    /// After a failure: what the card has still, or that it is gone.
-    fn look(&self) -> Result<u64, DeviceError> {
-        let state = lock(&self.state);
-        let looked = self.available_bytes(&state);
-        drop(state);
-        looked.map_err(|error| self.explain_nvml(error))
+    fn check_lost(&self) -> Result<(), DeviceError> {
+        self.lost.get().map_or(Ok(()), |reason| Err(DeviceError::Lost { reason: reason.clone() }))
     }
 
     fn explain_nvml(&self, error: NvmlError) -> DeviceError {
@@ -245,17 +273,25 @@ impl Device {
     }
 
     fn lose(&self, reason: String) -> DeviceError {
-        let mut state = lock(&self.state);
-        DeviceError::Lost { reason: state.lost.get_or_insert(reason).clone() }
+        let reason = self.lost.get_or_init(|| reason).clone();
+        // It is of no more use, and what it has open keeps the card from being reset.
+        self.end_loader();
+        DeviceError::Lost { reason }
     }
 
     fn explain(&self, call: Call, requested: u64) -> impl FnOnce(Trouble) -> DeviceError {
-        move |trouble| match self.look() {
-            Err(lost @ DeviceError::Lost { .. }) => lost,
-            looked => match trouble.explain(call, requested, looked.unwrap_or_default()) {
-                DeviceError::Lost { reason } => self.lose(reason),
-                error => error,
-            },
+        move |trouble| {
+            let looked = self.free_and_available().map_err(|error| self.explain_nvml(error));
+            match looked {
+                Err(lost @ DeviceError::Lost { .. }) => lost,
+                looked => {
+                    let (_, available) = looked.unwrap_or_default();
+                    match trouble.explain(call, requested, available) {
+                        DeviceError::Lost { reason } => self.lose(reason),
+                        error => error,
+                    }
+                }
+            }
         }
     }
 
@@ -263,60 +299,80 @@ impl Device {
         move |failed| self.explain(call, requested)(Trouble::Driver(failed))
     }
 
-    fn make(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<Segment, DeviceError> {
-        let opened = self.opened()?;
-        let memory =
-            opened.driver.create(opened.ordinal, bytes).map_err(self.explain_failed(Call::Create, bytes))?;
-        let made = Segment {
-            opened,
-            id: segment.0,
-            memory,
-            released: AtomicBool::new(false),
-            bytes,
-            writers,
-            mapped_by: Mutex::new(0),
-        };
-        // The driver hands out what another program had.
-        let zeroed =
-            self.staged(&[&made], |stage| stage.ask(Request::Zero { segment: made.id, offset: 0, bytes }));
-        zeroed.inspect_err(|_| self.unmap(&made)).map_err(self.explain(Call::Create, bytes))?;
-        Ok(made)
+    /// Memory of the driver's. It is pending while the driver is asked: NVML counts it as used from the answer on.
+    fn take(&self, bytes: u64) -> Result<Memory, DeviceError> {
+        let ordinal = self.ordinal()?;
+        lock(&self.state).pending += bytes;
+        let taken = self.driver.create(ordinal, bytes);
+        lock(&self.state).pending -= bytes;
+        taken.map_err(self.explain_failed(Call::Create, bytes))
     }
 
-    /// Has the loader let go of a segment; if that fails, its process ends, and lets go of all.
+    /// Gives back what could not be made. What the driver does not take stays in the books, and is tried again.
+    fn give_up(&self, made: Segment) {
+        self.unmap(&made);
+        match made.release() {
+            Ok(()) => lock(&self.state).held -= made.bytes,
+            Err(failed) => {
+                tracing::warn!(device = %self.facts.device, %failed, "memory is not given back yet");
+                lock(&self.left).push(made);
+            }
+        }
+    }
+
+    /// Tries again what [`give_up`](Self::give_up) could not.
+    fn release_left(&self) {
+        lock(&self.left).retain(|made| {
+            let released = made.release().is_ok();
+            if released {
+                lock(&self.state).held -= made.bytes;
+            }
+            !released
+        });
+    }
+
+    /// Has the loader let go of a segment.
     fn unmap(&self, segment: &Segment) {
-        let mut slot = lock(&self.loader);
-        let Some(loader) = slot.as_ref() else { return };
-        let mut mapped_by = lock(&segment.mapped_by);
-        if *mapped_by != loader.number && !loader.is_failed() {
-            return;
+        let loader = lock(&self.loader).clone();
+        if let Some(loader) = loader {
+            loader.forget(segment.id);
         }
-        *mapped_by = 0;
-        let forgotten = !loader.is_failed()
-            && loader.staged(|stage| stage.ask(Request::Forget { segment: segment.id })).is_ok();
-        if !forgotten {
-            self.end(&mut slot);
-        }
-    }
-
-    /// Ends the loader, and waits until it is gone.
-    fn end(&self, slot: &mut Option<Arc<Loader>>) {
-        *slot = None;
-        self.has_context.store(false, Ordering::Relaxed);
     }
 
     /// Ends a loader that nobody needs.
     fn end_idle(&self) {
         // Somebody needs it who has the lock.
         let Ok(mut slot) = self.loader.try_lock() else { return };
-        if let Some(loader) = slot.take_if(|loader| loader.is_failed() || loader.idle_for() >= IDLE) {
+        let unneeded = |loader: &mut Arc<Loader>| {
+            // Under the lock nobody gets another reference.
+            Arc::strong_count(loader) == 1 && (loader.is_failed() || loader.is_idle_for(self.options.idle))
+        };
+        if let Some(loader) = slot.take_if(unneeded) {
+            loader.kill();
             self.has_context.store(false, Ordering::Relaxed);
-            let ended =
-                std::thread::Builder::new().name("vramd-loader-end".to_owned()).spawn(move || drop(loader));
-            if let Err(error) = ended {
-                tracing::debug!(%error, "the loader ends while this thread waits");
-            }
         }
+    }
+
+    /// Copies into a range what `fill` puts into each part of it: an offset in the range, and the part.
+    fn fill_parts(&self, (call, range): (Call, Range), fill: &mut Fill<'_>) -> Result<(), DeviceError> {
+        let target = self.segments.get_range(call, range)?;
+        self.check_lost()?;
+        let mut stopped = None;
+        if range.bytes > 0 {
+            let filled = self.staged(&[&target], |loader, stage| {
+                for (offset, part) in parts(range) {
+                    let bytes = part.len() as u64;
+                    if let Err(error) = fill(part.start, stage.bytes(part.len())) {
+                        stopped = Some(error);
+                        return Ok(());
+                    }
+                    loader.ask(stage, Request::Push { segment: target.id, offset, bytes })?;
+                }
+                Ok(())
+            });
+            filled.map_err(self.explain(call, range.bytes))?;
+        }
+        stopped.map_or(Ok(()), Err)
     }
 }
 
@@ -328,11 +384,6 @@ fn parts(range: Range) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
     })
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change under these locks is a single step.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl crate::Device for Device {
     fn facts(&self) -> &Facts {
         &self.facts
@@ -341,37 +392,35 @@ impl crate::Device for Device {
     fn sample(&self) -> Result<Sample, DeviceError> {
         self.check_lost()?;
         self.end_idle();
-        let state = lock(&self.state);
-        let held_bytes = state.held;
-        let figures = self.free_and_available(&state);
-        drop(state);
-        let (free, available_bytes) = figures.map_err(|error| self.explain_nvml(error))?;
+        self.release_left();
+        let figures = self.free_and_available().map_err(|error| self.explain_nvml(error));
+        let (free, available_bytes) = figures?;
+        let held_bytes = lock(&self.state).held;
         Ok(Sample { used_bytes: self.facts.total_bytes - free, available_bytes, held_bytes })
     }
 
     fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError> {
         self.segments.check_new(segment, bytes, self.facts.granularity_bytes)?;
         self.check_lost()?;
+        let free = self.adapter.free_bytes().map_err(|error| self.explain_nvml(error))?;
         {
             let mut state = lock(&self.state);
-            let available = self.available_bytes(&state);
-            let available = match available {
-                Ok(available) => available,
-                Err(error) => {
-                    drop(state);
-                    return Err(self.explain_nvml(error));
-                }
-            };
+            let (_, available) = self.with_books(&state, free);
             if bytes > available {
                 return Err(DeviceError::OutOfMemory { requested: bytes, available });
             }
             state.held += bytes;
-            state.pending += bytes;
         }
-        let made = self.make(segment, bytes, writers);
-        lock(&self.state).pending -= bytes;
-        made.and_then(|made| self.segments.insert(segment, made))
-            .inspect_err(|_| lock(&self.state).held -= bytes)
+        let gone = |_: &DeviceError| lock(&self.state).held -= bytes;
+        let memory = Mutex::new(Some(self.take(bytes).inspect_err(gone)?));
+        let made = Segment { driver: self.driver.clone(), id: segment.0, memory, bytes, writers };
+        // The driver hands out what another program had.
+        let zeroed = self.ask(&[&made], Request::Zero { segment: made.id, offset: 0, bytes });
+        if let Err(trouble) = zeroed {
+            self.give_up(made);
+            return Err(self.explain(Call::Create, bytes)(trouble));
+        }
+        self.segments.insert(segment, made).inspect_err(gone)
     }
 
     fn destroy(&self, segment: SegmentId) -> Result<(), DeviceError> {
@@ -379,7 +428,7 @@ impl crate::Device for Device {
         self.unmap(&removed);
         if let Err(failed) = removed.release() {
             let error = self.explain_failed(Call::Destroy, 0)(failed);
-            if !matches!(error, DeviceError::Lost { .. }) {
+            if self.check_lost().is_ok() {
                 self.segments.put_back(segment, removed);
                 return Err(error);
             }
@@ -395,33 +444,29 @@ impl crate::Device for Device {
         if bytes == 0 {
             return Ok(());
         }
-        let zeroed =
-            self.staged(&[&target], |stage| stage.ask(Request::Zero { segment: target.id, offset, bytes }));
+        let zeroed = self.ask(&[&target], Request::Zero { segment: target.id, offset, bytes });
         zeroed.map_err(self.explain(Call::Zero, bytes))
     }
 
     fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
-        let target = self.segments.get_range(Call::Write, range)?;
-        self.check_lost()?;
-        let written = self.staged(&[&target], |stage| {
-            parts(range).try_for_each(|(offset, part)| {
-                let size = part.len() as u64;
-                stage.bytes(part.len()).copy_from_slice(&bytes[part]);
-                stage.ask(Request::Push { segment: target.id, offset, bytes: size })
-            })
-        });
-        written.map_err(self.explain(Call::Write, range.bytes))
+        self.fill_parts((Call::Write, range), &mut |at, part| {
+            part.copy_from_slice(&bytes[at..][..part.len()]);
+            Ok(())
+        })
     }
 
     fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
         let source = self.segments.get_range(Call::Read, range)?;
         self.check_lost()?;
-        let read = self.staged(&[&source], |stage| {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let read = self.staged(&[&source], |loader, stage| {
             parts(range).try_for_each(|(offset, part)| {
                 let size = part.len();
-                stage.ask(Request::Pull { segment: source.id, offset, bytes: size as u64 })?;
+                loader.ask(stage, Request::Pull { segment: source.id, offset, bytes: size as u64 })?;
                 bytes[part].copy_from_slice(stage.bytes(size));
                 Ok(())
             })
@@ -437,27 +482,13 @@ impl crate::Device for Device {
         }
         let (from_offset, bytes) = (from.offset, from.bytes);
         let request = Request::Copy { from: source.id, from_offset, to: target.id, to_offset, bytes };
-        let copied = self.staged(&[&source, &target], |stage| stage.ask(request));
-        copied.map_err(self.explain(Call::Copy, bytes))
+        self.ask(&[&source, &target], request).map_err(self.explain(Call::Copy, bytes))
     }
 
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError> {
-        let target = self.segments.get_range(Call::FillFromFile, range)?;
-        self.check_lost()?;
-        let mut unread = None;
-        let filled = self.staged(&[&target], |stage| {
-            for (offset, part) in parts(range) {
-                let bytes = part.len() as u64;
-                if let Err(error) = source.read(stage.bytes(part.len()), source_offset + part.start as u64) {
-                    unread = Some(error);
-                    return Ok(());
-                }
-                stage.ask(Request::Push { segment: target.id, offset, bytes })?;
-            }
-            Ok(())
-        });
-        filled.map_err(self.explain(Call::FillFromFile, range.bytes))?;
-        unread.map_or(Ok(()), |error| Err(DeviceError::Source(error)))
+        self.fill_parts((Call::FillFromFile, range), &mut |at, part| {
+            source.read(part, source_offset + at as u64).map_err(DeviceError::Source)
+        })
     }
 
     fn importers(&self, segment: SegmentId, _: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
@@ -471,8 +502,8 @@ impl crate::Device for Device {
             let reason = "it was created for the device alone to write";
             return Err(DeviceError::Misuse { call: Call::Export, segment, reason });
         }
-        let descriptor =
-            exported.opened.driver.export(exported.memory).map_err(self.explain_failed(Call::Export, 0))?;
+        // Without a look at NVML: this may not block.
+        let descriptor = exported.export().map_err(|failed| failed.explain(Call::Export, 0, 0))?;
         let handle = Handle::CudaPosixFd { device_uuid: self.adapter.uuid.clone() };
         Ok(Exported { descriptor, handle })
     }

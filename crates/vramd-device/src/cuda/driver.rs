@@ -21,6 +21,7 @@ pub(super) type Stream = *mut c_void;
 
 const SUCCESS: u32 = 0;
 const OUT_OF_MEMORY: u32 = 2;
+const NO_DEVICE: u32 = 100;
 const PINNED: u32 = 1;
 const ON_DEVICE: u32 = 1;
 const READ_AND_WRITE: u32 = 3;
@@ -56,24 +57,27 @@ struct Access {
 
 /// A failed call of the driver, before it is known what it means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Failed {
+pub struct Failed {
     /// An index of [`NAMES`].
-    pub call: u32,
+    pub(super) call: u32,
     /// A `CUresult`.
-    pub code: u32,
+    pub(super) code: u32,
 }
 
 impl Failed {
-    pub fn name(self) -> &'static str {
+    /// What is not of the driver's saying.
+    pub(super) const UNKNOWN: Self = Self { call: u32::MAX, code: u32::MAX };
+
+    pub(super) fn name(self) -> &'static str {
         NAMES.get(self.call as usize).copied().unwrap_or("a call of the CUDA driver")
     }
 
     /// A context is no longer good for anything after most errors.
-    pub fn is_out_of_memory(self) -> bool {
+    pub(super) fn is_out_of_memory(self) -> bool {
         self.code == OUT_OF_MEMORY
     }
 
-    pub fn explain(self, call: Call, requested: u64, available: u64) -> DeviceError {
+    pub(super) fn explain(self, call: Call, requested: u64, available: u64) -> DeviceError {
         if self.is_out_of_memory() {
             return DeviceError::OutOfMemory { requested, available };
         }
@@ -141,7 +145,7 @@ fn check(call: Index, code: u32) -> Result<(), Failed> {
     if code == SUCCESS { Ok(()) } else { Err(Failed { call: call as u32, code }) }
 }
 
-/// The loaded library, initialised. It stays loaded for as long as the process lives.
+/// The loaded library. It stays loaded for as long as the process lives.
 pub(super) struct Driver(Table);
 
 /// Why there is no driver.
@@ -151,13 +155,22 @@ pub enum NoDriver {
     Library(#[from] libloading::Error),
     #[error("the CUDA driver is too old: it has no {lacks}")]
     Old { lacks: &'static str },
-    #[error("{native} failed with CUDA error {code}")]
-    Call { native: &'static str, code: u32 },
+    #[error("{0}")]
+    Call(Failed),
+    /// It works, and does not show this card.
+    #[error("CUDA does not show this card to this process: look at CUDA_VISIBLE_DEVICES")]
+    Hidden,
 }
 
 impl From<Failed> for NoDriver {
     fn from(failed: Failed) -> Self {
-        Self::Call { native: failed.name(), code: failed.code }
+        Self::Call(failed)
+    }
+}
+
+impl std::fmt::Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} failed with CUDA error {}", self.name(), self.code)
     }
 }
 
@@ -171,13 +184,17 @@ impl Driver {
             std::mem::forget(library);
             table
         };
-        // SAFETY: a plain call.
-        check(Index::init, unsafe { (table.init)(0) })?;
         Ok(Self(table))
     }
 
-    /// The cards that this process may use, in CUDA's order: `CUDA_VISIBLE_DEVICES` and instances of split cards are minded.
+    /// Begins to use the driver, and answers the cards that this process may use, in CUDA's order: `CUDA_VISIBLE_DEVICES` and
+    /// instances of split cards are minded.
     pub fn visible(&self) -> Result<Vec<(Ordinal, Uuid)>, Failed> {
+        // SAFETY: a plain call, which may be made again.
+        match check(Index::init, unsafe { (self.0.init)(0) }) {
+            Err(failed) if failed.code == NO_DEVICE => return Ok(Vec::new()),
+            begun => begun?,
+        }
         let mut count = 0;
         // SAFETY: each call writes what it is given a pointer to.
         unsafe {
@@ -191,6 +208,12 @@ impl Driver {
                 })
                 .collect()
         }
+    }
+
+    /// The ordinal of a card, for the calls below.
+    pub fn find(&self, card: Uuid) -> Result<Ordinal, NoDriver> {
+        let found = self.visible()?.into_iter().find(|(_, id)| *id == card);
+        found.map(|(ordinal, _)| ordinal).ok_or(NoDriver::Hidden)
     }
 
     fn properties(ordinal: Ordinal) -> Properties {
@@ -238,7 +261,11 @@ impl Driver {
             if descriptor < 0 {
                 return Err(Failed { call: Index::export as u32, code: u32::MAX });
             }
-            Ok(OwnedFd::from_raw_fd(descriptor))
+            let descriptor = OwnedFd::from_raw_fd(descriptor);
+            // Nobody says whether the driver does.
+            rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC)
+                .map_err(|_| Failed { call: Index::export as u32, code: u32::MAX })?;
+            Ok(descriptor)
         }
     }
 

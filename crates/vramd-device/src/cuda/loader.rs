@@ -1,7 +1,7 @@
 //! The loader: the child process that has the context. [`serve`] is its whole life; [`Loader`] is the daemon's side.
 //!
 //! ```text
-//! started ── ready ──▶ serving ──▶ ended: the daemon's end of the socket closed, or a call of the driver failed
+//! started ── ready ──▶ serving ──▶ ended: by the daemon, with it, or because a call of the driver failed
 //!    └─ no context: says why, ends
 //! ```
 //!
@@ -9,32 +9,32 @@
 //! next call starts another one. Each stage has a socket and a thread of its own: what one thread of the daemon waits for
 //! holds up no other.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::MemfdFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::process::{Signal, getpid, kill_process};
 use uuid::Uuid;
 
+use super::adapter::Adapter;
 use super::driver::{Address, Context, Driver, Failed, NoDriver, Ordinal, Stream};
 use super::message::{self, Mapped, Request, STAGE_BYTES};
 use crate::{Call, DeviceError};
 
-/// A card that answers nothing for so long will not do it any more.
-const PATIENCE: Duration = Duration::from_mins(1);
 /// How long an ended loader may take to be gone.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// Stages that wait for their next use; more are made when more threads copy.
-const IDLE_STAGES: usize = 8;
+/// Copies at one time, and pinned memory: more would wait for the card.
+const STAGES: usize = 8;
 
 /// How to start a loader: a program that calls [`serve`] with what follows `arguments` (the path of the CUDA library and the uuid
 /// of the card) and with its standard input.
@@ -47,11 +47,14 @@ pub struct LoaderCommand {
 /// Why a call by way of the loader failed.
 #[derive(Debug)]
 pub(super) enum Trouble {
+    /// The driver refused a call, there or here.
     Driver(Failed),
-    /// The process ended, or could not be started.
+    /// What this process lacks for the call; the loader is as it was.
+    Here(&'static str, io::Error),
+    /// The loader ended, or could not be started.
     Gone(io::Error),
     /// It did not answer in time.
-    Hangs,
+    Hangs(Duration),
 }
 
 impl From<Failed> for Trouble {
@@ -60,37 +63,36 @@ impl From<Failed> for Trouble {
     }
 }
 
-impl From<io::Error> for Trouble {
-    fn from(error: io::Error) -> Self {
-        if error.kind() == io::ErrorKind::WouldBlock { Self::Hangs } else { Self::Gone(error) }
-    }
-}
-
 impl Trouble {
-    fn is_out_of_memory(&self) -> bool {
-        matches!(self, Self::Driver(failed) if failed.is_out_of_memory())
-    }
-
     pub fn explain(self, call: Call, requested: u64, available: u64) -> DeviceError {
         match self {
             Self::Driver(failed) => failed.explain(call, requested, available),
-            Self::Gone(source) => DeviceError::Native { call, native: "the loader process", source },
-            Self::Hangs => DeviceError::Lost {
-                reason: format!("no answer of its driver in {} seconds", PATIENCE.as_secs()),
-            },
+            Self::Here(native, source) => DeviceError::Native { call, native, source },
+            Self::Gone(source) => DeviceError::Interrupted { call, source },
+            Self::Hangs(patience) => {
+                DeviceError::Lost { reason: format!("no answer of its driver in {patience:?}") }
+            }
         }
     }
 }
 
-/// A running loader. Dropped, it ends, and what it had mapped is free.
+/// A running loader. Ended, what it had mapped is free.
 pub(super) struct Loader {
-    /// No two loaders of this process have the same.
-    pub number: u64,
     child: Mutex<Child>,
     control: OwnedFd,
-    idle: Mutex<Vec<Stage>>,
+    patience: Duration,
+    /// The segments that it has mapped.
+    mapped: Mutex<HashSet<u64>>,
+    stages: Mutex<Stages>,
+    returned: Condvar,
     used: Mutex<Instant>,
     failed: AtomicBool,
+}
+
+#[derive(Default)]
+struct Stages {
+    idle: Vec<Stage>,
+    count: usize,
 }
 
 /// A socket to a thread of the loader, and host memory that both have mapped. One thread has it at a time.
@@ -105,29 +107,44 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 impl Loader {
-    /// Starts one and waits until its context is open.
-    pub fn start(command: &LoaderCommand, library: &Path, card: Uuid) -> Result<Self, Trouble> {
-        static LAST: AtomicU64 = AtomicU64::new(0);
-        let (control, theirs) = pair()?;
-        set_socket_timeout(&control, Timeout::Recv, Some(PATIENCE)).map_err(io::Error::from)?;
+    /// Starts one and waits until its context is open. A card that answers nothing for `patience` will not do it any more.
+    pub fn start(command: &LoaderCommand, card: &Adapter, patience: Duration) -> Result<Self, Trouble> {
+        let here = |error| Trouble::Here("starting a loader", error);
+        let (control, theirs) = pair().map_err(here)?;
+        set_socket_timeout(&control, Timeout::Recv, Some(patience)).map_err(|errno| here(errno.into()))?;
         let child = Command::new(&command.program)
             .arg0("vramd")
             .args(&command.arguments)
-            .arg(library)
-            .arg(card.to_string())
+            .arg(&card.libraries.cuda)
+            .arg(card.id.to_string())
+            // Others are none of its business, and each would cost time.
+            .env("CUDA_VISIBLE_DEVICES", &card.uuid)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
-            .spawn()?;
+            // Ctrl-C is for the daemon, which may need it still.
+            .process_group(0)
+            .spawn()
+            .map_err(here)?;
         let loader = Self {
-            number: LAST.fetch_add(1, Ordering::Relaxed) + 1,
             child: Mutex::new(child),
             control,
-            idle: Mutex::default(),
+            patience,
+            mapped: Mutex::default(),
+            stages: Mutex::default(),
+            returned: Condvar::new(),
             used: Mutex::new(Instant::now()),
             failed: AtomicBool::new(false),
         };
-        message::answered(&loader.control)??;
+        message::greeted(&loader.control).map_err(|error| loader.broken(error))??;
         Ok(loader)
+    }
+
+    fn broken(&self, error: io::Error) -> Trouble {
+        if error.kind() == io::ErrorKind::WouldBlock {
+            Trouble::Hangs(self.patience)
+        } else {
+            Trouble::Gone(error)
+        }
     }
 
     /// A call of it has failed, or it was ended by others.
@@ -135,44 +152,128 @@ impl Loader {
         self.failed.load(Ordering::Relaxed) || !matches!(lock(&self.child).try_wait(), Ok(None))
     }
 
-    /// For how long nobody has needed it.
-    pub fn idle_for(&self) -> Duration {
-        lock(&self.used).elapsed()
+    /// Nobody has needed it for so long, or does now.
+    pub fn is_idle_for(&self, time: Duration) -> bool {
+        let stages = lock(&self.stages);
+        stages.idle.len() == stages.count && lock(&self.used).elapsed() >= time
     }
 
-    /// Lends a stage to `work`.
+    /// Lends a stage to `work`; waits for one while too many have one.
     pub fn staged<T>(&self, work: impl FnOnce(&mut Stage) -> Result<T, Trouble>) -> Result<T, Trouble> {
-        let idle = lock(&self.idle).pop();
-        let done = idle.map_or_else(|| self.stage(), Ok).and_then(|mut stage| {
-            let done = work(&mut stage);
-            let mut idle = lock(&self.idle);
-            // After an error its socket may be out of step.
-            if done.is_ok() && idle.len() < IDLE_STAGES {
-                idle.push(stage);
-            }
-            done
-        });
+        let mut stage = self.take()?;
+        let done = work(&mut stage);
         *lock(&self.used) = Instant::now();
-        if done.as_ref().is_err_and(|trouble| !trouble.is_out_of_memory()) {
-            self.failed.store(true, Ordering::Relaxed);
-        }
+        let mut stages = lock(&self.stages);
+        stages.idle.push(stage);
+        drop(stages);
+        self.returned.notify_one();
         done
     }
 
-    fn stage(&self) -> Result<Stage, Trouble> {
-        let memory = rustix::fs::memfd_create("vramd stage", MemfdFlags::CLOEXEC).map_err(io::Error::from)?;
-        rustix::fs::ftruncate(&memory, STAGE_BYTES as u64).map_err(io::Error::from)?;
-        let (socket, theirs) = pair()?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE)).map_err(io::Error::from)?;
-        message::ask(&self.control, Request::Stage, &[theirs.as_fd(), memory.as_fd()])?;
-        Ok(Stage { socket, memory: Mapped::new(&memory)? })
+    fn take(&self) -> Result<Stage, Trouble> {
+        let mut stages = lock(&self.stages);
+        let full = |stages: &mut Stages| stages.idle.is_empty() && stages.count == STAGES;
+        while full(&mut stages) && !self.failed.load(Ordering::Relaxed) {
+            stages = self.returned.wait(stages).unwrap_or_else(PoisonError::into_inner);
+        }
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(Trouble::Gone(io::ErrorKind::BrokenPipe.into()));
+        }
+        if let Some(stage) = stages.idle.pop() {
+            return Ok(stage);
+        }
+        stages.count += 1;
+        drop(stages);
+        self.stage().inspect_err(|_| {
+            lock(&self.stages).count -= 1;
+            self.returned.notify_one();
+        })
     }
-}
 
-impl Drop for Loader {
-    fn drop(&mut self) {
+    fn stage(&self) -> Result<Stage, Trouble> {
+        let made = || -> io::Result<_> {
+            let memory = rustix::fs::memfd_create("vramd stage", MemfdFlags::CLOEXEC)?;
+            rustix::fs::ftruncate(&memory, STAGE_BYTES as u64)?;
+            let (socket, theirs) = pair()?;
+            set_socket_timeout(&socket, Timeout::Recv, Some(self.patience))?;
+            Ok((Stage { socket, memory: Mapped::new(&memory)? }, theirs, memory))
+        };
+        let (stage, theirs, memory) =
+            made().map_err(|error| Trouble::Here("making a staging buffer", error))?;
+        message::ask(&self.control, Request::Stage, &[theirs.as_fd(), memory.as_fd()])
+            .map_err(|error| self.fail(self.broken(error)))?;
+        Ok(stage)
+    }
+
+    /// Asks by a stage, and waits for the answer.
+    pub fn ask(&self, stage: &mut Stage, request: Request) -> Result<(), Trouble> {
+        self.ask_with(stage, request, &[])
+    }
+
+    fn ask_with(
+        &self,
+        stage: &mut Stage,
+        request: Request,
+        descriptors: &[std::os::fd::BorrowedFd<'_>],
+    ) -> Result<(), Trouble> {
+        let answer =
+            message::ask(&stage.socket, request, descriptors).and_then(|()| message::answered(&stage.socket));
+        match answer.map_err(|error| self.broken(error)) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(failed)) if failed.is_out_of_memory() => Err(failed.into()),
+            Ok(Err(failed)) => Err(self.fail(failed.into())),
+            Err(trouble) => Err(self.fail(trouble)),
+        }
+    }
+
+    /// It is of no more use: what waits for it need not wait longer.
+    fn fail(&self, trouble: Trouble) -> Trouble {
+        self.kill();
+        trouble
+    }
+
+    /// Has a segment mapped, unless it is; `export` gives its descriptor.
+    pub fn map(
+        &self,
+        stage: &mut Stage,
+        (segment, bytes): (u64, u64),
+        export: impl FnOnce() -> Result<OwnedFd, Failed>,
+    ) -> Result<(), Trouble> {
+        let mut mapped = lock(&self.mapped);
+        if !mapped.contains(&segment) {
+            let descriptor = export()?;
+            self.ask_with(stage, Request::Import { segment, bytes }, &[descriptor.as_fd()])?;
+            mapped.insert(segment);
+        }
+        Ok(())
+    }
+
+    /// Has it let go of a segment. If it cannot, it ends, and lets go of all.
+    pub fn forget(&self, segment: u64) {
+        if !lock(&self.mapped).remove(&segment) || self.is_failed() {
+            // Whoever found it failed has ended it, or does: this waits until that is done.
+            return self.kill_if_failed();
+        }
+        let forgotten = self.staged(|stage| self.ask(stage, Request::Forget { segment }));
+        if forgotten.is_err() {
+            self.kill();
+        }
+    }
+
+    fn kill_if_failed(&self) {
+        if self.is_failed() {
+            self.kill();
+        }
+    }
+
+    /// Ends it, and waits until it is gone.
+    pub fn kill(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+        // Whoever is about to wait for a stage has seen it, or is waiting.
+        drop(lock(&self.stages));
+        self.returned.notify_all();
         let mut child = lock(&self.child);
-        // Nothing that it does is of use any more, and its mappings hold memory. One that has ended cannot be killed.
+        // One that has ended cannot be killed.
         let _ = child.kill();
         let begun = Instant::now();
         while begun.elapsed() < FAREWELL {
@@ -185,6 +286,12 @@ impl Drop for Loader {
     }
 }
 
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
 impl Stage {
     /// The first `bytes` of it.
     pub fn bytes(&mut self, bytes: usize) -> &mut [u8] {
@@ -193,22 +300,10 @@ impl Stage {
         // whoever asks holds no slice of it.
         unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), bytes) }
     }
-
-    /// Asks, and waits for the answer.
-    pub fn ask(&mut self, request: Request) -> Result<(), Trouble> {
-        message::ask(&self.socket, request, &[])?;
-        Ok(message::answered(&self.socket)??)
-    }
-
-    /// Has the loader map a segment.
-    pub fn import(&mut self, segment: u64, bytes: u64, descriptor: &OwnedFd) -> Result<(), Trouble> {
-        message::ask(&self.socket, Request::Import { segment, bytes }, &[descriptor.as_fd()])?;
-        Ok(message::answered(&self.socket)??)
-    }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // No operation under these locks can leave what they guard half changed.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change under these locks is a single step.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -227,106 +322,123 @@ unsafe impl Send for SharedContext {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for SharedContext {}
 
-/// Serves a daemon until it is gone. `control` is the socket that the process was started with.
+/// What a thread of the loader has, once it has needed it.
+struct Thread {
+    memory: Mapped,
+    stream: Option<Stream>,
+    is_pinned: bool,
+    /// Something could not be given back: only the end of the process does that now.
+    is_leaking: bool,
+}
+
+/// Serves a daemon until it is gone, and ends the process then. Only what is no socket of a daemon's comes back as an error.
+/// `control` is what the process was started with.
 pub fn serve(library: &Path, card: &str, control: &OwnedFd) -> io::Result<()> {
     let opened = Server::open(library, card);
-    let outcome = match &opened {
-        Ok(_) => Ok(()),
-        Err((_, failed)) => Err(*failed),
-    };
-    message::answer(control, outcome)?;
-    let server = Arc::new(opened.map_err(|(error, _)| io::Error::other(error))?);
-    while let Some((request, descriptors)) = message::next(control)? {
-        let (Request::Stage, Ok([socket, memory])) = (request, <[_; 2]>::try_from(descriptors)) else {
-            return Err(io::ErrorKind::InvalidData.into());
-        };
+    message::greet(control, opened.as_ref().map(|_| ()))?;
+    let Ok(server) = opened.map(Arc::new) else { end() };
+    while let Ok(Some((Request::Stage, descriptors))) = message::next(control) {
+        let Ok([socket, memory]) = <[_; 2]>::try_from(descriptors) else { break };
         let server = server.clone();
-        std::thread::Builder::new().name("stage".to_owned()).spawn(move || {
+        let thread = std::thread::Builder::new().name("stage".to_owned());
+        let started = thread.spawn(move || {
             if let Err(error) = server.stage(&socket, &memory) {
                 // The context may be broken, and the daemon has been told or is gone.
-                tracing::debug!(%error, "a loader ends");
-                std::process::exit(1);
+                tracing::warn!(%error, "a loader ends");
+                end();
             }
-        })?;
+        });
+        if started.is_err() {
+            break;
+        }
     }
-    Ok(())
+    end()
+}
+
+/// Ends this process at once. The driver's own end would run beside threads that are in it.
+fn end() -> ! {
+    let _ = kill_process(getpid(), Signal::KILL);
+    std::process::abort()
 }
 
 impl Server {
-    fn open(library: &Path, card: &str) -> Result<Self, (NoDriver, Failed)> {
-        let unknown = Failed { call: u32::MAX, code: u32::MAX };
-        let driver = Driver::load(library).map_err(|error| (error, unknown))?;
-        let told = |failed: Failed| (failed.into(), failed);
-        let visible = driver.visible().map_err(told)?;
-        let found = visible.into_iter().find(|(_, id)| id.to_string() == card);
-        let (ordinal, _) = found.ok_or_else(|| told(unknown))?;
-        let context = SharedContext(driver.open_context(ordinal).map_err(told)?);
+    fn open(library: &Path, card: &str) -> Result<Self, NoDriver> {
+        let driver = Driver::load(library)?;
+        let ordinal = driver.find(Uuid::parse_str(card).map_err(|_| NoDriver::Hidden)?)?;
+        let context = SharedContext(driver.open_context(ordinal)?);
         Ok(Self { driver, ordinal, context, segments: Mutex::default() })
     }
 
     fn stage(&self, socket: &OwnedFd, memory: &OwnedFd) -> io::Result<()> {
         let memory = Mapped::new(memory)?;
-        let mut stream = None;
+        let mut thread = Thread { memory, stream: None, is_pinned: false, is_leaking: false };
         while let Some((request, descriptors)) = message::next(socket)? {
-            let outcome = self
-                .stream(&mut stream, &memory)
-                .and_then(|stream| self.carry_out(request, descriptors.first(), stream, &memory));
+            let outcome = self.carry_out(request, descriptors.first(), &mut thread);
             message::answer(socket, outcome)?;
             if let Err(failed) = outcome
-                && !failed.is_out_of_memory()
+                && (thread.is_leaking || !failed.is_out_of_memory())
             {
-                return Err(io::Error::other(format!("{} failed with {}", failed.name(), failed.code)));
+                return Err(io::Error::other(failed.to_string()));
             }
         }
-        // Registered memory must stay mapped while the context lives.
-        std::mem::forget(memory);
+        // The daemon lets go of a stage only with the whole loader: what is pinned stays mapped until then.
+        std::mem::forget(thread);
         Ok(())
     }
 
-    /// This thread's stream, once its first request is here.
-    fn stream(&self, stream: &mut Option<Stream>, memory: &Mapped) -> Result<Stream, Failed> {
-        if let Some(stream) = stream {
-            return Ok(*stream);
+    /// This thread's stream, made with its first request.
+    fn stream(&self, thread: &mut Thread) -> Result<Stream, Failed> {
+        if let Some(stream) = thread.stream {
+            return Ok(stream);
         }
         self.driver.enter(self.context.0)?;
-        let made = self.driver.new_stream()?;
-        // SAFETY: it is never unmapped: `stage` forgets it, or the process ends.
-        if let Err(failed) = unsafe { self.driver.register(memory.as_ptr(), STAGE_BYTES) } {
-            tracing::warn!(code = failed.code, "staging memory is not pinned: copies are slower");
+        Ok(*thread.stream.insert(self.driver.new_stream()?))
+    }
+
+    /// The stage's memory, pinned with the first copy.
+    fn staged(&self, thread: &mut Thread, bytes: u64) -> Result<*mut u8, Failed> {
+        if bytes > STAGE_BYTES as u64 {
+            return Err(Failed::UNKNOWN);
         }
-        Ok(*stream.insert(made))
+        if !std::mem::replace(&mut thread.is_pinned, true) {
+            // SAFETY: it is never unmapped: `stage` forgets it, or the process ends.
+            if let Err(failed) = unsafe { self.driver.register(thread.memory.as_ptr(), STAGE_BYTES) } {
+                tracing::warn!(%failed, "staging memory is not pinned: copies are slower");
+            }
+        }
+        Ok(thread.memory.as_ptr())
     }
 
     fn carry_out(
         &self,
         request: Request,
         descriptor: Option<&OwnedFd>,
-        stream: Stream,
-        memory: &Mapped,
+        thread: &mut Thread,
     ) -> Result<(), Failed> {
         let driver = &self.driver;
-        let unknown = Failed { call: u32::MAX, code: u32::MAX };
+        let stream = self.stream(thread)?;
         let at = |segment: u64, offset: u64, bytes: u64| {
-            let (address, size) = *lock(&self.segments).get(&segment).ok_or(unknown)?;
+            let (address, size) = *lock(&self.segments).get(&segment).ok_or(Failed::UNKNOWN)?;
             let inside = offset.checked_add(bytes).is_some_and(|end| end <= size);
-            if inside { Ok(address + offset) } else { Err(unknown) }
+            if inside { Ok(address + offset) } else { Err(Failed::UNKNOWN) }
         };
-        let staged =
-            |bytes: u64| if bytes <= STAGE_BYTES as u64 { Ok(memory.as_ptr()) } else { Err(unknown) };
         match request {
-            Request::Stage => Err(unknown),
+            Request::Stage => Err(Failed::UNKNOWN),
             Request::Import { segment, bytes } => {
-                let imported = driver.import(descriptor.ok_or(unknown)?)?;
+                let imported = driver.import(descriptor.ok_or(Failed::UNKNOWN)?)?;
                 let mapped = driver.map(self.ordinal, imported, bytes);
                 // The mapping keeps the memory.
                 let released = driver.release(imported);
+                thread.is_leaking = released.is_err();
                 lock(&self.segments).insert(segment, (mapped?, bytes));
                 released
             }
             Request::Forget { segment } => {
-                let (address, bytes) = lock(&self.segments).remove(&segment).ok_or(unknown)?;
+                let (address, bytes) = lock(&self.segments).remove(&segment).ok_or(Failed::UNKNOWN)?;
                 // SAFETY: mapped by `Import`; the daemon asks once everything on it has been answered.
-                unsafe { driver.unmap(address, bytes) }
+                let unmapped = unsafe { driver.unmap(address, bytes) };
+                thread.is_leaking = unmapped.is_err();
+                unmapped
             }
             Request::Zero { segment, offset, bytes } => {
                 let to = at(segment, offset, bytes)?;
@@ -335,13 +447,13 @@ impl Server {
             }
             Request::Push { segment, offset, bytes } => {
                 let to = at(segment, offset, bytes)?;
-                let from = staged(bytes)?;
+                let from = self.staged(thread, bytes)?;
                 // SAFETY: as for `Zero`; the stage is this thread's until it answers.
                 unsafe { driver.to_device(to, from, bytes, stream) }
             }
             Request::Pull { segment, offset, bytes } => {
                 let from = at(segment, offset, bytes)?;
-                let to = staged(bytes)?;
+                let to = self.staged(thread, bytes)?;
                 // SAFETY: as for `Push`.
                 unsafe { driver.to_host(to, from, bytes, stream) }
             }

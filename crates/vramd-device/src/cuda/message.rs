@@ -12,7 +12,7 @@ use rustix::net::{
     SendFlags,
 };
 
-use super::driver::Failed;
+use super::driver::{Failed, NoDriver};
 
 /// What goes through a stage at once.
 pub(super) const STAGE_BYTES: usize = 4 << 20;
@@ -141,6 +141,35 @@ pub(super) fn answer(socket: impl AsFd, outcome: Result<(), Failed>) -> io::Resu
     Ok(())
 }
 
+/// Says how the start went: nothing, or a failed call of the driver, or why else.
+pub(super) fn greet(socket: impl AsFd, outcome: Result<(), &NoDriver>) -> io::Result<()> {
+    match outcome {
+        Ok(()) => answer(socket, Ok(())),
+        Err(NoDriver::Call(failed)) => answer(socket, Err(*failed)),
+        Err(other) => {
+            let text = other.to_string();
+            // Longer than an answer, which tells them apart.
+            let text = format!("{text:8}.");
+            retry(|| rustix::net::send(&socket, text.as_bytes(), SendFlags::NOSIGNAL))?;
+            Ok(())
+        }
+    }
+}
+
+/// Waits for what [`greet`] says.
+pub(super) fn greeted(socket: impl AsFd) -> io::Result<Result<(), Failed>> {
+    let mut bytes = [0_u8; 512];
+    let (count, _) = retry(|| rustix::net::recv(&socket, &mut bytes[..], RecvFlags::empty()))?;
+    match bytes[..count].try_into() {
+        Ok(answer) => Ok(outcome(answer)),
+        Err(_) if count == 0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(_) => {
+            let text = String::from_utf8_lossy(&bytes[..count]);
+            Err(io::Error::other(text.trim_end_matches('.').trim_end().to_owned()))
+        }
+    }
+}
+
 /// Waits for the answer to a request.
 pub(super) fn answered(socket: impl AsFd) -> io::Result<Result<(), Failed>> {
     let mut bytes = [0_u8; 8];
@@ -148,9 +177,13 @@ pub(super) fn answered(socket: impl AsFd) -> io::Result<Result<(), Failed>> {
     if count != bytes.len() {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
+    Ok(outcome(bytes))
+}
+
+fn outcome(bytes: [u8; 8]) -> Result<(), Failed> {
     let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
     let (call, code) = (word(0), word(4));
-    Ok(if code == 0 { Ok(()) } else { Err(Failed { call, code }) })
+    if code == 0 { Ok(()) } else { Err(Failed { call, code }) }
 }
 
 fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A context costs hundreds of megabytes of the card and dies of any fault there. So this process never has one: what needs it
-//! runs in a child process, whose end is an error of the call under way and of nothing else. Both libraries are looked for
-//! when they are needed.
+//! runs in a child process, whose end is an error of the calls under way there and of nothing else. Both libraries are looked
+//! for when cards are.
 
 mod adapter;
 mod device;

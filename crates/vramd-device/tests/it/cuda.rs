@@ -5,7 +5,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -53,20 +54,35 @@ impl Fake {
         self.driver.mend().unwrap();
     }
 
+    /// What any process has of the card.
+    fn used(&self) -> u64 {
+        self.driver.used_bytes(0)
+    }
+
     fn contexts(&self) -> BTreeSet<u32> {
         self.driver.contexts()
     }
 
     pub fn open(&self) -> cuda::Device {
+        self.open_with(|_| {})
+    }
+
+    fn open_with(&self, change: impl FnOnce(&mut cuda::Options)) -> cuda::Device {
         let adapter = cuda::discover(&self.libraries()).unwrap().remove(0);
-        open(adapter, Some(TOTAL))
+        let mut options = options(Some(TOTAL));
+        change(&mut options);
+        cuda::Device::open(adapter, options).unwrap()
     }
 }
 
 pub fn open(adapter: cuda::Adapter, limit_bytes: Option<u64>) -> cuda::Device {
+    cuda::Device::open(adapter, options(limit_bytes)).unwrap()
+}
+
+fn options(limit_bytes: Option<u64>) -> cuda::Options {
     let arguments = ["--exact", "cuda::as_a_loader", "--nocapture"].map(Into::into).to_vec();
     let loader = LoaderCommand { program: std::env::current_exe().unwrap(), arguments };
-    cuda::Device::open(adapter, cuda::Options { ordinal: 0, limit_bytes, loader }).unwrap()
+    cuda::Options { limit_bytes, ..cuda::Options::new(loader) }
 }
 
 /// One for all checks of the contract.
@@ -104,8 +120,8 @@ fn no_context_is_ever_opened_in_this_process() {
     let loaders = fake.contexts();
     assert!(loaders.len() == 1 && !loaders.contains(&std::process::id()), "{loaders:?}");
     drop(device);
-    let loader = loaders.first().unwrap();
-    assert!(!fs::exists(format!("/proc/{loader}")).unwrap(), "the loader outlives its device");
+    assert!(!is_there(*loaders.first().unwrap()), "the loader outlives its device");
+    assert_eq!(fake.used(), 0);
 }
 
 #[test]
@@ -138,10 +154,13 @@ fn work(device: &cuda::Device) -> Result<(), DeviceError> {
     // What is there goes, whatever happened.
     let gone = [one, two].map(|id| match device.destroy(id) {
         Err(DeviceError::Misuse { .. }) => Ok(()),
-        other => other,
+        other => other.inspect_err(|_| LEFT.lock().unwrap().push(id)),
     });
     done.and(gone.into_iter().collect())
 }
+
+/// What [`work`] could not give back.
+static LEFT: Mutex<Vec<SegmentId>> = Mutex::new(Vec::new());
 
 #[test]
 fn a_driver_that_fails_at_any_call_leaves_nothing_and_the_next_try_succeeds() {
@@ -179,9 +198,117 @@ fn a_driver_that_fails_at_any_call_leaves_nothing_and_the_next_try_succeeds() {
                 }
                 fake.mend();
                 // A release that failed is tried again, as the daemon does.
+                device.sample().unwrap();
+                for id in std::mem::take(&mut *LEFT.lock().unwrap()) {
+                    device.destroy(id).unwrap();
+                }
+                assert_eq!(fake.used(), 0, "after {call} {number} {code}");
                 work(&device).unwrap_or_else(|error| panic!("after {call} {number} {code}: {error:?}"));
+                assert_eq!(fake.used(), 0);
             }
         }
+    }
+}
+
+#[test]
+fn a_segment_counts_once_while_it_is_made() {
+    let fake = Fake::new(1, 1 << 30);
+    let device = fake.open_with(|options| options.limit_bytes = None);
+    // Started, so that only zeroing is left to wait for.
+    let first = create(&device);
+    fake.driver.hang(true).unwrap();
+    std::thread::scope(|scope| {
+        let making = scope.spawn(|| device.create(fresh(), 96 * MIB, Writers::DeviceOnly));
+        until(|| fake.driver.is_hanging());
+        let sample = device.sample().unwrap();
+        assert_eq!(sample.used_bytes, SIZE + 96 * MIB);
+        assert_eq!(sample.held_bytes, SIZE + 96 * MIB);
+        assert_eq!(sample.available_bytes, (1 << 30) - SIZE - 96 * MIB);
+        fake.driver.hang(false).unwrap();
+        making.join().unwrap().unwrap();
+    });
+    device.destroy(first).unwrap();
+}
+
+#[test]
+fn an_idle_loader_ends_and_a_busy_one_does_not() {
+    let fake = Fake::new(1, 1 << 30);
+    let device = fake.open_with(|options| options.idle = Duration::ZERO);
+    let id = create(&device);
+    let loader = *fake.contexts().first().unwrap();
+    fake.driver.hang(true).unwrap();
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| device.write(id, 0, b"written"));
+        until(|| fake.driver.is_hanging());
+        device.sample().unwrap();
+        assert!(is_there(loader), "it was ended while it worked");
+        fake.driver.hang(false).unwrap();
+        writing.join().unwrap().unwrap();
+    });
+    device.sample().unwrap();
+    assert!(!is_there(loader));
+    assert_eq!(fake.used(), SIZE, "what it had mapped stays with the daemon");
+    let mut read = [0; 7];
+    device.read(id, 0, &mut read).unwrap();
+    assert_eq!((&read, fake.contexts().len()), (b"written", 2));
+    device.destroy(id).unwrap();
+    assert_eq!(fake.used(), 0);
+}
+
+#[test]
+fn a_card_that_does_not_answer_is_lost_and_its_loader_gone() {
+    let fake = Fake::new(1, 1 << 30);
+    let device = fake.open_with(|options| options.patience = Duration::from_secs(2));
+    let id = create(&device);
+    fake.driver.hang(true).unwrap();
+    let lost = device.write(id, 0, b"x");
+    assert!(matches!(lost, Err(DeviceError::Lost { .. })), "{lost:?}");
+    assert!(!is_there(*fake.contexts().first().unwrap()));
+    fake.fail("cuMemRelease", 0, UNKNOWN);
+    device.destroy(id).unwrap();
+}
+
+#[test]
+fn more_threads_than_stages_take_turns() {
+    let fake = Fake::new(1, 1 << 30);
+    let device = fake.open();
+    let id = create(&device);
+    std::thread::scope(|scope| {
+        for number in 0..32_u8 {
+            let device = &device;
+            scope.spawn(move || {
+                for _ in 0..8 {
+                    device.write(id, u64::from(number) * 1000, &[number; 1000]).unwrap();
+                    let mut read = [0; 1000];
+                    device.read(id, u64::from(number) * 1000, &mut read).unwrap();
+                    assert_eq!(read, [number; 1000]);
+                }
+            });
+        }
+    });
+    assert_eq!(fake.contexts().len(), 1);
+}
+
+#[test]
+fn a_card_that_nvml_cannot_reach_hides_no_other() {
+    let fake = Fake::new(3, 1 << 30);
+    fake.fail("nvmlDeviceGetHandleByIndex_v2", 2, GPU_IS_LOST);
+    let found = cuda::discover(&fake.libraries()).unwrap();
+    let found: Vec<_> = found.iter().map(|card| card.uuid().to_owned()).collect();
+    assert_eq!(found, [fake.driver.cards[0].clone(), fake.driver.cards[2].clone()]);
+}
+
+fn is_there(process: u32) -> bool {
+    fs::exists(format!("/proc/{process}")).unwrap()
+}
+
+/// Waits until something is so.
+#[track_caller]
+fn until(condition: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !condition() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "it does not come");
+        std::thread::park_timeout(Duration::from_millis(1));
     }
 }
 
@@ -240,7 +367,7 @@ fn a_killed_loader_takes_no_bytes_with_it() {
     // Whether the kernel has ended it before or after the call begins: that call may fail, no other.
     let mut read = vec![0; written.len()];
     if let Err(error) = device.read(id, 0, &mut read) {
-        assert!(matches!(error, DeviceError::Native { native: "the loader process", .. }), "{error:?}");
+        assert!(matches!(error, DeviceError::Interrupted { .. }), "{error:?}");
         device.read(id, 0, &mut read).unwrap();
     }
     assert!(read == written);
@@ -261,13 +388,16 @@ fn a_lost_card_is_lost_for_good_and_its_books_can_be_closed() {
     lost(device.write(id, 0, b"x"));
     lost(device.create(fresh(), SIZE, Writers::DeviceOnly));
     lost(device.export(id, ExportAccess::Read).map(drop));
+    // Nothing has its files open any more: the card can be reset.
+    assert!(!is_there(*fake.contexts().first().unwrap()));
+    fake.fail("cuMemRelease", 0, UNKNOWN);
+    device.destroy(id).unwrap();
     fake.mend();
     lost(device.sample().map(drop));
-    device.destroy(id).unwrap();
 }
 
 #[test]
-fn a_driver_without_a_needed_function_is_named_and_the_card_still_seen() {
+fn what_a_driver_lacks_is_named_when_a_card_is_opened() {
     let fake = Fake::new(1, 1 << 30);
     let library = fake.libraries().cuda;
     let mut bytes = fs::read(&library).unwrap();
@@ -277,12 +407,10 @@ fn a_driver_without_a_needed_function_is_named_and_the_card_still_seen() {
         bytes[at + 2] = b'm';
     }
     fs::write(&library, bytes).unwrap();
-    let device = fake.open();
-    assert_eq!(available(&device), TOTAL);
-    let error = device.create(fresh(), SIZE, Writers::DeviceOnly).unwrap_err();
-    let DeviceError::Native { source, .. } = &error else { panic!("{error:?}") };
-    assert!(source.to_string().contains("cuMemExportToShareableHandle"), "{source}");
-    assert_eq!(available(&device), TOTAL);
+    let adapter = cuda::discover(&fake.libraries()).unwrap().remove(0);
+    let error = cuda::Device::open(adapter.clone(), options(None)).unwrap_err().to_string();
+    assert!(error.contains("cuMemExportToShareableHandle"), "{error}");
+    assert_eq!(adapter.check().unwrap_err().to_string(), error);
 }
 
 #[test]

@@ -34,7 +34,7 @@ pub fn run(arguments: Arguments, output: Output) -> Result<ExitCode, CommandErro
         Command::Replay(arguments) => replay::replay(&arguments, output)?,
         Command::Completions { shell } => generate::completions(shell)?,
         Command::Generate { page } => generate::page(page)?,
-        Command::Loader { library, card } => serve::load(&library, &card)?,
+        Command::Loader { library, card } => serve::load(&library, &card, output)?,
         Command::Ask(question) => return block_on(ask(&Client::new(&server)?, question, output)),
     }
     Ok(ExitCode::SUCCESS)

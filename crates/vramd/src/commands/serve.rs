@@ -20,11 +20,7 @@ pub fn serve(arguments: ServeArguments, output: Output) -> Result<(), CommandErr
         message: format!("{:?} is not a log filter ({}): {error}", settings.log.value, settings.log.origin),
         hint: "write a level such as info, or a filter such as info,vramd_daemon=debug".to_owned(),
     })?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(output.color_stderr())
-        .init();
+    log(filter, output);
     if output.json {
         config::print(&settings, output)?;
     }
@@ -50,11 +46,28 @@ pub fn serve(arguments: ServeArguments, output: Output) -> Result<(), CommandErr
     outcome
 }
 
+fn log(filter: EnvFilter, output: Output) {
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(output.color_stderr())
+        .init();
+}
+
 /// `vramd loader`.
-pub fn load(library: &Path, card: &str) -> Result<(), CommandError> {
+pub fn load(library: &Path, card: &str, output: Output) -> Result<(), CommandError> {
+    log(EnvFilter::new("info"), output);
+    // A service manager signals all processes of a service: this one ends when its daemon has.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let heard = {
+        let _here = runtime.enter();
+        [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal)
+    };
     // The standard input stays the caller's: this is a descriptor of our own.
     let control = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3).map_err(std::io::Error::from)?;
-    if let Err(error) = vramd_daemon::serve_loader(library, card, &control) {
+    let served = vramd_daemon::serve_loader(library, card, &control);
+    drop(heard);
+    if let Err(error) = served {
         return Err(CommandError::Usage {
             message: format!("this is no loader of a daemon's: {error}"),
             hint: "`vramd serve` starts loaders by itself".to_owned(),
