@@ -1,4 +1,4 @@
-"""Copies within a Vulkan device and from one to another, beside bare programs and a plain copy of as many bytes."""
+"""Copies within a Vulkan device and from one to another, beside bare programs and a plain copy."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ def _between(setup: Setup, client: vramd.Client, source: Any, target: Any, table
     for each in (one, other):
         client.release(each)
     aim = Aim(f"≥ {OVERLAP} of the plain way", median(ours) >= OVERLAP * median(plain))
-    rows = [Row("vramd, overlapped", median(ours)), Row("out, across, in: one after the other", median(plain))]
+    rows = [
+        Row("vramd, overlapped", median(ours)),
+        Row("out, across, in: one after the other", median(plain)),
+    ]
     table.add(f"256 MiB from {names[0]} to {names[1]}", "GB/s", rows, aim, more_is_better=True)
 
 

@@ -404,7 +404,10 @@ mod tests {
             ("/tensors/0/4", json!(20)),
             ("/tensors/0/2", json!([u64::MAX, u64::MAX])),
             ("/segments", json!([])),
-            ("/segments/0/handle", json!({"type": "cudaPosixFd", "deviceUuid": "GPU-1"})),
+            (
+                "/segments/0",
+                json!({"bytes": PAGE, "pageBytes": PAGE, "handle": {"type": "cudaPosixFd", "deviceUuid": "GPU-1"}}),
+            ),
         ];
         for (place, value) in cases {
             let mut body = answer();

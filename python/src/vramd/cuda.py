@@ -33,6 +33,7 @@ _TYPES = {
 }  # fmt: skip
 
 _POSIX_FILE_DESCRIPTOR = 1
+_NO_DEVICE = 100
 _ON_DEVICE = 1
 _READ_AND_WRITE = 3
 
@@ -84,7 +85,13 @@ class _Driver:
         for name, arguments in _FUNCTIONS.items():
             self._functions[name].argtypes = arguments
             self._functions[name].restype = c_uint
-        self.call("cuInit", 0)
+        try:
+            self.call("cuInit", 0)
+            self.has_cards = True
+        except CudaError as error:
+            if error.details["cudaError"] != _NO_DEVICE:
+                raise
+            self.has_cards = False
 
     def call(self, name: str, *arguments: Any) -> None:
         if code := self._functions[name](*arguments):
@@ -116,7 +123,8 @@ class Card(NamedTuple):
 
 def _card(driver: _Driver, uuid: str) -> Card:
     count = c_int()
-    driver.call("cuDeviceGetCount", byref(count))
+    if driver.has_cards:
+        driver.call("cuDeviceGetCount", byref(count))
     for ordinal in range(count.value):
         device, found = c_int(), ctypes.create_string_buffer(16)
         driver.call("cuDeviceGet", byref(device), ordinal)
