@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import vramd as api
-from support import Vramd
+from support import ROOT, Vramd
 
 CARD = "GPU-01234567-89ab-cdef-0123-456789abcdef"
 TENSORS: dict[str, np.ndarray[Any, Any]] = {
@@ -151,6 +151,19 @@ except vramd.CudaError as error:
     assert mappings == 0
     # None of them left a lease behind.
     assert daemon.client.model("toy")["components"][0]["residency"][0]["attachedCount"] == 0
+
+
+def test_the_check_for_real_cards_runs(binary: str, driver: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "gpu_check.py", binary, "--bytes", str(32 << 20)],
+        env=os.environ | {"LD_LIBRARY_PATH": str(driver)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "every byte is the file's" in done.stdout
 
 
 @pytest.mark.parametrize(

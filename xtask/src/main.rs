@@ -4,10 +4,12 @@ mod ci;
 mod deps;
 mod fuzz;
 mod generate;
+mod gpu;
 mod miri;
 mod process;
 mod tidy;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -56,6 +58,12 @@ enum Task {
         #[arg(long, default_value_t = 60)]
         seconds: u32,
     },
+    /// The tests that need an NVIDIA card, with figures.
+    TestGpu {
+        /// Only put what they need into this directory, for the machine that has the card; `run` there runs them.
+        #[arg(long)]
+        pack: Option<PathBuf>,
+    },
     /// Runs the allocator's tests in Miri, where the nightly compiler has it; says so and succeeds where not.
     Miri,
 }
@@ -73,6 +81,7 @@ fn main() -> ExitCode {
         Task::FuzzApi => ci::fuzz_api(),
         Task::Soak { seconds, seed } => ci::soak(seconds, seed),
         Task::Fuzz { seconds } => fuzz::run(seconds),
+        Task::TestGpu { pack } => gpu::test(pack.as_deref()),
         Task::Miri => miri::run(),
     };
     match result {

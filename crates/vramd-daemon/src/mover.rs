@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crc_fast::CrcAlgorithm::Crc64Nvme;
+use crc_fast::Digest;
 use vramd_api::{DeviceId, Priority};
 use vramd_core::turns::{Turn, Turns};
 use vramd_device::{Device, DeviceError, Range};
@@ -304,25 +305,52 @@ impl Piece {
             let id = device.0.facts().device.clone();
             move |error| CopyFailure::Device(id, error)
         };
-        let (source_at, target_at) = (source.offset + self.offset, target.offset + self.offset);
-        let staged = self.job.is_staged();
-        if staged || self.job.checksum {
-            buffer.resize(self.bytes as usize, 0);
-            from.0.read(source.segment, source_at, buffer).map_err(on(from))?;
-        }
-        let sent = self.job.checksum.then(|| crc_fast::checksum(Crc64Nvme, buffer));
-        if staged {
-            to.0.write(target.segment, target_at, buffer).map_err(on(to))?;
-        } else {
-            let range = Range { segment: source.segment, offset: source_at, bytes: self.bytes };
-            to.0.copy(range, target.segment, target_at).map_err(on(to))?;
-        }
-        if sent.is_some() {
-            to.0.read(target.segment, target_at, buffer).map_err(on(to))?;
-            if sent != Some(crc_fast::checksum(Crc64Nvme, buffer)) {
-                return Err(CopyFailure::Checksum(to.0.facts().device.clone()));
+        let of = |range: &Range| Range {
+            segment: range.segment,
+            offset: range.offset + self.offset,
+            bytes: self.bytes,
+        };
+        let (source, target) = (of(source), of(target));
+        let mut sent = self.job.checksum.then(|| Digest::new(Crc64Nvme));
+        let mut note = |part: &[u8]| sent.iter_mut().for_each(|sum| sum.update(part));
+        // Whether the other end failed than the one that was called.
+        let mut other_end = false;
+        if !self.job.is_staged() {
+            if self.job.checksum {
+                let take = &mut |_, part: &[u8]| {
+                    note(part);
+                    Ok(())
+                };
+                from.0.read_into(source, buffer, take).map_err(on(from))?;
             }
+            to.0.copy(source, target.segment, target.offset).map_err(on(to))?;
+        } else if to.0.facts().capabilities.host_access {
+            let take = &mut |at, part: &[u8]| {
+                note(part);
+                to.0.write(target.segment, target.offset + at, part).inspect_err(|_| other_end = true)
+            };
+            let copied = from.0.read_into(source, buffer, take);
+            copied.map_err(on(if other_end { to } else { from }))?;
+        } else {
+            let fill = &mut |at, part: &mut [u8]| {
+                let read = from.0.read(source.segment, source.offset + at, part);
+                read.inspect_err(|_| other_end = true)?;
+                note(part);
+                Ok(())
+            };
+            let copied = to.0.write_from(target, buffer, fill);
+            copied.map_err(on(if other_end { from } else { to }))?;
         }
-        Ok(sent)
+        let Some(sent) = sent else { return Ok(None) };
+        let mut arrived = Digest::new(Crc64Nvme);
+        let take = &mut |_, part: &[u8]| {
+            arrived.update(part);
+            Ok(())
+        };
+        to.0.read_into(target, buffer, take).map_err(on(to))?;
+        if arrived.finalize() != sent.finalize() {
+            return Err(CopyFailure::Checksum(to.0.facts().device.clone()));
+        }
+        Ok(Some(sent.finalize()))
     }
 }

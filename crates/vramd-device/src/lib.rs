@@ -96,9 +96,18 @@ pub struct Range {
     pub bytes: u64,
 }
 
+/// Puts the bytes that belong at an offset of a range into a part of it.
+pub type Fill<'a> = dyn FnMut(u64, &mut [u8]) -> Result<(), DeviceError> + 'a;
+
+/// Gets the bytes at an offset of a range.
+pub type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<(), DeviceError> + 'a;
+
+/// What goes through a buffer of the caller's at once.
+const BUFFER_BYTES: u64 = 1 << 20;
+
 /// One contract for all memory. Every call but `facts` and `export` may block, and is not made on an async thread. All take `&self`
 /// and may run at the same time from many threads; calls on one segment are ordered by the caller, except that
-/// `fill_from_file`, `read`, `write` and `copy` on disjoint ranges of it may overlap, and so may those that only read.
+/// `fill_from_file`, `read`, `read_into`, `write`, `write_from` and `copy` on disjoint ranges of it may overlap, and so may those that only read.
 ///
 /// On an error nothing has changed, except where a method says otherwise. A [`DeviceError::Lost`] is final for
 /// every segment: `destroy` still succeeds afterwards, so that the books can be closed.
@@ -123,6 +132,28 @@ pub trait Device: Send + Sync {
 
     /// Copies out of a segment.
     fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Copies into a range what `fill` puts into memory that the device copies from, part by part and in order; `buffer` is
+    /// for devices without such memory. An error of `fill` ends it, and is the answer. On an error the range's contents are
+    /// undefined.
+    fn write_from(&self, range: Range, buffer: &mut Vec<u8>, fill: &mut Fill<'_>) -> Result<(), DeviceError> {
+        for (offset, part) in table::parts(range, BUFFER_BYTES) {
+            buffer.resize(part.len(), 0);
+            fill(part.start as u64, buffer)?;
+            self.write(range.segment, offset, buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Gives a range to `take` in memory that the device copies to, part by part and in order; otherwise as `write_from`.
+    fn read_into(&self, range: Range, buffer: &mut Vec<u8>, take: &mut Take<'_>) -> Result<(), DeviceError> {
+        for (offset, part) in table::parts(range, BUFFER_BYTES) {
+            buffer.resize(part.len(), 0);
+            self.read(range.segment, offset, buffer)?;
+            take(part.start as u64, buffer)?;
+        }
+        Ok(())
+    }
 
     /// Copies a range to `to_offset` of segment `to`, on this device, by the straightest way that it has. The two
     /// ranges are disjoint. On an error the target's contents are undefined and the source is as it was.

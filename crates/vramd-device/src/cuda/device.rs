@@ -12,8 +12,10 @@ use super::adapter::Adapter;
 use super::driver::{Driver, Failed, Memory, NoDriver, Ordinal};
 use super::loader::{Loader, LoaderCommand, Stage, Trouble, lock};
 use super::message::{Request, STAGE_BYTES};
-use crate::table::{Extent, Table};
-use crate::{Call, DeviceError, ExportAccess, Exported, Facts, Range, Sample, SegmentId, Source, Writers};
+use crate::table::{Extent, Table, parts};
+use crate::{
+    Call, DeviceError, ExportAccess, Exported, Facts, Fill, Range, Sample, SegmentId, Source, Take, Writers,
+};
 
 /// What a context takes of a card: so much is left for the loader while it is not running.
 const CONTEXT_BYTES: u64 = 512 << 20;
@@ -69,9 +71,6 @@ struct State {
     /// The part of `held` that the driver is being asked for: NVML may not count it as used yet.
     pending: u64,
 }
-
-/// Puts what belongs at an offset of a range into a part of it.
-type Fill<'a> = dyn FnMut(usize, &mut [u8]) -> Result<(), DeviceError> + 'a;
 
 /// Memory of the card; it goes with this.
 struct Segment {
@@ -360,9 +359,9 @@ impl Device {
         let mut stopped = None;
         if range.bytes > 0 {
             let filled = self.staged(&[&target], |loader, stage| {
-                for (offset, part) in parts(range) {
+                for (offset, part) in parts(range, STAGE_BYTES as u64) {
                     let bytes = part.len() as u64;
-                    if let Err(error) = fill(part.start, stage.bytes(part.len())) {
+                    if let Err(error) = fill(part.start as u64, stage.bytes(part.len())) {
                         stopped = Some(error);
                         return Ok(());
                     }
@@ -374,14 +373,6 @@ impl Device {
         }
         stopped.map_or(Ok(()), Err)
     }
-}
-
-/// A range's parts of at most a stage: places in the segment, and offsets in the range.
-fn parts(range: Range) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
-    (0..range.bytes).step_by(STAGE_BYTES).map(move |begin| {
-        let end = range.bytes.min(begin + STAGE_BYTES as u64);
-        (range.offset + begin, begin as usize..end as usize)
-    })
 }
 
 impl crate::Device for Device {
@@ -451,27 +442,42 @@ impl crate::Device for Device {
     fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
         self.fill_parts((Call::Write, range), &mut |at, part| {
-            part.copy_from_slice(&bytes[at..][..part.len()]);
+            part.copy_from_slice(&bytes[at as usize..][..part.len()]);
             Ok(())
         })
     }
 
     fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
+        self.read_into(range, &mut Vec::new(), &mut |at, part| {
+            bytes[at as usize..][..part.len()].copy_from_slice(part);
+            Ok(())
+        })
+    }
+
+    fn write_from(&self, range: Range, _: &mut Vec<u8>, fill: &mut Fill<'_>) -> Result<(), DeviceError> {
+        self.fill_parts((Call::Write, range), fill)
+    }
+
+    fn read_into(&self, range: Range, _: &mut Vec<u8>, take: &mut Take<'_>) -> Result<(), DeviceError> {
         let source = self.segments.get_range(Call::Read, range)?;
         self.check_lost()?;
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let read = self.staged(&[&source], |loader, stage| {
-            parts(range).try_for_each(|(offset, part)| {
-                let size = part.len();
-                loader.ask(stage, Request::Pull { segment: source.id, offset, bytes: size as u64 })?;
-                bytes[part].copy_from_slice(stage.bytes(size));
+        let mut stopped = None;
+        if range.bytes > 0 {
+            let read = self.staged(&[&source], |loader, stage| {
+                for (offset, part) in parts(range, STAGE_BYTES as u64) {
+                    let bytes = part.len() as u64;
+                    loader.ask(stage, Request::Pull { segment: source.id, offset, bytes })?;
+                    if let Err(error) = take(part.start as u64, stage.bytes(part.len())) {
+                        stopped = Some(error);
+                        return Ok(());
+                    }
+                }
                 Ok(())
-            })
-        });
-        read.map_err(self.explain(Call::Read, range.bytes))
+            });
+            read.map_err(self.explain(Call::Read, range.bytes))?;
+        }
+        stopped.map_or(Ok(()), Err)
     }
 
     fn copy(&self, from: Range, to: SegmentId, to_offset: u64) -> Result<(), DeviceError> {
@@ -487,7 +493,7 @@ impl crate::Device for Device {
 
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError> {
         self.fill_parts((Call::FillFromFile, range), &mut |at, part| {
-            source.read(part, source_offset + at as u64).map_err(DeviceError::Source)
+            source.read(part, source_offset + at).map_err(DeviceError::Source)
         })
     }
 

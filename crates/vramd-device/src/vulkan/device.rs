@@ -8,8 +8,10 @@ use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 use super::adapter::Adapter;
 use super::context::{Block, Context, Failed, STAGE_BYTES, SUBMIT_BYTES};
 use crate::host::Host;
-use crate::table::{Extent, Table};
-use crate::{Call, DeviceError, ExportAccess, Exported, Facts, Range, Sample, SegmentId, Source, Writers};
+use crate::table::{Extent, Table, parts};
+use crate::{
+    Call, DeviceError, ExportAccess, Exported, Facts, Fill, Range, Sample, SegmentId, Source, Take, Writers,
+};
 
 /// What cards give out without waste: most have pages of this size or take several together.
 const GRANULARITY: u64 = 64 << 10;
@@ -158,6 +160,26 @@ impl Device {
         }
     }
 
+    /// Copies into a range what `fill` puts into each part of it.
+    fn fill_parts(&self, (call, range): (Call, Range), fill: &mut Fill<'_>) -> Result<(), DeviceError> {
+        let target = self.segments.get_range(call, range)?;
+        self.check_lost()?;
+        let context = &target.context;
+        let mut stopped = None;
+        let filled = context.staged(|stage| {
+            for (offset, part) in parts(range, STAGE_BYTES) {
+                if let Err(error) = fill(part.start as u64, stage.bytes(part.len())) {
+                    stopped = Some(error);
+                    return Ok(());
+                }
+                stage.push(context, target.block, offset, part.len() as u64)?;
+            }
+            Ok(())
+        });
+        filled.map_err(self.explain(call, range.bytes))?;
+        stopped.map_or(Ok(()), Err)
+    }
+
     fn make(&self, bytes: u64, writers: Writers) -> Result<Segment, Failed> {
         let context = self.context()?;
         let block = context.block(bytes)?;
@@ -166,14 +188,6 @@ impl Device {
         segment.zero(0, bytes)?;
         Ok(segment)
     }
-}
-
-/// A range's parts of at most so many bytes: places in the segment, and offsets in the range.
-fn parts(range: Range, most: u64) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
-    (0..range.bytes).step_by(most as usize).map(move |begin| {
-        let end = range.bytes.min(begin + most);
-        (range.offset + begin, begin as usize..end as usize)
-    })
 }
 
 impl Segment {
@@ -256,33 +270,41 @@ impl crate::Device for Device {
 
     fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
-        let target = self.segments.get_range(Call::Write, range)?;
-        self.check_lost()?;
-        let context = &target.context;
-        let written = context.staged(|stage| {
-            parts(range, STAGE_BYTES).try_for_each(|(at, part)| {
-                let size = part.len() as u64;
-                stage.bytes(part.len()).copy_from_slice(&bytes[part]);
-                stage.push(context, target.block, at, size)
-            })
-        });
-        written.map_err(self.explain(Call::Write, range.bytes))
+        self.fill_parts((Call::Write, range), &mut |at, part| {
+            part.copy_from_slice(&bytes[at as usize..][..part.len()]);
+            Ok(())
+        })
     }
 
     fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
+        self.read_into(range, &mut Vec::new(), &mut |at, part| {
+            bytes[at as usize..][..part.len()].copy_from_slice(part);
+            Ok(())
+        })
+    }
+
+    fn write_from(&self, range: Range, _: &mut Vec<u8>, fill: &mut Fill<'_>) -> Result<(), DeviceError> {
+        self.fill_parts((Call::Write, range), fill)
+    }
+
+    fn read_into(&self, range: Range, _: &mut Vec<u8>, take: &mut Take<'_>) -> Result<(), DeviceError> {
         let source = self.segments.get_range(Call::Read, range)?;
         self.check_lost()?;
         let context = &source.context;
+        let mut stopped = None;
         let read = context.staged(|stage| {
-            parts(range, STAGE_BYTES).try_for_each(|(at, part)| {
-                stage.pull(context, source.block, at, part.len() as u64)?;
-                let size = part.len();
-                bytes[part].copy_from_slice(stage.bytes(size));
-                Ok(())
-            })
+            for (offset, part) in parts(range, STAGE_BYTES) {
+                stage.pull(context, source.block, offset, part.len() as u64)?;
+                if let Err(error) = take(part.start as u64, stage.bytes(part.len())) {
+                    stopped = Some(error);
+                    return Ok(());
+                }
+            }
+            Ok(())
         });
-        read.map_err(self.explain(Call::Read, range.bytes))
+        read.map_err(self.explain(Call::Read, range.bytes))?;
+        stopped.map_or(Ok(()), Err)
     }
 
     fn copy(&self, from: Range, to: SegmentId, to_offset: u64) -> Result<(), DeviceError> {
@@ -299,23 +321,9 @@ impl crate::Device for Device {
     }
 
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError> {
-        let target = self.segments.get_range(Call::FillFromFile, range)?;
-        self.check_lost()?;
-        let context = &target.context;
-        let mut unread = None;
-        let filled = context.staged(|stage| {
-            for (at, part) in parts(range, STAGE_BYTES) {
-                let size = part.len() as u64;
-                if let Err(error) = source.read(stage.bytes(part.len()), source_offset + part.start as u64) {
-                    unread = Some(error);
-                    return Ok(());
-                }
-                stage.push(context, target.block, at, size)?;
-            }
-            Ok(())
-        });
-        filled.map_err(self.explain(Call::FillFromFile, range.bytes))?;
-        unread.map_or(Ok(()), |error| Err(DeviceError::Source(error)))
+        self.fill_parts((Call::FillFromFile, range), &mut |at, part| {
+            source.read(part, source_offset + at).map_err(DeviceError::Source)
+        })
     }
 
     fn importers(&self, segment: SegmentId, _: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {

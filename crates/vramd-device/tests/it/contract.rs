@@ -103,6 +103,7 @@ on_every_backend![
     a_new_segment_reads_as_zero,
     memory_that_was_used_before_is_new_again,
     what_is_written_is_what_is_read,
+    a_range_is_filled_and_taken_in_order,
     a_range_outside_of_its_segment_is_misuse_and_changes_nothing,
     a_segment_that_does_not_exist_is_misuse,
     a_size_off_the_granularity_is_misuse_and_takes_nothing,
@@ -252,6 +253,54 @@ fn what_is_written_is_what_is_read(device: &dyn Device) {
             device.destroy(id).unwrap();
         });
     }
+}
+
+fn a_range_is_filled_and_taken_in_order(device: &dyn Device) {
+    let id = fresh();
+    // More than any device does at once.
+    let bytes = 12 << 20;
+    device.create(id, bytes, Writers::DeviceOnly).unwrap();
+    let range = Range { segment: id, offset: 3, bytes: bytes - 5 };
+    let written = pattern(range.bytes as usize);
+    let mut buffer = Vec::new();
+    let mut next = 0;
+    let mut fill = |at: u64, part: &mut [u8]| {
+        assert_eq!(at, next);
+        next += part.len() as u64;
+        part.copy_from_slice(&written[at as usize..][..part.len()]);
+        Ok(())
+    };
+    device.write_from(range, &mut buffer, &mut fill).unwrap();
+    assert_eq!(next, range.bytes);
+    let mut read = Vec::new();
+    let mut take = |at: u64, part: &[u8]| {
+        assert_eq!(at, read.len() as u64);
+        read.extend_from_slice(part);
+        Ok(())
+    };
+    device.read_into(range, &mut buffer, &mut take).unwrap();
+    assert!(read == written);
+    let whole = contents(device, id, bytes);
+    assert_eq!((&whole[..3], &whole[whole.len() - 2..]), (&[0; 3][..], &[0; 2][..]));
+    // What the other end of a copy fails with is the answer.
+    let lost = || Err(DeviceError::Lost { reason: "the other end".to_owned() });
+    let failed = [
+        device.write_from(range, &mut buffer, &mut |_, _| lost()),
+        device.read_into(range, &mut buffer, &mut |_, _| lost()),
+    ];
+    for failed in failed {
+        assert!(
+            matches!(&failed, Err(DeviceError::Lost { reason }) if reason == "the other end"),
+            "{failed:?}"
+        );
+    }
+    device.sample().unwrap();
+    let empty = Range { segment: id, offset: bytes, bytes: 0 };
+    device.write_from(empty, &mut buffer, &mut |_, _| lost()).unwrap();
+    device.read_into(empty, &mut buffer, &mut |_, _| lost()).unwrap();
+    let outside = Range { segment: id, offset: bytes - 1, bytes: 2 };
+    assert_misuse(&device.write_from(outside, &mut buffer, &mut |_, _| Ok(())));
+    assert_misuse(&device.read_into(outside, &mut buffer, &mut |_, _| Ok(())));
 }
 
 fn a_range_outside_of_its_segment_is_misuse_and_changes_nothing(device: &dyn Device) {
