@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import vramd as api
-from support import ROOT, Vramd
+from support import ROOT, Vramd, until
 
 CARD = "GPU-01234567-89ab-cdef-0123-456789abcdef"
 TENSORS: dict[str, np.ndarray[Any, Any]] = {
@@ -73,6 +73,10 @@ def run(driver: Path, script: str, *arguments: str, **environment: str) -> Any:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def attached_count(daemon: Vramd) -> int:
+    return daemon.client.model("toy")["components"][0]["residency"][0]["attachedCount"]
 
 
 def test_a_model_on_a_card_is_attached_without_a_copy(daemon: Vramd, driver: Path) -> None:
@@ -150,7 +154,20 @@ except vramd.CudaError as error:
     assert "CUDA_VISIBLE_DEVICES" in text
     assert mappings == 0
     # None of them left a lease behind.
-    assert daemon.client.model("toy")["components"][0]["residency"][0]["attachedCount"] == 0
+    until(lambda: attached_count(daemon) == 0, "the leases' end")
+
+
+def test_a_card_that_fails_holds_up_no_close(daemon: Vramd, driver: Path) -> None:
+    script = """
+model = vramd.attach("toy", socket=socket, framework="cuda")
+with open(sys.argv[2] + "/faults", "w") as faults:
+    faults.write("cuCtxSynchronize 0 700")
+model.close()
+os.unlink(sys.argv[2] + "/faults")
+print(json.dumps(model.closed))
+"""
+    assert run(driver, script, daemon.socket, str(driver)) is True
+    until(lambda: attached_count(daemon) == 0, "the lease's end")
 
 
 def test_the_check_for_real_cards_runs(binary: str, driver: Path) -> None:

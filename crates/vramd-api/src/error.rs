@@ -69,7 +69,7 @@ error_codes! {
     DeviceLost = 503, true;
     /// The daemon's own store could not be written: the disk is full or failed. Nothing was changed.
     StoreFailed = 503, true;
-    /// The daemon is starting or stopping.
+    /// The daemon is starting or stopping, or a process that it has for a device ended meanwhile.
     Unavailable = 503, true;
     /// The wait ended before there was room; `details` has the same figures as `INSUFFICIENT_MEMORY`.
     Timeout = 504, true;

@@ -17,6 +17,7 @@ mod host;
 mod segment;
 pub mod sim;
 mod source;
+mod staged;
 mod table;
 pub mod vulkan;
 
@@ -137,7 +138,7 @@ pub trait Device: Send + Sync {
     /// for devices without such memory. An error of `fill` ends it, and is the answer. On an error the range's contents are
     /// undefined.
     fn write_from(&self, range: Range, buffer: &mut Vec<u8>, fill: &mut Fill<'_>) -> Result<(), DeviceError> {
-        for (offset, part) in table::parts(range, BUFFER_BYTES) {
+        for (offset, part) in staged::parts(range, BUFFER_BYTES) {
             buffer.resize(part.len(), 0);
             fill(part.start as u64, buffer)?;
             self.write(range.segment, offset, buffer)?;
@@ -147,7 +148,7 @@ pub trait Device: Send + Sync {
 
     /// Gives a range to `take` in memory that the device copies to, part by part and in order; otherwise as `write_from`.
     fn read_into(&self, range: Range, buffer: &mut Vec<u8>, take: &mut Take<'_>) -> Result<(), DeviceError> {
-        for (offset, part) in table::parts(range, BUFFER_BYTES) {
+        for (offset, part) in staged::parts(range, BUFFER_BYTES) {
             buffer.resize(part.len(), 0);
             self.read(range.segment, offset, buffer)?;
             take(part.start as u64, buffer)?;

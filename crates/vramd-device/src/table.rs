@@ -94,14 +94,6 @@ impl<S> Table<S> {
     }
 }
 
-/// A range's parts of at most so many bytes: places in the segment, and offsets in the range.
-pub(crate) fn parts(range: Range, most: u64) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
-    (0..range.bytes).step_by(most as usize).map(move |begin| {
-        let end = range.bytes.min(begin + most);
-        (range.offset + begin, begin as usize..end as usize)
-    })
-}
-
 fn misuse(call: Call, segment: SegmentId, reason: &'static str) -> DeviceError {
     DeviceError::Misuse { call, segment, reason }
 }

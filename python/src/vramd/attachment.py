@@ -15,6 +15,7 @@ import os
 import socket as sockets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, overload
 
@@ -113,8 +114,10 @@ class Attached:
         connection, buffer, self._connection, self._buffer = self._connection, self._buffer, None, None
         if connection is not None:
             if isinstance(buffer, cuda.Imported):
-                # The daemon may give the bytes to others: whoever computes with them on the card does so now.
-                buffer.synchronize()
+                # The daemon may give the bytes to others: whoever computes with them on the card ends first. A card
+                # that fails computes nothing.
+                with suppress(cuda.CudaError):
+                    buffer.synchronize()
             moves.forget(connection)
             connection.close()
 
@@ -131,7 +134,7 @@ class Attached:
         start = self._base + offset
         buffer = self._open_buffer()
         if isinstance(buffer, cuda.Imported):
-            return memoryview(buffer.copy(start, size))
+            return memoryview(buffer.copy(start, size)).toreadonly()
         return memoryview(buffer)[start : start + size]
 
     def __enter__(self) -> Self:
@@ -238,7 +241,7 @@ class AllocationAttachment(Attached):
 
     @property
     def buffer(self) -> memoryview:
-        """All bytes; writable when it was attached for writing. Of a card, a copy."""
+        """All bytes; writable when it was attached for writing. Of a card, a copy that is read-only."""
         return self._slice(0, self.nbytes)
 
     @property

@@ -12,7 +12,8 @@ use super::adapter::Adapter;
 use super::driver::{Driver, Failed, Memory, NoDriver, Ordinal};
 use super::loader::{Loader, LoaderCommand, Stage, Trouble, lock};
 use super::message::{Request, STAGE_BYTES};
-use crate::table::{Extent, Table, parts};
+use crate::staged::{self, parts};
+use crate::table::{Extent, Table};
 use crate::{
     Call, DeviceError, ExportAccess, Exported, Facts, Fill, Range, Sample, SegmentId, Source, Take, Writers,
 };
@@ -298,13 +299,10 @@ impl Device {
         move |failed| self.explain(call, requested)(Trouble::Driver(failed))
     }
 
-    /// Memory of the driver's. It is pending while the driver is asked: NVML counts it as used from the answer on.
+    /// Memory of the driver's.
     fn take(&self, bytes: u64) -> Result<Memory, DeviceError> {
         let ordinal = self.ordinal()?;
-        lock(&self.state).pending += bytes;
-        let taken = self.driver.create(ordinal, bytes);
-        lock(&self.state).pending -= bytes;
-        taken.map_err(self.explain_failed(Call::Create, bytes))
+        self.driver.create(ordinal, bytes).map_err(self.explain_failed(Call::Create, bytes))
     }
 
     /// Gives back what could not be made. What the driver does not take stays in the books, and is tried again.
@@ -401,9 +399,13 @@ impl crate::Device for Device {
                 return Err(DeviceError::OutOfMemory { requested: bytes, available });
             }
             state.held += bytes;
+            state.pending += bytes;
         }
+        let taken = self.take(bytes);
+        // From the driver's answer on NVML counts it as used.
+        lock(&self.state).pending -= bytes;
         let gone = |_: &DeviceError| lock(&self.state).held -= bytes;
-        let memory = Mutex::new(Some(self.take(bytes).inspect_err(gone)?));
+        let memory = Mutex::new(Some(taken.inspect_err(gone)?));
         let made = Segment { driver: self.driver.clone(), id: segment.0, memory, bytes, writers };
         // The driver hands out what another program had.
         let zeroed = self.ask(&[&made], Request::Zero { segment: made.id, offset: 0, bytes });
@@ -440,19 +442,11 @@ impl crate::Device for Device {
     }
 
     fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
-        let range = Range { segment, offset, bytes: bytes.len() as u64 };
-        self.fill_parts((Call::Write, range), &mut |at, part| {
-            part.copy_from_slice(&bytes[at as usize..][..part.len()]);
-            Ok(())
-        })
+        staged::write(self, segment, offset, bytes)
     }
 
     fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
-        let range = Range { segment, offset, bytes: bytes.len() as u64 };
-        self.read_into(range, &mut Vec::new(), &mut |at, part| {
-            bytes[at as usize..][..part.len()].copy_from_slice(part);
-            Ok(())
-        })
+        staged::read(self, segment, offset, bytes)
     }
 
     fn write_from(&self, range: Range, _: &mut Vec<u8>, fill: &mut Fill<'_>) -> Result<(), DeviceError> {

@@ -33,7 +33,8 @@ use crate::{Call, DeviceError};
 
 /// How long an ended loader may take to be gone.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// Copies at one time, and pinned memory: more would wait for the card.
+/// Copies at one time, and pinned memory: more would wait for the card. More than the threads that need a stage of another
+/// card while they have one (the mover's).
 const STAGES: usize = 8;
 
 /// How to start a loader: a program that calls [`serve`] with what follows `arguments` (the path of the CUDA library and the uuid

@@ -8,7 +8,8 @@ use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 use super::adapter::Adapter;
 use super::context::{Block, Context, Failed, STAGE_BYTES, SUBMIT_BYTES};
 use crate::host::Host;
-use crate::table::{Extent, Table, parts};
+use crate::staged::{self, parts};
+use crate::table::{Extent, Table};
 use crate::{
     Call, DeviceError, ExportAccess, Exported, Facts, Fill, Range, Sample, SegmentId, Source, Take, Writers,
 };
@@ -269,19 +270,11 @@ impl crate::Device for Device {
     }
 
     fn write(&self, segment: SegmentId, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
-        let range = Range { segment, offset, bytes: bytes.len() as u64 };
-        self.fill_parts((Call::Write, range), &mut |at, part| {
-            part.copy_from_slice(&bytes[at as usize..][..part.len()]);
-            Ok(())
-        })
+        staged::write(self, segment, offset, bytes)
     }
 
     fn read(&self, segment: SegmentId, offset: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
-        let range = Range { segment, offset, bytes: bytes.len() as u64 };
-        self.read_into(range, &mut Vec::new(), &mut |at, part| {
-            bytes[at as usize..][..part.len()].copy_from_slice(part);
-            Ok(())
-        })
+        staged::read(self, segment, offset, bytes)
     }
 
     fn write_from(&self, range: Range, _: &mut Vec<u8>, fill: &mut Fill<'_>) -> Result<(), DeviceError> {
