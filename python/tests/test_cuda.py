@@ -157,6 +157,25 @@ except vramd.CudaError as error:
     until(lambda: attached_count(daemon) == 0, "the leases' end")
 
 
+def test_who_uses_a_card_is_named(daemon: Vramd, driver: Path) -> None:
+    (driver / "processes").write_text(f"{os.getpid()} {3 << 20}\n4194303\n")
+    status = daemon.client.device_status("cuda:0", include=["processes"])
+    me = Path("/proc/self/comm").read_text().strip()
+    assert status["usedBy"] == [
+        {"pid": os.getpid(), "command": me, "usedBytes": 3 << 20},
+        {"pid": 4194303, "command": "?", "usedBytes": None},
+    ]
+    # Other devices do not tell, and nobody is asked without need.
+    assert "usedBy" not in daemon.client.device_status("cpu:0", include=["processes"])
+    assert "usedBy" not in daemon.client.device_status("cuda:0")
+    every = daemon.client.status(include=["processes"])
+    assert [len(device.get("usedBy", [])) for device in every["devices"]] == [0, 2, 0]
+    # A driver that fails at it hides nothing else.
+    (driver / "faults").write_text("nvmlDeviceGetComputeRunningProcesses_v3 0 999")
+    assert "usedBy" not in daemon.client.device_status("cuda:0", include=["processes"])
+    (driver / "faults").unlink()
+
+
 def test_a_card_that_fails_holds_up_no_close(daemon: Vramd, driver: Path) -> None:
     script = """
 model = vramd.attach("toy", socket=socket, framework="cuda")

@@ -24,10 +24,10 @@ pub use health::{Health, ReadyFile};
 pub use ids::{AllocationId, BadName, ComponentName, DeviceId, LeaseId, ModelName, OperationId, OwnerName};
 pub use memory::{
     AllocateRequest, Allocation, AllocationHistoryEntry, AllocationPage, AllocationStatus, AllocationType,
-    Candidate, Device, DeviceCapabilities, DeviceHealth, DeviceLimits, DevicePage, DeviceStatus,
-    FragmentationStatus, Holder, Lease, LeaseKind, LimitsPage, MemoryStatus, MemoryType, OnShortage,
-    Placement, PlacementReason, Pressure, PressureLevel, Priority, Released, RenewRequest, SetLimits,
-    TotalStatus,
+    Candidate, Device, DeviceCapabilities, DeviceHealth, DeviceLimits, DevicePage, DeviceProcess,
+    DeviceStatus, FragmentationStatus, Holder, Lease, LeaseKind, LimitsPage, MemoryStatus, MemoryType,
+    OnShortage, Placement, PlacementReason, Pressure, PressureLevel, Priority, Released, RenewRequest,
+    SetLimits, TotalStatus,
 };
 pub use model::{
     Component, ComponentSource, KeepAlive, LoadRequest, Model, ModelPage, RegisterModel, Residency,

@@ -209,6 +209,18 @@ pub struct AllocationHistoryEntry {
     pub what: String,
 }
 
+/// A process that uses a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceProcess {
+    /// As the driver has it: in a container it may be the host's.
+    pub pid: u32,
+    /// "?" where no such process is seen from here.
+    pub command: String,
+    /// Null where the driver does not say.
+    pub used_bytes: Option<u64>,
+}
+
 /// Why this device was chosen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
@@ -368,6 +380,9 @@ pub struct DeviceStatus {
     /// With `include=fragmentation`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fragmentation_details: Option<FragmentationStatus>,
+    /// With `include=processes`: who uses the device by the driver's word, known or not; absent where it does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_by: Option<Vec<DeviceProcess>>,
     /// With `include=processes`: who is attached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub processes: Option<Vec<Holder>>,

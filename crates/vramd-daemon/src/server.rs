@@ -190,7 +190,7 @@ fn full() -> String {
 }
 
 /// What a process calls itself.
-fn command(pid: u32) -> String {
+pub fn command(pid: u32) -> String {
     let read = std::fs::read_to_string(format!("/proc/{pid}/comm"));
     let printable = |name: String| name.trim_end().replace(char::is_control, "?");
     read.map_or_else(|_| "?".to_owned(), printable)

@@ -97,6 +97,14 @@ pub struct Range {
     pub bytes: u64,
 }
 
+/// A process that uses a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    pub pid: u32,
+    /// None where the driver does not say.
+    pub used_bytes: Option<u64>,
+}
+
 /// Puts the bytes that belong at an offset of a range into a part of it.
 pub type Fill<'a> = dyn FnMut(u64, &mut [u8]) -> Result<(), DeviceError> + 'a;
 
@@ -164,6 +172,11 @@ pub trait Device: Send + Sync {
     /// device has. A file that ends early is [`DeviceError::Source`] with `UnexpectedEof`. On an error the
     /// range's contents are undefined.
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError>;
+
+    /// The processes that use the device, and how much of it, where the driver tells. None: it does not.
+    fn processes(&self) -> Result<Option<Vec<Process>>, DeviceError> {
+        Ok(None)
+    }
 
     /// Which of `processes` still have a segment's memory mapped or open: its bytes are not back with the system before
     /// these are gone too. This process is not meant. None: the driver does not tell.

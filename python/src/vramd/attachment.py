@@ -114,8 +114,8 @@ class Attached:
         connection, buffer, self._connection, self._buffer = self._connection, self._buffer, None, None
         if connection is not None:
             if isinstance(buffer, cuda.Imported):
-                # The daemon may give the bytes to others: whoever computes with them on the card ends first. A card
-                # that fails computes nothing.
+                # The daemon may give the bytes to others: whoever computes with them ends first. A card that
+                # fails computes nothing.
                 with suppress(cuda.CudaError):
                     buffer.synchronize()
             moves.forget(connection)

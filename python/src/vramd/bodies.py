@@ -69,6 +69,12 @@ class DevicePage(TypedDict):
     devices: list[Device]
 
 
+class DeviceProcess(TypedDict):
+    pid: int
+    command: str
+    usedBytes: int | None
+
+
 class Holder(TypedDict):
     pid: int
     uid: int
@@ -174,6 +180,7 @@ class DeviceStatus(TotalStatus):
     allocations: NotRequired[list[Allocation]]
     usage: NotRequired[DeviceUsage]
     fragmentationDetails: NotRequired[FragmentationStatus]
+    usedBy: NotRequired[list[DeviceProcess]]
     processes: NotRequired[list[Holder]]
 
 

@@ -124,6 +124,7 @@ impl DeviceView {
             allocations: None,
             usage: None,
             fragmentation_details: None,
+            used_by: None,
             processes: None,
         }
     }

@@ -1,14 +1,17 @@
 //! What NVML says of each card. Nothing here takes memory on one, or opens it for CUDA.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nvml_wrapper::Nvml;
+use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper_sys::bindings::nvmlDevice_t;
 use uuid::Uuid;
 
 use super::Libraries;
 use super::driver::{Driver, NoDriver};
+use crate::Process;
 
 /// Why no card can be looked for.
 #[derive(Debug, thiserror::Error)]
@@ -124,6 +127,23 @@ impl Adapter {
     /// Whether CUDA can be used with it, which takes nothing of the card.
     pub fn check(&self) -> Result<(), NoDriver> {
         Driver::load(&self.libraries.cuda)?.find(self.id).map(|_| ())
+    }
+
+    /// The processes with a context there, and what each has; what was only imported is charged to nobody.
+    pub(super) fn processes(&self) -> Result<Vec<Process>, NvmlError> {
+        // SAFETY: as below.
+        let card = unsafe { nvml_wrapper::Device::new(self.handle.0, &self.nvml) };
+        let mut found: BTreeMap<u32, Option<u64>> = BTreeMap::new();
+        // One that both computes and draws is in both lists, with the same figure.
+        for process in card.running_compute_processes()?.into_iter().chain(card.running_graphics_processes()?)
+        {
+            let used = match process.used_gpu_memory {
+                UsedGpuMemory::Used(bytes) => Some(bytes),
+                UsedGpuMemory::Unavailable => None,
+            };
+            found.insert(process.pid, used);
+        }
+        Ok(found.into_iter().map(|(pid, used_bytes)| Process { pid, used_bytes }).collect())
     }
 
     /// What nobody has of it, now.

@@ -15,7 +15,8 @@ use super::message::{Request, STAGE_BYTES};
 use crate::staged::{self, parts};
 use crate::table::{Extent, Table};
 use crate::{
-    Call, DeviceError, ExportAccess, Exported, Facts, Fill, Range, Sample, SegmentId, Source, Take, Writers,
+    Call, DeviceError, ExportAccess, Exported, Facts, Fill, Process, Range, Sample, SegmentId, Source, Take,
+    Writers,
 };
 
 /// What a context takes of a card: so much is left for the loader while it is not running.
@@ -489,6 +490,11 @@ impl crate::Device for Device {
         self.fill_parts((Call::FillFromFile, range), &mut |at, part| {
             source.read(part, source_offset + at).map_err(DeviceError::Source)
         })
+    }
+
+    fn processes(&self) -> Result<Option<Vec<Process>>, DeviceError> {
+        self.check_lost()?;
+        self.adapter.processes().map(Some).map_err(|error| self.explain_nvml(error))
     }
 
     fn importers(&self, segment: SegmentId, _: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {

@@ -82,6 +82,10 @@ fn details(status: &DeviceStatus) -> String {
             format!("{}, {} holes", fragmentation.segment_count, fragmentation.hole_count),
         ));
     }
+    for process in status.used_by.iter().flatten() {
+        let used = process.used_bytes.map_or_else(|| "?".to_owned(), Bytes::show);
+        rows.push(("used by", format!("{} {}, {used}", process.pid, process.command)));
+    }
     for process in status.processes.iter().flatten() {
         rows.push(("attached", format!("{} {}", process.pid, process.command)));
     }

@@ -1,19 +1,21 @@
 //! `/api/memory/status`.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::extract::State;
 use serde::Deserialize;
 use serde_json::value::{RawValue, to_raw_value};
 use utoipa::IntoParams;
-use vramd_api::{ApiError, DeviceStatus, MemoryStatus, Success};
-use vramd_device::Device;
+use vramd_api::{ApiError, DeviceProcess, DeviceStatus, MemoryStatus, Success};
+use vramd_device::{Device, Process};
 
 use crate::driver::{Snapshot, memory_status};
 use crate::http::App;
 use crate::http::extract::{Params, Path};
 use crate::http::memory::usage;
 use crate::http::reply::{Answer, Errors, ok};
+use crate::server;
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -72,9 +74,17 @@ impl StatusParams {
 pub async fn all(State(app): State<App>, Params(params): Params<StatusParams>) -> Answer<Arc<RawValue>> {
     let include = params.parse()?;
     let snapshot = app.driver.snapshot();
+    let mut used_by = HashMap::new();
+    if include.processes {
+        for device in app.driver.devices.iter() {
+            used_by.insert(device.facts().device.clone(), processes(device).await);
+        }
+    }
     let print = || {
-        let devices =
-            app.driver.devices.iter().filter_map(|device| status(&app, &snapshot, device.as_ref(), include));
+        let devices = app.driver.devices.iter().filter_map(|device| {
+            let used_by = used_by.get(&device.facts().device).cloned().flatten();
+            Some(DeviceStatus { used_by, ..status(&app, &snapshot, device.as_ref(), include)? })
+        });
         let status = to_raw_value(&memory_status(devices.collect())).expect("figures and names always print");
         Arc::from(status)
     };
@@ -93,8 +103,24 @@ pub async fn one(
 ) -> Answer<DeviceStatus> {
     let include = params.parse()?;
     let device = app.driver.devices.named(&name)?;
+    let used_by = if include.processes { processes(device).await } else { None };
     let status = status(&app, &app.driver.snapshot(), device.as_ref(), include);
-    ok(status.ok_or_else(|| ApiError::not_found("device", &name))?)
+    let status = status.ok_or_else(|| ApiError::not_found("device", &name))?;
+    ok(DeviceStatus { used_by, ..status })
+}
+
+/// Who uses a device, by its driver's word.
+async fn processes(device: &Arc<dyn Device>) -> Option<Vec<DeviceProcess>> {
+    let device = device.clone();
+    let asked = tokio::task::spawn_blocking(move || {
+        let found = device.processes().inspect_err(|error| {
+            tracing::debug!(device = %device.facts().device, %error, "the driver does not say who uses it");
+        });
+        let named =
+            |Process { pid, used_bytes }| DeviceProcess { pid, command: server::command(pid), used_bytes };
+        Some(found.ok()??.into_iter().map(named).collect())
+    });
+    asked.await.ok().flatten()
 }
 
 fn status(app: &App, snapshot: &Snapshot, device: &dyn Device, include: Include) -> Option<DeviceStatus> {
