@@ -282,3 +282,39 @@ pub fn error(device: &DeviceId, error: &DeviceError) -> ApiError {
     }
     shown
 }
+
+#[cfg(test)]
+mod tests {
+    use vramd_device::sim;
+    use vramd_fake_cuda::Installed;
+
+    use super::*;
+
+    const CARD: &str = "GPU-01234567-89AB-cdef-0123-456789abcdef";
+
+    #[test]
+    fn a_card_counts_once_whatever_drivers_show_it() {
+        assert!(same_card(CARD, "01234567-89ab-cdef-0123-456789abcdef"));
+        assert!(!same_card(CARD, "MIG-01234567-89ab-cdef-0123-456789abcdef"));
+        let home = tempfile::tempdir().expect("a directory");
+        let other = "GPU-01234567-89ab-cdef-0123-000000000000";
+        // A driver that shows one card twice.
+        let cards = [CARD, CARD, other].map(ToOwned::to_owned).to_vec();
+        let driver = Installed::new(home.path(), cards, 1 << 30).expect("a driver");
+        let libraries = cuda::Libraries { cuda: driver.cuda(), nvml: driver.nvml() };
+        let loader = cuda::LoaderCommand { program: "none".into(), arguments: Vec::new() };
+        let mut devices = Devices::default();
+        devices.open_cuda(&libraries, &loader);
+        let names: Vec<_> = devices.iter().map(|device| device.facts().device.to_string()).collect();
+        assert_eq!(names, ["cuda:0", "cuda:2"]);
+        assert_eq!(
+            devices.named(CARD).map(|device| device.facts().device.to_string()),
+            Ok("cuda:0".to_owned())
+        );
+        let same = sim::Device::open(sim::Spec::new(0, 1 << 30)).expect("a device");
+        let same: Arc<dyn Device> = Arc::new(same);
+        devices.add_card(same.clone());
+        devices.add_card(same);
+        assert_eq!(devices.iter().count(), 3);
+    }
+}

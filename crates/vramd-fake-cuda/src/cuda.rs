@@ -176,6 +176,11 @@ pub extern "C" fn cuMemRelease(handle: u64) -> u32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemExportToShareableHandle(to: *mut c_int, handle: u64, kind: u32, _: u64) -> u32 {
     faults!("cuMemExportToShareableHandle");
+    if fault("cuMemExportToShareableHandle nothing") != SUCCESS {
+        // SAFETY: as above.
+        unsafe { *to = -1 };
+        return SUCCESS;
+    }
     let state = state();
     let Some(memory) = state.memories.get(&handle).filter(|_| kind == 1) else { return INVALID_VALUE };
     // SAFETY: our own descriptor. As with the real driver, who gets it is not to inherit it by chance.
@@ -216,6 +221,12 @@ fn facts(file: c_int) -> Option<libc::stat> {
 pub unsafe extern "C" fn cuMemAddressReserve(at: *mut u64, bytes: usize, _: usize, _: u64, _: u64) -> u32 {
     faults!("cuMemAddressReserve");
     needs_context!();
+    if fault("cuMemAddressReserve nothing") != SUCCESS {
+        // Success, and no address.
+        // SAFETY: as above.
+        unsafe { *at = 0 };
+        return SUCCESS;
+    }
     // SAFETY: a new mapping that nobody can reach yet.
     let base = unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;

@@ -90,7 +90,8 @@ pub fn fault(call: &str) -> u32 {
     let count = state.calls.entry(call.to_owned()).or_default();
     *count += 1;
     let due = |line: &str| {
-        let mut words = line.split_whitespace();
+        // The last two words are numbers; a call may be two words.
+        let mut words = line.rsplitn(3, ' ').collect::<Vec<_>>().into_iter().rev();
         let here = words.next()? == call;
         let number: u64 = words.next()?.parse().ok()?;
         let code = words.next()?.parse().ok()?;

@@ -172,6 +172,8 @@ fn a_driver_that_fails_at_any_call_leaves_nothing_and_the_next_try_succeeds() {
         "cuMemExportToShareableHandle",
         "cuMemImportFromShareableHandle",
         "cuMemAddressReserve",
+        "cuMemAddressReserve nothing",
+        "cuMemExportToShareableHandle nothing",
         "cuMemMap",
         "cuMemSetAccess",
         "cuMemRelease",
@@ -189,7 +191,7 @@ fn a_driver_that_fails_at_any_call_leaves_nothing_and_the_next_try_succeeds() {
                 if let Err(error) = work(&device) {
                     let known = match &error {
                         DeviceError::OutOfMemory { .. } => code == OUT_OF_MEMORY,
-                        DeviceError::Native { native, .. } => native == &call,
+                        DeviceError::Native { native, .. } => call.starts_with(native),
                         _ => false,
                     };
                     assert!(known, "{call} {number} {code}: {error:?}");
@@ -344,7 +346,7 @@ fn a_loader_that_does_not_start_says_why_and_the_next_one_may() {
         let error = device.create(fresh(), SIZE, Writers::DeviceOnly).unwrap_err();
         let known = match &error {
             DeviceError::OutOfMemory { .. } => code == OUT_OF_MEMORY,
-            DeviceError::Native { native, .. } => native == &call,
+            DeviceError::Native { native, .. } => call.starts_with(native),
             _ => false,
         };
         assert!(known, "{call}: {error:?}");
