@@ -157,6 +157,30 @@ except vramd.CudaError as error:
     until(lambda: attached_count(daemon) == 0, "the leases' end")
 
 
+def test_what_a_card_could_not_read_is_refused(daemon: Vramd, driver: Path) -> None:
+    header = {
+        "byte": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "odd": {"dtype": "F32", "shape": [1], "data_offsets": [1, 5]},
+    }
+    text = json.dumps(header).encode()
+    path = daemon.models / "odd.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\x07" + np.float32(1.5).tobytes())
+    daemon.client.register_model("odd", str(path))
+    daemon.client.load("odd", device="cuda:0")
+    script = """
+with vramd.attach("odd", socket=socket, framework="cuda") as model:
+    try:
+        model["odd"].__cuda_array_interface__
+    except vramd.UnsupportedDtype as error:
+        plain = model["odd"].bytes.__cuda_array_interface__
+        host = bytes(model["odd"].copy_to_host()).hex()
+        print(json.dumps([error.hint, plain["typestr"], plain["shape"], host]))
+"""
+    hint, typestr, shape, host = run(driver, script, daemon.socket)
+    assert ".bytes" in hint
+    assert (typestr, shape, host) == ("|u1", [4], np.float32(1.5).tobytes().hex())
+
+
 def test_who_uses_a_card_is_named(daemon: Vramd, driver: Path) -> None:
     (driver / "processes").write_text(f"{os.getpid()} {3 << 20}\n4194303\n")
     status = daemon.client.device_status("cuda:0", include=["processes"])

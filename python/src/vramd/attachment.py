@@ -113,13 +113,15 @@ class Attached:
         """Ends the lease at once. The pages go with the last array that refers to them."""
         connection, buffer, self._connection, self._buffer = self._connection, self._buffer, None, None
         if connection is not None:
-            if isinstance(buffer, cuda.Imported):
-                # The daemon may give the bytes to others: whoever computes with them ends first. A card that
-                # fails computes nothing.
-                with suppress(cuda.CudaError):
-                    buffer.synchronize()
-            moves.forget(connection)
-            connection.close()
+            try:
+                if isinstance(buffer, cuda.Imported):
+                    # The daemon may give the bytes to others: whoever computes with them ends first. A card
+                    # that fails computes nothing.
+                    with suppress(cuda.CudaError):
+                        buffer.synchronize()
+            finally:
+                moves.forget(connection)
+                connection.close()
 
     def check_open(self) -> None:
         if self._connection is None:
@@ -403,8 +405,9 @@ def _attach(
             reply = frames.read_reply(body, len(descriptors))
             if reply.access != request["access"]:
                 raise ProtocolError(f"asked for {request['access']} access, the daemon gave {reply.access}")
-            if reply.handle is not None and reply.handle["type"] not in request.get("handles", ()):
-                raise ProtocolError(f"the daemon sent a {reply.handle['type']}, which nobody asked for")
+            sent = "memfd" if reply.handle is None else reply.handle["type"]
+            if sent not in (request.get("handles") or ["memfd"]):
+                raise ProtocolError(f"the daemon sent a {sent}, which nobody asked for")
             buffer, base = _map(reply, descriptors[reply.segment], private)
         finally:
             frames.close_all(descriptors)

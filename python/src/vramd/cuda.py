@@ -156,7 +156,9 @@ class Imported:
             with self._current():
                 self.address = self._map(descriptor)
         except BaseException:
-            self._driver.call("cuDevicePrimaryCtxRelease_v2", self.card.device)
+            # What is mapped goes with this object, and the context after it.
+            if not self.address:
+                self._driver.call("cuDevicePrimaryCtxRelease_v2", self.card.device)
             raise
 
     def _map(self, descriptor: int) -> int:
@@ -264,6 +266,12 @@ class Array:
     def _interface(self, shape: tuple[int, ...], typestr: str) -> dict[str, Any]:
         self._attached.check_open()
         address = self._imported.address + self._offset if self.nbytes else 0
+        if address % int(typestr[2:]):
+            # A card takes alignment for granted, and files may break it: a fault there ends the context.
+            raise UnsupportedDtype(
+                f"tensor {self.name!r} begins at an address that is no multiple of its elements' size",
+                hint="copy its bytes: .bytes is an array of them",
+            )
         # torch takes no array that says it is read-only.
         return {"shape": shape, "typestr": typestr, "data": (address, False), "strides": None, "version": 3}
 

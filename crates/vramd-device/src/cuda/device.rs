@@ -59,6 +59,8 @@ pub struct Device {
     loader: Mutex<Option<Arc<Loader>>>,
     /// Held while one starts, which takes a while.
     starting: Mutex<()>,
+    /// Held while the driver is asked for memory.
+    creating: Mutex<()>,
     /// A loader's context counts among what NVML calls used.
     has_context: AtomicBool,
     segments: Table<Segment>,
@@ -156,7 +158,7 @@ impl Device {
             },
             notes: Vec::new(),
         };
-        let (ordinal, state, lost, loader) = <(_, _, _, _)>::default();
+        let (ordinal, state, lost, loader, creating) = <(_, _, _, _, _)>::default();
         let (starting, has_context, segments, left) = <(_, _, _, _)>::default();
         Ok(Self {
             facts,
@@ -168,16 +170,20 @@ impl Device {
             lost,
             loader,
             starting,
+            creating,
             has_context,
             segments,
             left,
         })
     }
 
-    /// What is free of the card, and what could be created now. Asks NVML before it looks at the books: nobody waits for it.
-    fn free_and_available(&self) -> Result<(u64, u64), NvmlError> {
+    /// What is free of the card, what could be created now, and what is held. Asks NVML before it looks at the books: nobody
+    /// waits for it.
+    fn figures(&self) -> Result<(u64, u64, u64), NvmlError> {
         let free = self.adapter.free_bytes()?;
-        Ok(self.with_books(&lock(&self.state), free))
+        let state = lock(&self.state);
+        let (free, available) = self.with_books(&state, free);
+        Ok((free, available, state.held))
     }
 
     fn with_books(&self, state: &State, free: u64) -> (u64, u64) {
@@ -227,8 +233,13 @@ impl Device {
         // The failed one first: it holds memory.
         self.end_loader();
         let loader = Arc::new(Loader::start(&self.options.loader, &self.adapter, self.options.patience)?);
+        let mut slot = lock(&self.loader);
+        // Whoever loses the card says so first, and then ends what is in the slot.
+        if self.lost.get().is_some() {
+            return Err(Trouble::Gone(std::io::ErrorKind::NotConnected.into()));
+        }
         self.has_context.store(true, Ordering::Relaxed);
-        *lock(&self.loader) = Some(loader.clone());
+        *slot = Some(loader.clone());
         Ok(loader)
     }
 
@@ -282,11 +293,11 @@ impl Device {
 
     fn explain(&self, call: Call, requested: u64) -> impl FnOnce(Trouble) -> DeviceError {
         move |trouble| {
-            let looked = self.free_and_available().map_err(|error| self.explain_nvml(error));
+            let looked = self.figures().map_err(|error| self.explain_nvml(error));
             match looked {
                 Err(lost @ DeviceError::Lost { .. }) => lost,
                 looked => {
-                    let (_, available) = looked.unwrap_or_default();
+                    let (_, available, _) = looked.unwrap_or_default();
                     match trouble.explain(call, requested, available) {
                         DeviceError::Lost { reason } => self.lose(reason),
                         error => error,
@@ -383,15 +394,16 @@ impl crate::Device for Device {
         self.check_lost()?;
         self.end_idle();
         self.release_left();
-        let figures = self.free_and_available().map_err(|error| self.explain_nvml(error));
-        let (free, available_bytes) = figures?;
-        let held_bytes = lock(&self.state).held;
+        let figures = self.figures().map_err(|error| self.explain_nvml(error));
+        let (free, available_bytes, held_bytes) = figures?;
         Ok(Sample { used_bytes: self.facts.total_bytes - free, available_bytes, held_bytes })
     }
 
     fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError> {
         self.segments.check_new(segment, bytes, self.facts.granularity_bytes)?;
         self.check_lost()?;
+        // One at a time: between its figure and the driver's answer nobody else takes what it counts on.
+        let creating = lock(&self.creating);
         let free = self.adapter.free_bytes().map_err(|error| self.explain_nvml(error))?;
         {
             let mut state = lock(&self.state);
@@ -405,6 +417,7 @@ impl crate::Device for Device {
         let taken = self.take(bytes);
         // From the driver's answer on NVML counts it as used.
         lock(&self.state).pending -= bytes;
+        drop(creating);
         let gone = |_: &DeviceError| lock(&self.state).held -= bytes;
         let memory = Mutex::new(Some(taken.inspect_err(gone)?));
         let made = Segment { driver: self.driver.clone(), id: segment.0, memory, bytes, writers };
