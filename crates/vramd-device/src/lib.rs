@@ -1,10 +1,10 @@
 //! Memory backends behind one trait.
 //!
-//! Owns every call to a driver or to the kernel's memory management, and all unsafe code of the workspace.
+//! Owns every call of the daemon to a driver or to the kernel's memory management, and all unsafe code that runs in it.
 //! It does not decide: what to create, where and for whom is the ledger's business. Each backend is a folder with a
 //! `device.rs`; what a backend can do is data ([`Facts`]), never a question of its name.
 //!
-//! A segment's life: `create → (zero | write | read | copy | fill_from_file | export)* → destroy`. A segment is named
+//! A segment's life: `create → (zero | write | read | copy | fill_from_file | export | …)* → destroy`. A segment is named
 //! by a [`SegmentId`] that the caller chose, never by a pointer, so that a backend may keep the memory in
 //! another process.
 

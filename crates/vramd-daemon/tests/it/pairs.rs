@@ -75,6 +75,14 @@ fn transfer(daemon: &Daemon, item: &Value, to: &str) -> Value {
     ended["result"]["items"][0].clone()
 }
 
+/// Waits until only the lease by time is left.
+fn wait_until_detached(daemon: &Daemon, id: &str) {
+    wait_for("the reader to be gone", || {
+        let shown = daemon.get(&format!("/api/memory/allocation/{id}")).data(200);
+        (shown["leases"].as_array()?.len() == 1).then_some(())
+    });
+}
+
 #[test]
 fn every_byte_arrives_over_every_pair() {
     let home = Home::new();
@@ -106,10 +114,7 @@ fn every_byte_arrives_over_every_pair() {
                 "{from} to {to}"
             );
             drop(reader);
-            wait_for("the reader to be gone", || {
-                let shown = daemon.get(&format!("/api/memory/allocation/{id}")).data(200);
-                (shown["leases"].as_array()?.len() == 1).then_some(())
-            });
+            wait_until_detached(&daemon, &id);
         }
     }
     assert_eq!(checksums.len(), 1);
@@ -177,10 +182,7 @@ fn memory_of_a_card_is_attached_by_clients_that_can_import_it() {
             Handle::Memfd => panic!("it is no memfd"),
         }
         drop(reader);
-        wait_for("the reader to be gone", || {
-            let shown = daemon.get(&format!("/api/memory/allocation/{id}")).data(200);
-            (shown["leases"].as_array()?.len() == 1).then_some(())
-        });
+        wait_until_detached(&daemon, &id);
         let released = daemon.release(&id).data(200);
         // The driver does not tell whether this process has let go of it.
         assert_eq!(

@@ -12,7 +12,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -160,7 +160,7 @@ impl Loader {
     }
 
     /// Lends a stage to `work`; waits for one while too many have one.
-    pub fn staged<T>(&self, work: impl FnOnce(&mut Stage) -> Result<T, Trouble>) -> Result<T, Trouble> {
+    pub fn staged(&self, work: impl FnOnce(&mut Stage) -> Result<(), Trouble>) -> Result<(), Trouble> {
         let mut stage = self.take()?;
         let done = work(&mut stage);
         *lock(&self.used) = Instant::now();
@@ -215,7 +215,7 @@ impl Loader {
         &self,
         stage: &mut Stage,
         request: Request,
-        descriptors: &[std::os::fd::BorrowedFd<'_>],
+        descriptors: &[BorrowedFd<'_>],
     ) -> Result<(), Trouble> {
         let answer =
             message::ask(&stage.socket, request, descriptors).and_then(|()| message::answered(&stage.socket));
@@ -251,18 +251,11 @@ impl Loader {
 
     /// Has it let go of a segment. If it cannot, it ends, and lets go of all.
     pub fn forget(&self, segment: u64) {
-        if !lock(&self.mapped).remove(&segment) || self.is_failed() {
-            // Whoever found it failed has ended it, or does: this waits until that is done.
-            return self.kill_if_failed();
-        }
-        let forgotten = self.staged(|stage| self.ask(stage, Request::Forget { segment }));
-        if forgotten.is_err() {
-            self.kill();
-        }
-    }
-
-    fn kill_if_failed(&self) {
-        if self.is_failed() {
+        let was_mapped = lock(&self.mapped).remove(&segment);
+        let forget = |stage: &mut Stage| self.ask(stage, Request::Forget { segment });
+        let forgotten = !was_mapped || self.staged(forget).is_ok();
+        // Whoever found it failed has ended it, or does: this waits until that is done.
+        if !forgotten || self.is_failed() {
             self.kill();
         }
     }
