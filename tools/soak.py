@@ -9,6 +9,7 @@ same calls, though not in the same order.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -337,11 +338,7 @@ class Soak:
             return None
 
         until(empty, 90)
-        memory = [
-            name
-            for entry in Path(f"/proc/{self.daemon.pid}/fd").iterdir()
-            if "memfd:vramd" in (name := os.readlink(entry))
-        ]
+        memory = [name for name in open_files(self.daemon.pid) if "memfd:vramd" in name]
         if memory:
             raise Failed(f"the daemon still holds {memory}")
         self.daemon.send_signal(signal.SIGTERM)
@@ -364,6 +361,15 @@ def disagrees(status: DeviceStatus, listed: int) -> str | None:
     if listed != status["allocatedBytes"]:
         return f"{status['deviceId']}: {listed} listed, {status['allocatedBytes']} allocated"
     return None
+
+
+def open_files(pid: int) -> list[str]:
+    """What the process has open, without what it closed while this looked."""
+    names = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(entry))
+    return names
 
 
 def until(wrong: Any, seconds: float) -> None:
