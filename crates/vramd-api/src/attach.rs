@@ -171,12 +171,16 @@ fn known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Handle
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum HandleType {
-    /// Mapped with `mmap`.
+    /// Host memory on Linux, mapped with `mmap`.
     Memfd,
+    /// Host memory on Windows, mapped with `MapViewOfFile`.
+    FileMapping,
     /// Imported by Vulkan, as `VK_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD_BIT`.
     VulkanOpaqueFd,
     /// Imported by CUDA, as `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`.
     CudaPosixFd,
+    /// Opened by Direct3D 12 with `OpenSharedHandle`, as a heap.
+    D3d12Heap,
 }
 
 /// One descriptor's kind, with what its importer has to know.
@@ -185,6 +189,7 @@ pub enum HandleType {
 pub enum Handle {
     #[default]
     Memfd,
+    FileMapping,
     /// Only the same driver on the same device may import it: another may answer success, and have other bytes.
     VulkanOpaqueFd {
         /// `VkPhysicalDeviceIDProperties::deviceUUID`.
@@ -200,14 +205,28 @@ pub enum Handle {
         /// As `nvidia-smi -L` prints it, and as `CUDA_VISIBLE_DEVICES` takes it.
         device_uuid: String,
     },
+    D3d12Heap {
+        /// Of the adapter to open it on: high and low part, 16 hexadecimal digits.
+        adapter_luid: String,
+    },
+}
+
+impl HandleType {
+    /// What host memory is handed out as.
+    pub const HOST: Self = if cfg!(windows) { Self::FileMapping } else { Self::Memfd };
 }
 
 impl Handle {
+    /// What host memory is handed out as.
+    pub const HOST: Self = if cfg!(windows) { Self::FileMapping } else { Self::Memfd };
+
     pub fn kind(&self) -> HandleType {
         match self {
             Self::Memfd => HandleType::Memfd,
             Self::VulkanOpaqueFd { .. } => HandleType::VulkanOpaqueFd,
+            Self::FileMapping => HandleType::FileMapping,
             Self::CudaPosixFd { .. } => HandleType::CudaPosixFd,
+            Self::D3d12Heap { .. } => HandleType::D3d12Heap,
         }
     }
 

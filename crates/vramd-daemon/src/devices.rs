@@ -264,7 +264,7 @@ pub fn error(device: &DeviceId, error: &DeviceError) -> ApiError {
         DeviceError::Source(_) => {
             (ErrorCode::ModelReadFailed, "check the disk and the file system (`dmesg`), then load again")
         }
-        DeviceError::Native { source, .. } if matches!(source.raw_os_error(), Some(23 | 24)) => (
+        error @ DeviceError::Native { .. } if error.is_out_of_descriptors() => (
             ErrorCode::TooManyRequests,
             "the daemon has no file descriptor left: release something, or raise its limit of open files",
         ),

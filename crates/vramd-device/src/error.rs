@@ -50,3 +50,23 @@ pub enum DeviceError {
     #[error("{call:?} on segment {segment:?}: {reason}")]
     Misuse { call: Call, segment: SegmentId, reason: &'static str },
 }
+
+impl DeviceError {
+    /// This process has as many descriptors open as it may.
+    pub fn is_out_of_descriptors(&self) -> bool {
+        #[cfg(unix)]
+        let codes = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE].map(rustix::io::Errno::raw_os_error);
+        #[cfg(windows)]
+        let codes = [windows::Win32::Foundation::ERROR_TOO_MANY_OPEN_FILES.0.cast_signed()];
+        matches!(self, Self::Native { source, .. } if source.raw_os_error().is_some_and(|code| codes.contains(&code)))
+    }
+}
+
+/// An error of the system, with the code that the standard library knows where there is one.
+#[cfg(windows)]
+pub(crate) fn system(error: windows::core::Error) -> io::Error {
+    match windows::Win32::Foundation::WIN32_ERROR::from_error(&error) {
+        Some(code) => io::Error::from_raw_os_error(code.0.cast_signed()),
+        None => error.into(),
+    }
+}

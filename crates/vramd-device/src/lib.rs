@@ -10,8 +10,12 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on fails"))]
 
+mod card;
 pub mod cpu;
+#[cfg(unix)]
 pub mod cuda;
+#[cfg(windows)]
+pub mod d3d12;
 mod error;
 mod host;
 mod segment;
@@ -21,7 +25,11 @@ mod staged;
 mod table;
 pub mod vulkan;
 
-use std::os::fd::OwnedFd;
+/// What the system calls a way to something of the kernel's that can be handed to another process.
+#[cfg(unix)]
+pub use std::os::fd::OwnedFd as Descriptor;
+#[cfg(windows)]
+pub use std::os::windows::io::OwnedHandle as Descriptor;
 
 pub use error::{Call, DeviceError};
 pub use source::Source;
@@ -38,6 +46,8 @@ pub struct Facts {
     pub device: DeviceId,
     /// Stable over restarts and processes.
     pub uuid: String,
+    /// By which Windows knows the card until it starts again, whatever driver shows it.
+    pub luid: Option<u64>,
     pub name: String,
     pub memory_type: MemoryType,
     pub total_bytes: u64,
@@ -84,7 +94,7 @@ pub enum ExportAccess {
 /// A way to a segment's memory for another process.
 #[derive(Debug)]
 pub struct Exported {
-    pub descriptor: OwnedFd,
+    pub descriptor: Descriptor,
     /// What the descriptor is.
     pub handle: Handle,
 }

@@ -1,13 +1,11 @@
-//! Reading a file into memory by the straightest way: `O_DIRECT` where everything is aligned for it.
+//! Reading a file into memory by the straightest way: past the page cache where everything is aligned for it.
 
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::slice;
 
-use rustix::io::Errno;
-
-/// The alignment of offset, address and length that every `O_DIRECT` file system accepts.
+/// The alignment of offset, address and length that every file system accepts for direct reads.
 pub(crate) const DIRECT_ALIGN: usize = 4096;
 
 /// Large enough for a disk to run at its speed, small enough to notice a lost device in between.
@@ -16,7 +14,7 @@ pub(crate) const READ_BYTES: usize = 4 << 20;
 /// An open file to fill memory from.
 #[derive(Debug)]
 pub struct Source {
-    /// Opened with `O_DIRECT` where the file system takes it.
+    /// Opened for direct reads (`O_DIRECT`, `FILE_FLAG_NO_BUFFERING`) where the file system takes that.
     pub direct: Option<File>,
     /// The same file, buffered: for unaligned heads and tails, and where `direct` is missing.
     pub buffered: File,
@@ -55,15 +53,33 @@ impl Source {
             // another process may change at any time, and only the kernel writes through the slice.
             let part =
                 unsafe { slice::from_raw_parts_mut(target.add(done).cast::<MaybeUninit<u8>>(), count) };
-            match rustix::io::pread(file, part, at) {
-                Ok(([], _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok((read, _)) => done += read.len(),
-                Err(Errno::INTR) => {}
+            match read_at(file, part, at) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => done += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Some file systems take the flag and then refuse the read.
-                Err(Errno::INVAL) if direct.is_some_and(|direct| std::ptr::eq(direct, file)) => direct = None,
-                Err(errno) => return Err(errno.into()),
+                Err(error)
+                    if error.kind() == io::ErrorKind::InvalidInput
+                        && direct.is_some_and(|direct| std::ptr::eq(direct, file)) =>
+                {
+                    direct = None;
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(())
     }
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, into: &mut [MaybeUninit<u8>], offset: u64) -> io::Result<usize> {
+    let (read, _) = rustix::io::pread(file, into, offset)?;
+    Ok(read.len())
+}
+
+#[cfg(windows)]
+fn read_at(file: &File, into: &mut [MaybeUninit<u8>], offset: u64) -> io::Result<usize> {
+    // SAFETY: a mapping or a buffer of ours, both made with contents, and only the system writes through the slice.
+    let into = unsafe { slice::from_raw_parts_mut(into.as_mut_ptr().cast::<u8>(), into.len()) };
+    std::os::windows::fs::FileExt::seek_read(file, into, offset)
 }

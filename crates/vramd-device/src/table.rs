@@ -49,6 +49,7 @@ impl<S: Extent> Table<S> {
     }
 
     /// Undoes a removal.
+    #[cfg(unix)]
     pub(crate) fn put_back(&self, id: SegmentId, segment: Arc<S>) {
         self.lock().insert(id, segment);
     }

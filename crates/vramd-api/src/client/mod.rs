@@ -44,7 +44,14 @@ impl Client {
             if path.as_os_str().is_empty() {
                 return Err(bad("the path of the socket is missing".to_owned()));
             }
-            builder = builder.unix_socket(path);
+            #[cfg(unix)]
+            {
+                builder = builder.unix_socket(path);
+            }
+            #[cfg(windows)]
+            {
+                builder = builder.windows_named_pipe(path);
+            }
             Url::parse("http://localhost").map_err(|error| bad(error.to_string()))?
         } else {
             if !server.starts_with("http://") {

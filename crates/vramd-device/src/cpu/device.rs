@@ -50,6 +50,7 @@ impl Device {
         let facts = Facts {
             device: "cpu:0".parse::<DeviceId>().expect("a literal of the right form"),
             uuid: host.uuid(),
+            luid: None,
             name: host.processor().unwrap_or_else(|| "host memory".to_owned()),
             memory_type: MemoryType::Ram,
             total_bytes,
@@ -57,7 +58,7 @@ impl Device {
             max_segment_bytes: u64::MAX,
             page_bytes: pages.page_bytes(),
             capabilities: DeviceCapabilities {
-                handle: Some(HandleType::Memfd),
+                handle: Some(HandleType::HOST),
                 read_only_export: true,
                 host_access: true,
                 remap: false,
@@ -117,7 +118,7 @@ impl Device {
                 Ok(Some(segment))
             }
             // Somebody else was quicker.
-            Err(failed) if failed.errno == rustix::io::Errno::NOMEM => Ok(None),
+            Err(failed) if failed.is_full() => Ok(None),
             Err(failed) => Err(self.explain(failed, bytes)),
         }
     }
@@ -286,16 +287,16 @@ impl crate::Device for Device {
 
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
         let segment = self.segments.get(Call::Importers, segment)?;
-        segment.importers(processes).map(Some)
+        segment.importers(processes)
     }
 
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
         let descriptor = self.segments.get(Call::Export, segment)?.export(segment, access)?;
-        Ok(Exported { descriptor, handle: Handle::Memfd })
+        Ok(Exported { descriptor, handle: Handle::HOST })
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use super::*;
     use crate::Device as _;

@@ -1,14 +1,20 @@
 //! Which pages segments are made of, chosen once, and what to say about it.
 
-use vramd_api::Bytes;
-
 use crate::host::Host;
-use crate::segment::{Backing, HUGE_PAGE_BYTES};
+use crate::segment::Backing;
+#[cfg(unix)]
+use crate::segment::HUGE_PAGE_BYTES;
 
 /// The size of a base page on the machines that we run on.
 pub(super) const BASE_PAGE_BYTES: u64 = 4096;
 
+/// Views of shared memory begin at a multiple of it on Windows.
+#[cfg(windows)]
+const VIEW_BYTES: u64 = 64 << 10;
+
+#[cfg(unix)]
 const TRANSPARENT: &str = "sys/kernel/mm/transparent_hugepage/shmem_enabled";
+#[cfg(unix)]
 const POOL: &str = "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +23,25 @@ pub(super) struct Pages {
     pub(super) notes: Vec<String>,
 }
 
+#[cfg(windows)]
+impl Pages {
+    /// Large pages there are only for who holds a privilege that programs rarely have.
+    pub(super) fn choose(_host: &Host) -> Self {
+        Self { backing: Backing::SmallPages, notes: Vec::new() }
+    }
+
+    #[allow(clippy::unused_self, reason = "elsewhere it depends on the pages")]
+    pub(super) fn granularity_bytes(&self) -> u64 {
+        VIEW_BYTES
+    }
+
+    #[allow(clippy::unused_self, reason = "elsewhere it depends on the pages")]
+    pub(super) fn page_bytes(&self) -> u64 {
+        VIEW_BYTES
+    }
+}
+
+#[cfg(unix)]
 impl Pages {
     /// Transparent huge pages before the pool: they need no share of the memory set aside. Base pages last.
     pub(super) fn choose(host: &Host) -> Self {
@@ -31,7 +56,7 @@ impl Pages {
         );
         let pool: u64 = host.text(POOL).and_then(|count| count.parse().ok()).unwrap_or(0);
         if pool > 0 {
-            let pool = Bytes::show(pool * HUGE_PAGE_BYTES);
+            let pool = vramd_api::Bytes::show(pool * HUGE_PAGE_BYTES);
             let note = format!(
                 "{why}: segments use the machine's huge page pool of {pool}, and 4 KiB pages once it is empty"
             );
@@ -54,7 +79,7 @@ impl Pages {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use super::*;
     use std::fs;

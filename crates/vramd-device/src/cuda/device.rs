@@ -142,6 +142,7 @@ impl Device {
         let facts = Facts {
             device: format!("cuda:{}", adapter.ordinal).parse().expect("of the right form"),
             uuid: adapter.uuid.clone(),
+            luid: None,
             name: adapter.name.clone(),
             memory_type: MemoryType::Vram,
             total_bytes: options.limit_bytes.map_or(total, |limit| limit.min(total)),

@@ -44,6 +44,7 @@ impl Device {
         let facts = Facts {
             device,
             uuid: format!("sim-{ordinal}"),
+            luid: None,
             name: format!("Simulated {}", Bytes::show(total_bytes)),
             memory_type: MemoryType::Vram,
             total_bytes,
@@ -51,7 +52,7 @@ impl Device {
             max_segment_bytes: u64::MAX,
             page_bytes: 4096,
             capabilities: DeviceCapabilities {
-                handle: Some(HandleType::Memfd),
+                handle: Some(HandleType::HOST),
                 read_only_export: true,
                 host_access: false,
                 remap: false,
@@ -214,12 +215,12 @@ impl crate::Device for Device {
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
         let segment = self.segments.get(Call::Importers, segment)?;
         self.faults.enter(Call::Importers, 0)?;
-        segment.importers(processes).map(Some)
+        segment.importers(processes)
     }
 
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
         let source = self.segments.get(Call::Export, segment)?;
         self.faults.enter(Call::Export, 0)?;
-        Ok(Exported { descriptor: source.export(segment, access)?, handle: Handle::Memfd })
+        Ok(Exported { descriptor: source.export(segment, access)?, handle: Handle::HOST })
     }
 }

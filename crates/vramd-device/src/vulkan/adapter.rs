@@ -46,6 +46,8 @@ pub struct Adapter {
     pub(super) name: String,
     pub(super) uuid: Uuid,
     pub(super) driver_uuid: Uuid,
+    /// On Windows.
+    pub(super) luid: Option<u64>,
     pub(super) kind: vk::PhysicalDeviceType,
     pub(super) memory: vk::PhysicalDeviceMemoryProperties,
     /// The family of the queue that copies.
@@ -124,11 +126,14 @@ impl Adapter {
             ),
             uuid: Uuid::from_bytes(ids.device_uuid),
             driver_uuid: Uuid::from_bytes(ids.driver_uuid),
+            luid: (ids.device_luid_valid == vk::TRUE).then(|| u64::from_le_bytes(ids.device_luid)),
             kind: base.device_type,
             memory,
             family: transfer_family(&families)?,
             has_budget: has(ash::ext::memory_budget::NAME),
-            exports: has(ash::khr::external_memory_fd::NAME) && exports(&instance.raw, physical),
+            exports: cfg!(unix)
+                && has(ash::khr::external_memory_fd::NAME)
+                && exports(&instance.raw, physical),
             max_bytes: limits.into_iter().filter(|limit| *limit > 0).min().unwrap_or(u64::MAX),
             max_count: base.limits.max_memory_allocation_count,
         })

@@ -1,6 +1,5 @@
 //! What is open in the driver while a device has segments: the logical device, its queue, the staging buffers.
 
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,12 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ash::vk;
 
 use super::adapter::{Adapter, BUFFER_USAGE, Instance};
-use crate::{Call, DeviceError};
+use crate::card::{self, Driver, STAGE_BYTES};
+use crate::{Call, DeviceError, ExportAccess, Exported};
+use vramd_api::attach::Handle;
 
-/// What goes through a staging buffer at once.
-pub(super) const STAGE_BYTES: u64 = 4 << 20;
-/// What one submission fills or copies at most: others wait for it, and their patience is bounded.
-pub(super) const SUBMIT_BYTES: u64 = 256 << 20;
 /// Staging buffers that wait for the next use; more are made when more threads copy.
 const IDLE_STAGES: usize = 8;
 /// A card that does nothing for so long will not do it any more.
@@ -23,7 +20,7 @@ const GET_FD: &str = "vkGetMemoryFdKHR";
 
 /// A failed call of the driver, before it is known what it means.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Failed {
+pub struct Failed {
     pub native: &'static str,
     pub result: vk::Result,
 }
@@ -32,8 +29,10 @@ impl Failed {
     pub fn at(native: &'static str) -> impl FnOnce(vk::Result) -> Self {
         move |result| Self { native, result }
     }
+}
 
-    pub fn explain(self, call: Call, requested: u64, available: u64) -> DeviceError {
+impl card::Failed for Failed {
+    fn explain(self, call: Call, requested: u64, available: u64) -> DeviceError {
         let Self { native, result } = self;
         match result {
             // Whatever the reason: what was waited for may still run, and the device cannot be used any more.
@@ -41,7 +40,7 @@ impl Failed {
                 reason: format!("{native}: {result} ({} seconds at most)", PATIENCE_NS / 1_000_000_000),
             },
             vk::Result::ERROR_TOO_MANY_OBJECTS if call == Call::Export => {
-                DeviceError::Native { call, native, source: rustix::io::Errno::MFILE.into() }
+                DeviceError::Native { call, native, source: too_many_descriptors() }
             }
             vk::Result::ERROR_OUT_OF_DEVICE_MEMORY
             | vk::Result::ERROR_OUT_OF_HOST_MEMORY
@@ -54,7 +53,7 @@ impl Failed {
     }
 }
 
-pub(super) struct Context {
+pub struct Context {
     pub raw: ash::Device,
     queue: Mutex<vk::Queue>,
     family: u32,
@@ -71,7 +70,7 @@ pub(super) struct Context {
 }
 
 /// A buffer that the processor sees, and what a copy through it takes. One thread has it at a time.
-pub(super) struct Stage {
+pub struct Stage {
     pool: vk::CommandPool,
     commands: vk::CommandBuffer,
     fence: vk::Fence,
@@ -85,7 +84,7 @@ unsafe impl Send for Stage {}
 
 /// A buffer over the whole of its own memory.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Block {
+pub struct Block {
     pub buffer: vk::Buffer,
     pub memory: vk::DeviceMemory,
 }
@@ -98,52 +97,13 @@ enum Use {
 }
 
 /// A segment's memory, as the driver has it.
-pub(super) struct MemoryFacts {
+pub struct MemoryFacts {
     pub memory_type: u32,
     pub bytes: u64,
 }
 
 impl Context {
-    pub fn open(adapter: &Adapter) -> Result<Self, Failed> {
-        let queues = [vk::DeviceQueueCreateInfo::default()
-            .queue_family_index(adapter.family)
-            .queue_priorities(&[1.0])];
-        let extensions = [ash::khr::external_memory_fd::NAME.as_ptr()];
-        let mut create = vk::DeviceCreateInfo::default().queue_create_infos(&queues);
-        if adapter.exports {
-            create = create.enabled_extension_names(&extensions);
-        }
-        let instance = &adapter.instance.raw;
-        // SAFETY: the adapter is of this instance; what `create` points to lives until the call returns.
-        let raw = unsafe { instance.create_device(adapter.physical, &create, None) }
-            .map_err(Failed::at("vkCreateDevice"))?;
-        // SAFETY: one queue of that family was asked for.
-        let queue = unsafe { raw.get_device_queue(adapter.family, 0) };
-        let exporter = adapter.exports.then(|| ash::khr::external_memory_fd::Device::new(instance, &raw));
-        let mut context = Self {
-            raw,
-            exporter,
-            queue: Mutex::new(queue),
-            family: adapter.family,
-            segment_type: 0,
-            staging_type: 0,
-            idle: Mutex::default(),
-            lost: AtomicBool::new(false),
-            abandoned: AtomicBool::new(false),
-            instance: adapter.instance.clone(),
-        };
-        let unfit = || Failed {
-            native: "vkGetBufferMemoryRequirements",
-            result: vk::Result::ERROR_FEATURE_NOT_PRESENT,
-        };
-        context.segment_type =
-            adapter.segment_type(context.allowed_types(Use::Segment)?).ok_or_else(unfit)?;
-        context.staging_type =
-            adapter.staging_type(context.allowed_types(Use::Staging)?).ok_or_else(unfit)?;
-        Ok(context)
-    }
-
-    pub fn check_lost(&self) -> Result<(), Failed> {
+    fn check_lost(&self) -> Result<(), Failed> {
         if self.lost.load(Ordering::Relaxed) {
             return Err(Failed { native: "vkQueueSubmit", result: vk::Result::ERROR_DEVICE_LOST });
         }
@@ -179,13 +139,10 @@ impl Context {
         unsafe { self.raw.create_buffer(&create, None) }.map_err(Failed::at("vkCreateBuffer"))
     }
 
-    /// Memory of a segment, with a buffer over all of it.
-    pub fn block(&self, bytes: u64) -> Result<Block, Failed> {
-        self.block_of(bytes, Use::Segment)
-    }
-
     /// A descriptor of a segment's memory, and what its importer has to know beside the adapter.
-    pub fn export(&self, block: Block) -> Result<(OwnedFd, MemoryFacts), Failed> {
+    #[cfg(unix)]
+    fn exported(&self, block: Block) -> Result<(crate::Descriptor, MemoryFacts), Failed> {
+        use std::os::fd::FromRawFd as _;
         let unable = Failed { native: GET_FD, result: vk::Result::ERROR_EXTENSION_NOT_PRESENT };
         let exporter = self.exporter.as_ref().ok_or(unable)?;
         let get = vk::MemoryGetFdInfoKHR::default()
@@ -197,13 +154,20 @@ impl Context {
             return Err(Failed { native: GET_FD, result: vk::Result::ERROR_UNKNOWN });
         }
         // SAFETY: as above.
-        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        let descriptor = unsafe { crate::Descriptor::from_raw_fd(descriptor) };
         // Not every driver does.
         rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC)
             .map_err(|_| Failed { native: GET_FD, result: vk::Result::ERROR_UNKNOWN })?;
         // SAFETY: the buffer lives.
         let bytes = unsafe { self.raw.get_buffer_memory_requirements(block.buffer) }.size;
         Ok((descriptor, MemoryFacts { memory_type: self.segment_type, bytes }))
+    }
+
+    /// No adapter is asked for its handles yet: [`Adapter`] says that none exports.
+    #[cfg(windows)]
+    #[allow(clippy::unused_self, reason = "elsewhere it does")]
+    fn exported(&self, _block: Block) -> Result<(crate::Descriptor, MemoryFacts), Failed> {
+        Err(Failed { native: GET_FD, result: vk::Result::ERROR_EXTENSION_NOT_PRESENT })
     }
 
     fn block_of(&self, bytes: u64, usage: Use) -> Result<Block, Failed> {
@@ -237,7 +201,7 @@ impl Context {
     }
 
     /// Gives a block back; nothing that was submitted uses it any more.
-    pub fn free(&self, block: Block) {
+    fn release(&self, block: Block) {
         if self.abandoned.load(Ordering::Relaxed) {
             return;
         }
@@ -248,30 +212,6 @@ impl Context {
         }
     }
 
-    /// Lends a stage to `work`.
-    pub fn staged<T>(&self, work: impl FnOnce(&mut Stage) -> Result<T, Failed>) -> Result<T, Failed> {
-        self.check_lost()?;
-        let idle = self.stages().pop();
-        let mut stage = match idle {
-            Some(stage) => stage,
-            None => self.stage()?,
-        };
-        let done = work(&mut stage);
-        if let Err(Failed { native, result }) = done {
-            let gone = result == vk::Result::ERROR_DEVICE_LOST;
-            self.abandoned.fetch_or(native == WAIT && !gone, Ordering::Relaxed);
-            self.lost.fetch_or(native == WAIT || gone, Ordering::Relaxed);
-        }
-        let mut idle = self.stages();
-        if idle.len() < IDLE_STAGES && !self.lost.load(Ordering::Relaxed) {
-            idle.push(stage);
-        } else {
-            drop(idle);
-            self.close(&stage);
-        }
-        done
-    }
-
     fn stages(&self) -> MutexGuard<'_, Vec<Stage>> {
         // No operation under this lock can leave the list half changed.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
@@ -279,7 +219,7 @@ impl Context {
 
     fn stage(&self) -> Result<Stage, Failed> {
         let block = self.block_of(STAGE_BYTES, Use::Staging)?;
-        self.stage_over(block).inspect_err(|_| self.free(block))
+        self.stage_over(block).inspect_err(|_| self.release(block))
     }
 
     fn stage_over(&self, Block { buffer, memory }: Block) -> Result<Stage, Failed> {
@@ -324,7 +264,130 @@ impl Context {
             self.raw.destroy_fence(stage.fence, None);
             self.raw.destroy_command_pool(stage.pool, None);
         }
-        self.free(Block { buffer: stage.buffer, memory: stage.memory });
+        self.release(Block { buffer: stage.buffer, memory: stage.memory });
+    }
+}
+
+impl Driver for Context {
+    type Adapter = Adapter;
+    type Block = Block;
+    type Stage = Stage;
+    type Failed = Failed;
+
+    fn open(adapter: &Adapter) -> Result<Self, Failed> {
+        let queues = [vk::DeviceQueueCreateInfo::default()
+            .queue_family_index(adapter.family)
+            .queue_priorities(&[1.0])];
+        let extensions = [ash::khr::external_memory_fd::NAME.as_ptr()];
+        let mut create = vk::DeviceCreateInfo::default().queue_create_infos(&queues);
+        if adapter.exports {
+            create = create.enabled_extension_names(&extensions);
+        }
+        let instance = &adapter.instance.raw;
+        // SAFETY: the adapter is of this instance; what `create` points to lives until the call returns.
+        let raw = unsafe { instance.create_device(adapter.physical, &create, None) }
+            .map_err(Failed::at("vkCreateDevice"))?;
+        // SAFETY: one queue of that family was asked for.
+        let queue = unsafe { raw.get_device_queue(adapter.family, 0) };
+        let exporter = adapter.exports.then(|| ash::khr::external_memory_fd::Device::new(instance, &raw));
+        let mut context = Self {
+            raw,
+            exporter,
+            queue: Mutex::new(queue),
+            family: adapter.family,
+            segment_type: 0,
+            staging_type: 0,
+            idle: Mutex::default(),
+            lost: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
+            instance: adapter.instance.clone(),
+        };
+        let unfit = || Failed {
+            native: "vkGetBufferMemoryRequirements",
+            result: vk::Result::ERROR_FEATURE_NOT_PRESENT,
+        };
+        context.segment_type =
+            adapter.segment_type(context.allowed_types(Use::Segment)?).ok_or_else(unfit)?;
+        context.staging_type =
+            adapter.staging_type(context.allowed_types(Use::Staging)?).ok_or_else(unfit)?;
+        Ok(context)
+    }
+
+    fn available_bytes(adapter: &Adapter, _held: u64) -> Option<u64> {
+        adapter.available_bytes()
+    }
+
+    fn block(&self, bytes: u64) -> Result<Block, Failed> {
+        self.block_of(bytes, Use::Segment)
+    }
+
+    fn free(&self, block: &mut Block) {
+        self.release(*block);
+    }
+
+    fn staged<T>(&self, work: impl FnOnce(&mut Stage) -> Result<T, Failed>) -> Result<T, Failed> {
+        self.check_lost()?;
+        let idle = self.stages().pop();
+        let mut stage = match idle {
+            Some(stage) => stage,
+            None => self.stage()?,
+        };
+        let done = work(&mut stage);
+        if let Err(Failed { native, result }) = done {
+            let gone = result == vk::Result::ERROR_DEVICE_LOST;
+            self.abandoned.fetch_or(native == WAIT && !gone, Ordering::Relaxed);
+            self.lost.fetch_or(native == WAIT || gone, Ordering::Relaxed);
+        }
+        let mut idle = self.stages();
+        if idle.len() < IDLE_STAGES && !self.lost.load(Ordering::Relaxed) {
+            idle.push(stage);
+        } else {
+            drop(idle);
+            self.close(&stage);
+        }
+        done
+    }
+
+    fn bytes(stage: &mut Stage, bytes: usize) -> &mut [u8] {
+        assert!(bytes as u64 <= STAGE_BYTES);
+        // SAFETY: mapped and coherent; what was submitted with this stage has ended, so that nobody else uses it.
+        unsafe { std::slice::from_raw_parts_mut(stage.mapped.as_ptr(), bytes) }
+    }
+
+    fn push(&self, stage: &mut Stage, (to, offset): (&Block, u64), bytes: u64) -> Result<(), Failed> {
+        stage.copy(self, (stage.buffer, 0), (to.buffer, offset), bytes)
+    }
+
+    fn pull(&self, stage: &mut Stage, (from, offset): (&Block, u64), bytes: u64) -> Result<(), Failed> {
+        stage.copy(self, (from.buffer, offset), (stage.buffer, 0), bytes)
+    }
+
+    fn copy(
+        &self,
+        stage: &mut Stage,
+        from: (&Block, u64),
+        to: (&Block, u64),
+        bytes: u64,
+    ) -> Result<(), Failed> {
+        stage.copy(self, (from.0.buffer, from.1), (to.0.buffer, to.1), bytes)
+    }
+
+    fn zero(&self, stage: &mut Stage, (at, offset): (&Block, u64), bytes: u64) -> Result<(), Failed> {
+        // SAFETY: as for `Stage::copy`.
+        stage.submit(self, || unsafe {
+            self.raw.cmd_fill_buffer(stage.commands, at.buffer, offset, bytes, 0);
+        })
+    }
+
+    fn export(&self, adapter: &Adapter, block: &Block, _: ExportAccess) -> Result<Exported, Failed> {
+        let (descriptor, memory) = self.exported(*block)?;
+        let handle = Handle::VulkanOpaqueFd {
+            device_uuid: adapter.uuid,
+            driver_uuid: adapter.driver_uuid,
+            memory_type_index: memory.memory_type,
+            allocation_bytes: memory.bytes,
+        };
+        Ok(Exported { descriptor, handle })
     }
 }
 
@@ -343,25 +406,8 @@ impl Drop for Context {
 }
 
 impl Stage {
-    /// The first `bytes` of it, as the processor sees them.
-    pub fn bytes(&mut self, bytes: usize) -> &mut [u8] {
-        assert!(bytes as u64 <= STAGE_BYTES);
-        // SAFETY: mapped and coherent; what was submitted with this stage has ended, so that nobody else uses it.
-        unsafe { std::slice::from_raw_parts_mut(self.mapped.as_ptr(), bytes) }
-    }
-
-    /// Copies its first bytes to a place in `to`, and waits until they are there.
-    pub fn push(&self, context: &Context, to: Block, offset: u64, bytes: u64) -> Result<(), Failed> {
-        self.copy(context, (self.buffer, 0), (to.buffer, offset), bytes)
-    }
-
-    /// Copies from a place in `from` to its beginning, and waits until they are there.
-    pub fn pull(&self, context: &Context, from: Block, offset: u64, bytes: u64) -> Result<(), Failed> {
-        self.copy(context, (from.buffer, offset), (self.buffer, 0), bytes)
-    }
-
     /// Copies between two places that do not overlap.
-    pub fn copy(
+    fn copy(
         &self,
         context: &Context,
         (from, from_offset): (vk::Buffer, u64),
@@ -371,14 +417,6 @@ impl Stage {
         let region = vk::BufferCopy { src_offset: from_offset, dst_offset: to_offset, size: bytes };
         // SAFETY: the caller holds both buffers until this returns, and the table has checked the ranges.
         self.submit(context, || unsafe { context.raw.cmd_copy_buffer(self.commands, from, to, &[region]) })
-    }
-
-    /// Fills a range with zeros; its ends are multiples of four.
-    pub fn zero(&self, context: &Context, at: Block, offset: u64, bytes: u64) -> Result<(), Failed> {
-        // SAFETY: as for `copy`.
-        self.submit(context, || unsafe {
-            context.raw.cmd_fill_buffer(self.commands, at.buffer, offset, bytes, 0);
-        })
     }
 
     fn submit(&self, context: &Context, record: impl FnOnce()) -> Result<(), Failed> {
@@ -417,4 +455,15 @@ impl Stage {
             raw.wait_for_fences(&[self.fence], true, PATIENCE_NS).map_err(Failed::at(WAIT))
         }
     }
+}
+
+#[cfg(unix)]
+fn too_many_descriptors() -> std::io::Error {
+    rustix::io::Errno::MFILE.into()
+}
+
+#[cfg(windows)]
+fn too_many_descriptors() -> std::io::Error {
+    let code = windows::Win32::Foundation::ERROR_TOO_MANY_OPEN_FILES;
+    std::io::Error::from_raw_os_error(code.0.cast_signed())
 }

@@ -2,33 +2,26 @@
 //! backend is adding a line to `on_every_backend`.
 
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Mutex;
 use std::thread;
 
 use proptest::prelude::*;
 use proptest::test_runner::Config;
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
-use rustix::mm::ProtFlags;
-use vramd_api::attach::HandleType;
 use vramd_device::{
-    Device, DeviceError, ExportAccess, Exported, Range, SegmentId, Writers, cpu, cuda, sim, vulkan,
+    Descriptor, Device, DeviceError, ExportAccess, Exported, Range, SegmentId, Writers, cpu, sim, vulkan,
 };
 
-use crate::cuda_importer;
 use crate::files::{buffered, direct, file, pattern};
 use crate::fresh;
-use crate::importer::{Import, Importer, reopen_writable};
-use crate::vulkan_importer::assert_refused_elsewhere;
+use crate::importer::Importer;
 
 const TOTAL: u64 = 64 << 20;
 
-fn open_cpu() -> cpu::Device {
+pub fn open_cpu() -> cpu::Device {
     cpu::Device::open(cpu::Options { limit_bytes: Some(TOTAL) }).unwrap()
 }
 
-fn open_sim() -> sim::Device {
+pub fn open_sim() -> sim::Device {
     sim::Device::open(sim::Spec::new(0, TOTAL)).unwrap()
 }
 
@@ -54,8 +47,26 @@ fn open_vulkan(driver: &str) -> Option<vulkan::Device> {
     None
 }
 
+#[cfg(windows)]
+fn open_d3d12() -> Option<vramd_device::d3d12::Device> {
+    use vramd_device::d3d12;
+    let reason = match d3d12::discover().map(|adapters| adapters.into_iter().next()) {
+        Ok(Some(adapter)) => {
+            let options = d3d12::Options { ordinal: 0, limit_bytes: Some(TOTAL) };
+            return Some(d3d12::Device::open(adapter, options).unwrap());
+        }
+        Ok(None) => "there is no adapter".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    assert!(std::env::var_os("VRAMD_TEST_D3D12").is_none(), "{reason}");
+    skipped("Direct3D 12", &reason);
+    None
+}
+
 /// On the first real card; None, and said, where there is none.
-fn open_cuda_card() -> Option<cuda::Device> {
+#[cfg(unix)]
+fn open_cuda_card() -> Option<vramd_device::cuda::Device> {
+    use vramd_device::cuda;
     let reason = match cuda::discover(&cuda::Libraries::default()) {
         Ok(found) => match found.into_iter().next() {
             Some(adapter) => return Some(crate::cuda::open(adapter, Some(TOTAL))),
@@ -85,11 +96,17 @@ macro_rules! checks {
     };
 }
 
+pub(crate) use checks;
+
 macro_rules! on_every_backend {
-    (everywhere: $($check:ident),* ; with_memfd: $($memfd:ident),* $(,)?) => {
-        mod cpu_device { checks!(Some(super::open_cpu()); $($check,)* $($memfd),*); }
-        mod sim_device { checks!(Some(super::open_sim()); $($check,)* $($memfd),*); }
+    ($($check:ident),* $(,)?) => {
+        mod cpu_device { checks!(Some(super::open_cpu()); $($check),*); }
+        mod sim_device { checks!(Some(super::open_sim()); $($check),*); }
+        #[cfg(windows)]
+        mod d3d12 { checks!(super::open_d3d12(); $($check),*); }
+        #[cfg(unix)]
         mod cuda_card { checks!(super::open_cuda_card(); $($check),*); }
+        #[cfg(unix)]
         mod cuda_fake { checks!(Some(crate::cuda::SHARED.open()); $($check),*); }
         mod vulkan_card { checks!(super::open_vulkan("card"); $($check),*); }
         mod vulkan_lavapipe { checks!(super::open_vulkan("llvmpipe"); $($check),*); }
@@ -98,7 +115,6 @@ macro_rules! on_every_backend {
 }
 
 on_every_backend![
-    everywhere:
     facts_are_plausible,
     a_new_segment_reads_as_zero,
     memory_that_was_used_before_is_new_again,
@@ -126,18 +142,13 @@ on_every_backend![
     many_exports_leave_nothing_behind,
     what_is_destroyed_lives_on_for_who_still_has_it,
     an_importer_sees_what_was_copied_into_a_sealed_segment,
-    who_cannot_import_a_segment_is_told;
-    with_memfd:
-    a_process_that_has_a_segment_open_is_named_until_it_is_gone,
-    readers_cannot_write,
-    a_device_only_segment_is_never_writable_for_importers,
-    nobody_changes_the_size,
+    who_cannot_import_a_segment_is_told,
 ];
 
 /// A size that every backend's granularity divides.
-const SIZE: u64 = 4 << 20;
+pub const SIZE: u64 = 4 << 20;
 
-fn create(device: &dyn Device, writers: Writers) -> SegmentId {
+pub fn create(device: &dyn Device, writers: Writers) -> SegmentId {
     let id = fresh();
     device.create(id, SIZE, writers).unwrap();
     id
@@ -153,7 +164,7 @@ fn available(device: &dyn Device) -> u64 {
     device.sample().unwrap().available_bytes
 }
 
-fn export(device: &dyn Device, segment: SegmentId, access: ExportAccess) -> OwnedFd {
+pub fn export(device: &dyn Device, segment: SegmentId, access: ExportAccess) -> Descriptor {
     device.export(segment, access).unwrap().descriptor
 }
 
@@ -173,7 +184,7 @@ fn reader(device: &dyn Device, segment: SegmentId) -> Importer {
 }
 
 #[track_caller]
-fn assert_misuse<T: std::fmt::Debug>(result: &Result<T, DeviceError>) {
+pub fn assert_misuse<T: std::fmt::Debug>(result: &Result<T, DeviceError>) {
     assert!(matches!(result, Err(DeviceError::Misuse { .. })), "{result:?}");
 }
 
@@ -447,10 +458,12 @@ fn another_process_sees_the_bytes(device: &dyn Device) {
     let id = create(device, Writers::DeviceOnly);
     device.write(id, 0, &pattern(SIZE as usize)).unwrap();
     let exported = device.export(id, ExportAccess::Read).unwrap();
-    let child = std::process::Command::new(std::env::current_exe().unwrap())
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    #[cfg(unix)]
+    command.env(crate::cuda_importer::LIBRARY, crate::cuda_importer::library(&device.facts().uuid));
+    let child = command
         .args(["--exact", "contract::in_the_other_process", "--nocapture"])
         .env(CHILD, serde_json::to_string(&exported.handle).unwrap())
-        .env(cuda_importer::LIBRARY, cuda_importer::library(&device.facts().uuid))
         .stdin(exported.descriptor)
         .output()
         .unwrap();
@@ -466,22 +479,12 @@ fn another_process_sees_the_bytes(device: &dyn Device) {
 fn in_the_other_process() {
     let Ok(handle) = std::env::var(CHILD) else { return };
     let handle = serde_json::from_str(&handle).unwrap();
-    let descriptor = io::stdin().as_fd().try_clone_to_owned().unwrap();
+    #[cfg(unix)]
+    let descriptor = std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned().unwrap();
+    #[cfg(windows)]
+    let descriptor = std::os::windows::io::AsHandle::as_handle(&io::stdin()).try_clone_to_owned().unwrap();
     let import = Importer::reader(Exported { descriptor, handle }, SIZE);
     assert!(import.bytes() == pattern(SIZE as usize));
-}
-
-fn a_process_that_has_a_segment_open_is_named_until_it_is_gone(device: &dyn Device) {
-    let id = create(device, Writers::Importers);
-    let read = export(device, id, ExportAccess::Read);
-    // It has the descriptor as its input, and is ended below.
-    let mut child = std::process::Command::new("sleep").arg("60").stdin(read).spawn().unwrap();
-    let processes = [std::process::id(), child.id(), u32::MAX];
-    assert_eq!(device.importers(id, &processes).unwrap(), Some(vec![child.id()]));
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert_eq!(device.importers(id, &processes).unwrap(), Some(Vec::new()));
-    assert_misuse(&device.importers(fresh(), &processes));
 }
 
 fn importers_write_where_they_may(device: &dyn Device) {
@@ -497,63 +500,13 @@ fn importers_write_where_they_may(device: &dyn Device) {
     assert_misuse(&device.export(sealed, ExportAccess::Write));
 }
 
-fn readers_cannot_write(device: &dyn Device) {
-    let id = create(device, Writers::Importers);
-    let read = export(device, id, ExportAccess::Read);
-    let refused = Import::map(&read, SIZE, ProtFlags::READ | ProtFlags::WRITE);
-    assert_eq!(refused.err(), Some(Errno::ACCESS));
-    assert_eq!(Import::read(&read, SIZE).make_writable(), Err(Errno::ACCESS));
-}
-
-fn a_device_only_segment_is_never_writable_for_importers(device: &dyn Device) {
-    let id = create(device, Writers::DeviceOnly);
-    let read = export(device, id, ExportAccess::Read);
-    let writable = ProtFlags::READ | ProtFlags::WRITE;
-    assert_eq!(Import::map(&read, SIZE, writable).err(), Some(Errno::ACCESS));
-    assert_eq!(Import::read(&read, SIZE).make_writable(), Err(Errno::ACCESS));
-    match reopen_writable(&read) {
-        Err(refused) => assert_eq!(refused, Errno::ACCESS),
-        Ok(reopened) => {
-            assert_eq!(Import::map(&reopened, SIZE, writable).err(), Some(Errno::PERM));
-            assert_eq!(Import::read(&reopened, SIZE).make_writable(), Err(Errno::ACCESS));
-            assert!(rustix::io::pwrite(&reopened, b"x", 0).is_err());
-            assert!(rustix::fs::fallocate(&reopened, HOLE, 0, SIZE).is_err());
-        }
-    }
-    // The device itself still writes.
-    device.write(id, 0, b"x").unwrap();
-    assert_eq!(Import::read(&read, SIZE).bytes()[0], b'x');
-}
-
-const HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
-
-fn nobody_changes_the_size(device: &dyn Device) {
-    let closed = create(device, Writers::DeviceOnly);
-    let open = create(device, Writers::Importers);
-    let mut descriptors = vec![
-        export(device, closed, ExportAccess::Read),
-        export(device, open, ExportAccess::Read),
-        export(device, open, ExportAccess::Write),
-    ];
-    let reopened: Vec<_> = descriptors.iter().filter_map(|fd| reopen_writable(fd).ok()).collect();
-    descriptors.extend(reopened);
-    for descriptor in &descriptors {
-        for bytes in [0, SIZE - 4096, SIZE + (2 << 20)] {
-            assert!(rustix::fs::ftruncate(descriptor, bytes).is_err());
-        }
-        assert!(rustix::fs::fcntl_add_seals(descriptor, rustix::fs::SealFlags::WRITE).is_err());
-        assert_eq!(rustix::fs::fstat(descriptor).unwrap().st_size, SIZE.cast_signed());
-    }
-}
-
 fn exported_descriptors_are_not_inherited(device: &dyn Device) {
     if !exports(device) {
         return;
     }
     let id = create(device, Writers::Importers);
     for access in [ExportAccess::Read, ExportAccess::Write] {
-        let flags = rustix::io::fcntl_getfd(export(device, id, access)).unwrap();
-        assert!(flags.contains(rustix::io::FdFlags::CLOEXEC), "{access:?}");
+        assert!(!crate::importer::is_inherited(&export(device, id, access)), "{access:?}");
     }
 }
 
@@ -572,10 +525,21 @@ fn many_exports_leave_nothing_behind(device: &dyn Device) {
     assert_eq!(available(device), TOTAL);
 }
 
+#[cfg(windows)]
 fn who_cannot_import_a_segment_is_told(device: &dyn Device) {
-    if device.facts().capabilities.handle == Some(HandleType::VulkanOpaqueFd) {
+    if !exports(device) {
+        assert_misuse(&device.export(create(device, Writers::Importers), ExportAccess::Read));
+    }
+}
+
+#[cfg(unix)]
+fn who_cannot_import_a_segment_is_told(device: &dyn Device) {
+    if device.facts().capabilities.handle == Some(vramd_api::attach::HandleType::VulkanOpaqueFd) {
         let id = create(device, Writers::Importers);
-        assert_refused_elsewhere(&device.export(id, ExportAccess::Read).unwrap(), SIZE);
+        crate::vulkan_importer::assert_refused_elsewhere(
+            &device.export(id, ExportAccess::Read).unwrap(),
+            SIZE,
+        );
     }
 }
 

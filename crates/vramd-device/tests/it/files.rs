@@ -2,7 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+#[cfg(unix)]
 use std::os::unix::fs::OpenOptionsExt;
+#[cfg(windows)]
+use std::os::windows::fs::OpenOptionsExt;
 
 use tempfile::NamedTempFile;
 use vramd_device::Source;
@@ -21,7 +24,10 @@ pub fn file(contents: &[u8]) -> NamedTempFile {
 
 /// As the daemon opens it: direct where the file system of the temporary directory takes it.
 pub fn direct(file: &NamedTempFile) -> Source {
+    #[cfg(unix)]
     let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
+    #[cfg(windows)]
+    let flags = windows::Win32::Storage::FileSystem::FILE_FLAG_NO_BUFFERING.0;
     let direct = OpenOptions::new().read(true).custom_flags(flags).open(file.path()).ok();
     Source { direct, ..buffered(file) }
 }

@@ -3,12 +3,20 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod contract;
+#[cfg(unix)]
 mod cpu;
+#[cfg(unix)]
 mod cuda;
+#[cfg(unix)]
 mod cuda_importer;
+#[cfg(windows)]
+mod file_mapping;
 mod files;
 mod importer;
+#[cfg(unix)]
+mod memfd;
 mod sim;
+#[cfg(unix)]
 mod vulkan_importer;
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,5 +1,3 @@
-//! What the machine itself says: how much memory there is, how much of it is to be had, and who it is.
-//!
 //! Reads `/proc`, `/sys` and `/etc` below a root, which tests replace by a made-up tree. Knows the limits of the
 //! control groups (versions 1 and 2) that this process is in, since a container's machine is its group.
 
@@ -62,11 +60,6 @@ impl Host {
         self.total_bytes
     }
 
-    /// What is kept back so that a full device never means a machine without memory.
-    pub(crate) fn headroom_bytes(&self) -> u64 {
-        (self.total_bytes / 50).max(64 << 20)
-    }
-
     /// What the machine and its control groups would give now, the headroom included.
     pub(crate) fn free_bytes(&self) -> Result<u64, DeviceError> {
         let machine = meminfo(&self.root, "MemAvailable").map_err(|source| DeviceError::Native {
@@ -75,11 +68,6 @@ impl Host {
             source,
         })?;
         Ok(self.groups.iter().filter_map(Group::room).fold(machine, u64::min))
-    }
-
-    /// What the machine would give now, less the headroom.
-    pub(crate) fn available_bytes(&self) -> Result<u64, DeviceError> {
-        Ok(self.free_bytes()?.saturating_sub(self.headroom_bytes()))
     }
 
     /// Huge pages that are set aside, in no use and promised to nobody, in bytes.
