@@ -1,7 +1,8 @@
 //! The frames of the attach protocol; `protocol/attach.md` is its document.
 //!
 //! A connection carries one `Attach` from the client and one `Attached` or `Error` from the daemon, then
-//! nothing but `Moved` and its `Acknowledge`: it is the lease. Descriptors travel with the first byte of a frame's header.
+//! nothing but `Moved` and its `Acknowledge`: it is the lease. Descriptors travel with the first byte of a frame's header; on
+//! Windows they are handles that the daemon has opened in the client's process, and follow the header, eight bytes each.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,6 +27,8 @@ pub const HEADER_BYTES: usize = 16;
 pub const MAX_REQUEST_BYTES: u32 = 64 << 10;
 /// The longest body that a daemon may send.
 pub const MAX_REPLY_BYTES: u32 = 256 << 20;
+/// What one descriptor takes in a frame on Windows.
+pub const DESCRIPTOR_BYTES: usize = 8;
 /// The most descriptors in one frame: the kernel's bound on one message.
 pub const MAX_DESCRIPTORS: u32 = 253;
 
@@ -145,7 +148,7 @@ pub struct Attach {
     /// This client follows moves: without it the bytes stay where they are for as long as it has them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub moves: bool,
-    /// The kinds of descriptors that it can import; absent is `memfd` alone. Kinds that are not known here are left out.
+    /// The kinds of descriptors that it can import; absent is that of host memory alone. Kinds that are not known here are left out.
     #[serde(default, deserialize_with = "known", skip_serializing_if = "Option::is_none")]
     pub handles: Option<Vec<HandleType>>,
 }
@@ -153,7 +156,7 @@ pub struct Attach {
 impl Attach {
     /// Whether it can import descriptors of that kind.
     pub fn takes(&self, handle: HandleType) -> bool {
-        self.handles.as_ref().map_or(handle == HandleType::Memfd, |handles| handles.contains(&handle))
+        self.handles.as_ref().map_or(handle == HandleType::HOST, |handles| handles.contains(&handle))
     }
 }
 

@@ -3,37 +3,21 @@
 //! Everything that the daemon says is checked here first: a range that passes lies inside a descriptor that is at least
 //! as large as announced.
 
-use std::io::{self, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
 use serde::de::DeserializeOwned;
 use vramd_api::ApiError;
 use vramd_api::attach::{
-    Acknowledge, Attach, Attached, AttachedBlock, AttachedSegment, BadHeader, FrameKind, HEADER_BYTES,
-    Handle, Header, MAX_DESCRIPTORS, Moved, Tensor, encode_frame,
+    Acknowledge, Attach, Attached, AttachedBlock, AttachedSegment, BadHeader, FrameKind, Handle, Header,
+    Moved, Tensor, encode_frame,
 };
+
+use crate::stream::{Descriptor, Stream, length, receive_header};
 
 /// A daemon that does not answer an attach in this time hangs.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Where the daemon's socket is when nobody says otherwise.
-pub fn default_socket() -> PathBuf {
-    let uid = rustix::process::getuid();
-    if uid.is_root() {
-        return "/run/vramd/vramd.sock".into();
-    }
-    match std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| Path::new(dir).is_absolute()) {
-        Some(dir) => Path::new(&dir).join("vramd/vramd.sock"),
-        // Not under /tmp: there another user could serve in our place.
-        None => std::env::home_dir().unwrap_or_else(|| "/".into()).join(".local/state/vramd/vramd.sock"),
-    }
-}
 
 /// What was attached. Dropping it ends the lease; mappings made from its descriptors stay valid in this process.
 #[derive(Debug)]
@@ -42,9 +26,9 @@ pub struct Attachment {
     pub attached: Attached,
     pub tensors: Vec<Tensor>,
     /// One for each of `attached.segments`.
-    pub descriptors: Vec<OwnedFd>,
+    pub descriptors: Vec<Descriptor>,
     /// The lease. It reads as ended when the daemon goes; shutting it down ends a [`next_move`](Self::next_move).
-    pub stream: UnixStream,
+    pub stream: Stream,
 }
 
 /// Where the daemon has moved the bytes of an attachment.
@@ -52,7 +36,7 @@ pub struct Attachment {
 pub struct Place {
     pub moved: Moved,
     /// One for each of `moved.segments`.
-    pub descriptors: Vec<OwnedFd>,
+    pub descriptors: Vec<Descriptor>,
 }
 
 impl Attachment {
@@ -149,12 +133,12 @@ impl AttachError {
 
 /// Attaches what `request` names. Blocks until the daemon answers.
 pub fn attach(socket: &Path, request: &Attach) -> Result<Attachment, AttachError> {
-    let stream = UnixStream::connect(socket)
+    let stream = Stream::connect(socket)
         .map_err(|source| AttachError::Connect { socket: socket.to_owned(), source })?;
     attach_over(stream, request)
 }
 
-pub(crate) fn attach_over(mut stream: UnixStream, request: &Attach) -> Result<Attachment, AttachError> {
+pub(crate) fn attach_over(mut stream: Stream, request: &Attach) -> Result<Attachment, AttachError> {
     stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
     stream.write_all(&encode_frame(FrameKind::Attach, request, 0)?)?;
     let (header, descriptors, dropped) = receive_header(&stream)?;
@@ -176,41 +160,6 @@ pub(crate) fn attach_over(mut stream: UnixStream, request: &Attach) -> Result<At
     }
 }
 
-/// Reads exactly one header, so that no descriptor of a later frame could be lost, with what came beside it, and
-/// whether the kernel dropped some of that.
-fn receive_header(stream: &UnixStream) -> Result<(Header, Vec<OwnedFd>, bool), AttachError> {
-    let mut bytes = [0; HEADER_BYTES];
-    let mut filled = 0;
-    let mut dropped = false;
-    let mut descriptors = Vec::new();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS as usize))];
-    while filled < HEADER_BYTES {
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = recvmsg(
-            stream,
-            &mut [IoSliceMut::new(&mut bytes[filled..])],
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        );
-        // Owned at once: whatever fails below, they are closed.
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(rights) = message {
-                descriptors.extend(rights);
-            }
-        }
-        let received = match received {
-            Err(rustix::io::Errno::INTR) => continue,
-            other => other.map_err(io::Error::from)?,
-        };
-        dropped |= received.flags.contains(ReturnFlags::CTRUNC);
-        if received.bytes == 0 {
-            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-        }
-        filled += received.bytes;
-    }
-    Ok((Header::decode(&bytes)?, descriptors, dropped))
-}
-
 fn all_came(dropped: bool) -> Result<(), AttachError> {
     if dropped {
         return bad("the kernel dropped some of its descriptors: this process has too many open (ulimit -n)");
@@ -218,7 +167,7 @@ fn all_came(dropped: bool) -> Result<(), AttachError> {
     Ok(())
 }
 
-fn receive_body<T: DeserializeOwned>(stream: &mut UnixStream, header: &Header) -> Result<T, AttachError> {
+fn receive_body<T: DeserializeOwned>(stream: &mut Stream, header: &Header) -> Result<T, AttachError> {
     let mut body = vec![0; header.body_bytes as usize];
     stream.read_exact(&mut body)?;
     Ok(serde_json::from_slice(&body)?)
@@ -232,7 +181,7 @@ fn check_place(
     segments: &[AttachedSegment],
     block: &AttachedBlock,
     announced: u32,
-    descriptors: &[OwnedFd],
+    descriptors: &[Descriptor],
 ) -> Result<(), AttachError> {
     if descriptors.len() != announced as usize || descriptors.len() != segments.len() {
         return bad(format!(
@@ -245,12 +194,12 @@ fn check_place(
         if !segment.page_bytes.is_power_of_two() || !segment.bytes.is_multiple_of(segment.page_bytes) {
             return bad(format!("segment {number} is no multiple of its pages"));
         }
-        // Drivers' descriptors have no length.
+        // Nothing else has a length that can be asked for.
         if segment.handle != Handle::Memfd {
             continue;
         }
-        let bytes = rustix::fs::fstat(descriptor).map_err(io::Error::from)?.st_size;
-        if u64::try_from(bytes).is_ok_and(|bytes| bytes < segment.bytes) {
+        let bytes = length(descriptor)?;
+        if bytes < segment.bytes {
             return bad(format!("segment {number} has {bytes} bytes and should have {}", segment.bytes));
         }
     }
@@ -314,16 +263,19 @@ fn inside(offset: u64, bytes: u64, whole: u64) -> bool {
     offset.checked_add(bytes).is_some_and(|end| end <= whole)
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use std::io::IoSlice;
-    use std::os::fd::AsFd;
+    use std::mem::MaybeUninit;
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::os::unix::net::UnixStream;
 
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     use serde_json::{Value, json};
 
     use vramd_api::ErrorCode;
+    use vramd_api::attach::{HEADER_BYTES, MAX_DESCRIPTORS};
 
     use super::*;
 

@@ -2,7 +2,7 @@
 //!
 //! [`attach`] asks the daemon and checks its answer: descriptors and a table of tensors, for who maps them himself.
 //! [`Mapped`] maps them as well and stays mapped, at the same address with the same bytes, while the daemon moves
-//! them. Memory on Vulkan devices is imported by `vulkan::import` (feature `vulkan`). What is resident is decided over REST, not here.
+//! them (on Windows they are not moved meanwhile). Memory on Vulkan devices is imported by `vulkan::import` (feature `vulkan`). What is resident is decided over REST, not here.
 //!
 //! ```no_run
 //! use vramd_api::attach::Attach;
@@ -16,13 +16,15 @@
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-#![cfg(target_os = "linux")]
+#![cfg(any(target_os = "linux", windows))]
 
 mod connection;
 mod mapped;
 mod pages;
-#[cfg(feature = "vulkan")]
+mod stream;
+#[cfg(all(feature = "vulkan", unix))]
 pub mod vulkan;
 
-pub use connection::{AttachError, Attachment, Place, attach, default_socket};
+pub use connection::{AttachError, Attachment, Place, attach};
 pub use mapped::{Ended, Mapped};
+pub use stream::{Descriptor, Stream, default_socket};

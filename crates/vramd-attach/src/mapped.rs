@@ -1,7 +1,6 @@
 //! A mapped attachment that follows moves, with one thread that waits for them.
 
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +11,7 @@ use vramd_api::attach::{Access, Attach, Attached, Handle, Moved, Tensor};
 
 use crate::connection::{AttachError, Attachment, Place, attach};
 use crate::pages::Pages;
+use crate::stream::Stream;
 
 /// The thread maps and waits, nothing more.
 const STACK_BYTES: usize = 128 << 10;
@@ -28,7 +28,7 @@ pub struct Mapped {
     attached: Attached,
     tensors: Vec<Tensor>,
     shared: Arc<Shared>,
-    stream: UnixStream,
+    stream: Stream,
     follower: Option<JoinHandle<()>>,
     /// The process that attached: a child of its has no follower.
     process: u32,
@@ -54,7 +54,9 @@ pub enum Ended {
 impl Mapped {
     /// Attaches what `request` names and maps it. Blocks until the daemon answers.
     pub fn attach(socket: &Path, request: &Attach) -> Result<Self, AttachError> {
-        Self::new(attach(socket, request)?)
+        // A system whose pages cannot be replaced under a reader leaves the bytes where they are.
+        let request = Attach { moves: request.moves && Pages::FOLLOW, ..request.clone() };
+        Self::new(attach(socket, &request)?)
     }
 
     pub(crate) fn new(mut attachment: Attachment) -> Result<Self, AttachError> {
@@ -207,8 +209,8 @@ impl Shared {
 fn map(place: &Place, access: Access, filled: bool) -> std::io::Result<Pages> {
     let block = &place.moved.block;
     let number = block.segment as usize;
-    if place.moved.segments[number].handle != Handle::Memfd {
-        return Err(std::io::Error::new(std::io::ErrorKind::Unsupported, "only a memfd can be mapped"));
+    if place.moved.segments[number].handle != Handle::HOST {
+        return Err(std::io::Error::new(std::io::ErrorKind::Unsupported, "only host memory can be mapped"));
     }
     Pages::map(&place.descriptors[number], &place.moved.segments[number], block, access, filled)
 }

@@ -2,14 +2,10 @@
 //! their acknowledgements until the connection ends and its lease with it.
 
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use vramd_api::attach::{
@@ -17,9 +13,10 @@ use vramd_api::attach::{
     HandleType, Header, MAGIC, encode_frame,
 };
 use vramd_api::{ApiError, DeviceId, ErrorCode, Holder, LeaseId};
-use vramd_device::{DeviceError, ExportAccess, Exported, SegmentId};
+use vramd_device::{Descriptor, DeviceError, ExportAccess, Exported, SegmentId};
 
 use crate::driver::{AttachRequest, AttachTarget, Attachment, Driver, Event, Moved, Told};
+use crate::platform::LocalStream;
 
 /// A connection that has not sent its whole request after this long is closed.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,7 +25,7 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Serves one connection until it ends.
-pub async fn serve(mut stream: UnixStream, driver: Driver, holder: Holder, stopping: CancellationToken) {
+pub async fn serve(mut stream: LocalStream, driver: Driver, holder: Holder, stopping: CancellationToken) {
     let (tell, told) = mpsc::unbounded_channel();
     let attachment = match tokio::time::timeout(REQUEST_TIMEOUT, read_request(&mut stream)).await {
         Ok(Ok(request)) => open(&driver, request, holder, tell).await,
@@ -64,7 +61,7 @@ pub async fn serve(mut stream: UnixStream, driver: Driver, holder: Holder, stopp
 
 /// Tells of moves and takes their acknowledgements, until the connection ends.
 async fn follow(
-    stream: &mut UnixStream,
+    stream: &mut LocalStream,
     driver: &Driver,
     lease: LeaseId,
     access: Access,
@@ -110,7 +107,7 @@ async fn follow(
 
 /// Sends the descriptor of a new place. Answers why the peer could not be told of it at all: it has not seen a byte then.
 async fn tell(
-    stream: &mut UnixStream,
+    stream: &mut LocalStream,
     driver: &Driver,
     moved: Moved,
     access: Access,
@@ -127,7 +124,7 @@ async fn tell(
         block: AttachedBlock { segment: 0, offset: moved.block_offset, bytes: moved.block_bytes },
     };
     let frame = encode_frame(FrameKind::Moved, &frame, 1).expect("a place is plain data");
-    let sent = match send_with(stream, &frame, descriptor.as_fd()).await {
+    let sent = match stream.send_with(&frame, &descriptor).await {
         Ok(sent) => sent,
         // If it is gone, the next read says so.
         Err(error) => return Ok(Some(format!("the daemon cannot send the new place: {error}"))),
@@ -141,7 +138,7 @@ enum Malformed {
     Refused(ApiError),
 }
 
-async fn read_request(stream: &mut UnixStream) -> Result<Attach, Malformed> {
+async fn read_request(stream: &mut LocalStream) -> Result<Attach, Malformed> {
     let mut header = [0; HEADER_BYTES];
     stream.read_exact(&mut header).await.map_err(|_| Malformed::Gone)?;
     read_frame(stream, &header, FrameKind::Attach).await
@@ -149,7 +146,7 @@ async fn read_request(stream: &mut UnixStream) -> Result<Attach, Malformed> {
 
 /// Reads the body of a frame, which has to be of that kind.
 async fn read_frame<T: DeserializeOwned>(
-    stream: &mut UnixStream,
+    stream: &mut LocalStream,
     header: &[u8; HEADER_BYTES],
     kind: FrameKind,
 ) -> Result<T, Malformed> {
@@ -189,7 +186,7 @@ async fn open(
     };
     let access = request.access;
     let moves = request.moves;
-    let handles = request.handles.unwrap_or_else(|| vec![HandleType::Memfd]);
+    let handles = request.handles.unwrap_or_else(|| vec![HandleType::HOST]);
     let request = AttachRequest { target, device, access, holder, moves, handles, tell };
     let attachment = driver.ask(|reply| Event::Attach(Box::new(request), reply)).await?;
     Ok((attachment, access))
@@ -197,7 +194,7 @@ async fn open(
 
 /// Sends the descriptor and the tensor table.
 async fn answer(
-    stream: &mut UnixStream,
+    stream: &mut LocalStream,
     driver: &Driver,
     (attachment, access): (Attachment, Access),
 ) -> io::Result<()> {
@@ -226,7 +223,7 @@ async fn answer(
         metadata: attachment.metadata(),
     };
     let frame = encode_frame(FrameKind::Attached, &attached, 1)?;
-    let sent = send_with(stream, &frame, descriptor.as_fd()).await?;
+    let sent = stream.send_with(&frame, &descriptor).await?;
     stream.write_all(&frame[sent..]).await
 }
 
@@ -237,7 +234,7 @@ fn export(
     segment: SegmentId,
     bytes: u64,
     access: Access,
-) -> Result<(OwnedFd, AttachedSegment), DeviceError> {
+) -> Result<(Descriptor, AttachedSegment), DeviceError> {
     let device = driver.devices.get(device).expect("what is attached is on a device that opened");
     let access = match access {
         Access::Read => ExportAccess::Read,
@@ -245,20 +242,4 @@ fn export(
     };
     let Exported { descriptor, handle } = device.export(segment, access)?;
     Ok((descriptor, AttachedSegment { bytes, page_bytes: device.facts().page_bytes, handle }))
-}
-
-/// Sends the beginning of a frame with its descriptor; answers how many bytes went along.
-async fn send_with(stream: &UnixStream, frame: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<usize> {
-    stream
-        .async_io(Interest::WRITABLE, || {
-            let descriptors = [descriptor];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-                return Err(io::ErrorKind::InvalidInput.into());
-            }
-            let parts = [io::IoSlice::new(frame)];
-            Ok(rustix::net::sendmsg(stream, &parts, &mut control, SendFlags::NOSIGNAL)?)
-        })
-        .await
 }

@@ -5,7 +5,11 @@ use std::sync::Arc;
 
 use vramd_api::{ApiError, DeviceHealth, DeviceId, ErrorCode};
 use vramd_core::ledger::DeviceFacts;
-use vramd_device::{Device, DeviceError, Facts, cpu, cuda, sim, vulkan};
+#[cfg(unix)]
+use vramd_device::cuda;
+#[cfg(windows)]
+use vramd_device::d3d12;
+use vramd_device::{Device, DeviceError, Facts, cpu, sim, vulkan};
 
 use crate::Config;
 
@@ -15,9 +19,9 @@ const DEFAULT_CPU_SHARE: f64 = 0.8;
 /// The share of a card's memory that the daemon may hold.
 const DEFAULT_CARD_SHARE: f64 = 0.9;
 
-/// Which Vulkan adapters to open.
+/// Which adapters of an interface to open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum VulkanAdapters {
+pub enum Adapters {
     #[default]
     None,
     /// Those that are real cards.
@@ -58,7 +62,7 @@ macro_rules! words {
     };
 }
 
-words!(VulkanAdapters, "write none, hardware or all": None "none", Hardware "hardware", All "all");
+words!(Adapters, "write none, hardware or all": None "none", Hardware "hardware", All "all");
 words!(CudaCards, "write none or all": None "none", All "all");
 
 /// The Vulkan adapters of this machine by name, and whether each is a real card; or why there are none.
@@ -68,12 +72,32 @@ pub fn vulkan_adapters() -> Result<Vec<(String, bool)>, String> {
 }
 
 /// The cards of this machine that CUDA may use, by name; or why there are none.
+#[cfg(unix)]
 pub fn cuda_cards() -> Result<Vec<String>, String> {
     let cards = cuda::discover(&cuda::Libraries::default()).map_err(|error| error.to_string())?;
     cards
         .iter()
         .map(|card| card.check().map(|()| card.name().to_owned()).map_err(|error| error.to_string()))
         .collect()
+}
+
+/// The cards of this machine that CUDA may use: none, since handing its memory out takes Linux.
+#[cfg(windows)]
+pub fn cuda_cards() -> Result<Vec<String>, String> {
+    Err("on Windows cards are opened for Direct3D 12".to_owned())
+}
+
+/// The Direct3D 12 adapters of this machine by name, and whether each is a real card; or why there are none.
+#[cfg(windows)]
+pub fn d3d12_adapters() -> Result<Vec<(String, bool)>, String> {
+    let adapters = d3d12::discover().map_err(|error| error.to_string())?;
+    Ok(adapters.iter().map(|adapter| (adapter.name().to_owned(), !adapter.is_software())).collect())
+}
+
+/// The Direct3D 12 adapters of this machine: none.
+#[cfg(unix)]
+pub fn d3d12_adapters() -> Result<Vec<(String, bool)>, String> {
+    Err("Direct3D 12 is there on Windows alone".to_owned())
 }
 
 /// A device and the most that the daemon may hold on it.
@@ -99,7 +123,7 @@ impl Devices {
     /// Opens the host's memory, simulated devices by a spec such as `24GiB,8GiB`, cards for CUDA and Vulkan adapters. One
     /// of those that does not open is left out, with a line in the log.
     pub fn open(config: &Config) -> Result<Self, String> {
-        let Config { cpu_limit_bytes, sim, cuda, vulkan, loader, .. } = config;
+        let Config { cpu_limit_bytes, sim, vulkan, .. } = config;
         let mut devices = Self::default();
         let cpu =
             cpu::Device::open(cpu::Options::default()).map_err(|error| format!("host memory: {error}"))?;
@@ -118,15 +142,22 @@ impl Devices {
             devices.add(Arc::new(device), limit);
         }
         // Before Vulkan: what CUDA has, clients can do more with.
-        if *cuda != CudaCards::None {
-            devices.open_cuda(&cuda::Libraries::default(), loader);
+        #[cfg(unix)]
+        if config.cuda != CudaCards::None {
+            devices.open_cuda(&cuda::Libraries::default(), &config.loader);
         }
-        if *vulkan != VulkanAdapters::None {
-            devices.open_vulkan(*vulkan == VulkanAdapters::All);
+        // As before, on systems that have it: its memory can be handed out there.
+        #[cfg(windows)]
+        if config.d3d12 != Adapters::None {
+            devices.open_d3d12(config.d3d12 == Adapters::All);
+        }
+        if *vulkan != Adapters::None {
+            devices.open_vulkan(*vulkan == Adapters::All);
         }
         Ok(devices)
     }
 
+    #[cfg(unix)]
     fn open_cuda(&mut self, libraries: &cuda::Libraries, loader: &cuda::LoaderCommand) {
         let found = cuda::discover(libraries).unwrap_or_else(|error| {
             // Most machines have no such card, and want none.
@@ -144,8 +175,9 @@ impl Devices {
 
     /// Adds a card, unless it is there already by way of another driver: its bytes would count twice.
     fn add_card(&mut self, device: Arc<dyn Device>) {
-        let Facts { device: id, uuid, total_bytes, .. } = device.facts();
-        if let Some(same) = self.iter().find(|other| same_card(&other.facts().uuid, uuid)) {
+        let facts = device.facts();
+        let Facts { device: id, uuid, total_bytes, .. } = facts;
+        if let Some(same) = self.iter().find(|other| same_card(other.facts(), facts)) {
             let other = &same.facts().device;
             tracing::info!(device = %id, uuid, %other, "a card that is open already is not opened again");
             return;
@@ -168,6 +200,26 @@ impl Devices {
             match vulkan::Device::open(adapter, vulkan::Options { ordinal, limit_bytes: None }) {
                 Ok(device) => self.add_card(Arc::new(device)),
                 Err(error) => tracing::warn!(name, %error, "a Vulkan adapter does not open"),
+            }
+        }
+    }
+
+    #[cfg(windows)]
+    fn open_d3d12(&mut self, software: bool) {
+        let found = d3d12::discover().unwrap_or_else(|error| {
+            // Most servers have no such card.
+            tracing::info!(%error, "no Direct3D 12 device is opened");
+            Vec::new()
+        });
+        for (ordinal, adapter) in (0..).zip(found) {
+            let name = adapter.name().to_owned();
+            if adapter.is_software() && !software {
+                tracing::info!(name, "a software Direct3D 12 driver is not opened: `--d3d12 all` does");
+                continue;
+            }
+            match d3d12::Device::open(adapter, d3d12::Options { ordinal, limit_bytes: None }) {
+                Ok(device) => self.add_card(Arc::new(device)),
+                Err(error) => tracing::warn!(name, %error, "a Direct3D 12 adapter does not open"),
             }
         }
     }
@@ -212,10 +264,11 @@ impl Devices {
     }
 }
 
-/// Whether two uuids name one card. NVIDIA's have a word before them that Vulkan leaves out.
-fn same_card(one: &str, other: &str) -> bool {
+/// Whether two drivers show one card. NVIDIA's uuids have a word before them that Vulkan leaves out; on Windows every
+/// driver knows the system's own number.
+fn same_card(one: &Facts, other: &Facts) -> bool {
     let plain = |uuid: &str| uuid.strip_prefix("GPU-").unwrap_or(uuid).to_ascii_lowercase();
-    plain(one) == plain(other)
+    plain(&one.uuid) == plain(&other.uuid) || (one.luid.is_some() && one.luid == other.luid)
 }
 
 /// A device as the interfaces show it.
@@ -283,9 +336,8 @@ pub fn error(device: &DeviceId, error: &DeviceError) -> ApiError {
     shown
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
-    use vramd_device::sim;
     use vramd_fake_cuda::Installed;
 
     use super::*;
@@ -294,8 +346,17 @@ mod tests {
 
     #[test]
     fn a_card_counts_once_whatever_drivers_show_it() {
-        assert!(same_card(CARD, "01234567-89ab-cdef-0123-456789abcdef"));
-        assert!(!same_card(CARD, "MIG-01234567-89ab-cdef-0123-456789abcdef"));
+        let facts = |uuid: &str, luid| {
+            let device = sim::Device::open(sim::Spec::new(0, 1 << 30)).expect("a device");
+            Facts { uuid: uuid.to_owned(), luid, ..device.facts().clone() }
+        };
+        let same = |one: (&str, Option<u64>), other: (&str, Option<u64>)| {
+            same_card(&facts(one.0, one.1), &facts(other.0, other.1))
+        };
+        assert!(same((CARD, None), ("01234567-89ab-cdef-0123-456789abcdef", None)));
+        assert!(!same((CARD, None), ("MIG-01234567-89ab-cdef-0123-456789abcdef", None)));
+        assert!(same((CARD, Some(7)), ("dxgi-10de-2684-16f310de-a1-0", Some(7))));
+        assert!(!same((CARD, Some(7)), ("dxgi-10de-2684-16f310de-a1-0", Some(8))));
         let home = tempfile::tempdir().expect("a directory");
         let other = "GPU-01234567-89ab-cdef-0123-000000000000";
         // A driver that shows one card twice.

@@ -11,6 +11,7 @@ mod event_log;
 mod http;
 mod loader;
 mod mover;
+mod platform;
 mod requests;
 mod server;
 mod source;
@@ -18,6 +19,7 @@ mod store;
 mod usage;
 
 use std::collections::BTreeMap;
+use std::fs::TryLockError;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -30,13 +32,15 @@ use tokio_util::sync::CancellationToken;
 use vramd_api::{ComponentName, DeviceId, ModelName, ReadyFile};
 
 pub use clock::LocalTime;
-pub use devices::{CudaCards, Devices, VulkanAdapters, cuda_cards, vulkan_adapters};
+pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, vulkan_adapters};
 use driver::{Driver, Event, Load, Schedule};
 pub use http::openapi_json;
+use platform::LocalListener;
 use server::{RemoveOnDrop, Server};
 use source::Roots;
 use store::{Store, StoreError};
 pub use vramd_core::quiet_hours::QuietHours;
+#[cfg(unix)]
 pub use vramd_device::cuda::{LoaderCommand, serve as serve_loader};
 
 /// How long the driver may take to end what runs when the daemon stops.
@@ -58,8 +62,11 @@ pub struct Config {
     /// Cards to open for CUDA.
     pub cuda: CudaCards,
     /// Vulkan adapters to open.
-    pub vulkan: VulkanAdapters,
+    pub vulkan: Adapters,
+    /// Direct3D 12 adapters to open, on Windows.
+    pub d3d12: Adapters,
     /// How to start the process that uses CUDA.
+    #[cfg(unix)]
     pub loader: LoaderCommand,
     /// When devices are defragmented without being asked.
     pub quiet_hours: Option<QuietHours>,
@@ -158,14 +165,15 @@ pub async fn serve_on(
         None => None,
     };
     let address = tcp.as_ref().and_then(|listener| listener.local_addr().ok());
-    let unix = match &config.socket {
+    let listener = match &config.socket {
         Some(path) => Some(
-            server::bind_unix(path)
+            LocalListener::bind(path)
                 .map_err(|source| StartError::Listen { what: path.display().to_string(), source })?,
         ),
         None => None,
     };
-    let _socket = config.socket.clone().map(RemoveOnDrop);
+    // A pipe goes with its last handle.
+    let _socket = config.socket.clone().filter(|_| cfg!(unix)).map(RemoveOnDrop);
 
     let known: Vec<ModelName> = stored.models.iter().map(|model| model.name.clone()).collect();
     let residents = stored.residents.clone();
@@ -178,8 +186,9 @@ pub async fn serve_on(
     let sampler = tokio::spawn(usage::sample(driver.clone(), usage.clone()));
     let port = address.map(|address| address.port());
     let app = http::App::new(driver.clone(), roots.clone(), usage, port);
-    let server =
-        tokio::spawn(Server::new(http::Service::new(app), driver.clone(), stopping.clone()).run(tcp, unix));
+    let server = tokio::spawn(
+        Server::new(http::Service::new(app), driver.clone(), stopping.clone()).run(tcp, listener),
+    );
     let restore = tokio::spawn(restore(driver.clone(), roots, known, residents));
 
     let ready = ReadyFile {
@@ -254,19 +263,18 @@ async fn restore(driver: Driver, roots: Arc<Roots>, known: Vec<ModelName>, resid
 
 /// Holds the state directory for this process, and makes it if it is not there.
 fn lock(directory: &Path) -> Result<std::fs::File, StartError> {
-    use std::os::unix::fs::DirBuilderExt as _;
     let fault = |source| StartError::StateDir { path: directory.to_owned(), source };
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(fault)?;
+    platform::make_private_directory(directory).map_err(fault)?;
     let file = std::fs::File::options()
         .create(true)
         .truncate(false)
         .write(true)
         .open(directory.join("vramd.lock"))
         .map_err(fault)?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+    match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::InUse { path: directory.to_owned() }),
-        Err(error) => Err(fault(error.into())),
+        Err(TryLockError::WouldBlock) => Err(StartError::InUse { path: directory.to_owned() }),
+        Err(TryLockError::Error(error)) => Err(fault(error)),
     }
 }
 

@@ -109,7 +109,7 @@ fn owner(asked: Option<OwnerName>, caller: Caller) -> Result<OwnerName, ApiError
         return Ok(asked.unwrap_or_else(|| "local".parse().expect("a valid owner")));
     };
     let mine = format!("uid:{uid}");
-    let trusted = uid == 0 || uid == rustix::process::geteuid().as_raw();
+    let trusted = uid == 0 || uid == crate::platform::own_uid();
     let name = match asked {
         None => mine,
         Some(label) if trusted => return Ok(label),

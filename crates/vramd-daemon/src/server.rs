@@ -1,8 +1,8 @@
-//! Listening: TCP for HTTP, one Unix socket for HTTP and attach frames, told apart by their first byte.
+//! Listening: TCP for HTTP, one local socket for HTTP and attach frames, told apart by their first byte.
 
 use std::convert::Infallible;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,9 +12,8 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
-use rustix::net::RecvFlags;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use vramd_api::attach::MAGIC;
@@ -23,8 +22,9 @@ use vramd_api::{ApiError, ErrorCode, Failure, Holder};
 use crate::attach;
 use crate::driver::{Caller, Driver};
 use crate::http::{self, Peer};
+use crate::platform::{LocalListener, LocalStream};
 
-/// The most connections over TCP, as many over the Unix socket, and the most attached ones, at one time.
+/// The most connections over TCP, as many over the local socket, and the most attached ones, at one time.
 const MAX_CONNECTIONS: usize = 1024;
 const MAX_ATTACHED: usize = 16_384;
 /// A client that connects and says nothing is closed after this.
@@ -39,7 +39,7 @@ pub struct Server {
     driver: Driver,
     /// Places for HTTP, and for what has not said yet what it is.
     tcp: Arc<Semaphore>,
-    unix: Arc<Semaphore>,
+    local: Arc<Semaphore>,
     attached: Arc<Semaphore>,
     stopping: CancellationToken,
 }
@@ -50,20 +50,20 @@ impl Server {
             service: Arc::new(service),
             driver,
             tcp: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-            unix: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            local: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             attached: Arc::new(Semaphore::new(MAX_ATTACHED)),
             stopping,
         }
     }
 
     /// Accepts until the daemon stops, then lets answers under way end.
-    pub async fn run(self, tcp: Option<TcpListener>, unix: Option<UnixListener>) {
+    pub async fn run(self, tcp: Option<TcpListener>, mut local: Option<LocalListener>) {
         let server = Arc::new(self);
         let graceful = GracefulShutdown::new();
         loop {
             let accepted = tokio::select! {
                 accepted = accept_tcp(tcp.as_ref()) => accepted.map(Accepted::Tcp),
-                accepted = accept_unix(unix.as_ref()) => accepted.map(Accepted::Unix),
+                accepted = accept_local(local.as_mut()) => accepted.map(Accepted::Local),
                 () = server.stopping.cancelled() => break,
             };
             match accepted {
@@ -72,8 +72,8 @@ impl Server {
                     let watcher = graceful.watcher();
                     tokio::spawn(server.clone().tcp(stream, watcher));
                 }
-                Ok(Accepted::Unix(stream)) => {
-                    tokio::spawn(server.clone().unix(stream, graceful.watcher()));
+                Ok(Accepted::Local(stream)) => {
+                    tokio::spawn(server.clone().local(stream, graceful.watcher()));
                 }
                 Err(error) => {
                     // Out of descriptors, most likely: let some close before the next try.
@@ -82,7 +82,7 @@ impl Server {
                 }
             }
         }
-        drop((tcp, unix));
+        drop((tcp, local));
         let _ = tokio::time::timeout(GRACE, graceful.shutdown()).await;
     }
 
@@ -93,23 +93,21 @@ impl Server {
         }
     }
 
-    async fn unix(self: Arc<Self>, mut stream: UnixStream, watcher: Watcher) {
-        let Ok(peer) = stream.peer_cred() else { return };
-        let Ok(place) = self.unix.clone().try_acquire_owned() else { return refuse(&mut stream).await };
-        let first = tokio::time::timeout(HEADER_TIMEOUT, peek(&stream)).await;
+    async fn local(self: Arc<Self>, mut stream: LocalStream, watcher: Watcher) {
+        let Ok(holder) = stream.peer() else { return };
+        let Ok(place) = self.local.clone().try_acquire_owned() else { return refuse(&mut stream).await };
+        let first = tokio::time::timeout(HEADER_TIMEOUT, stream.peek()).await;
         match first {
             Ok(Ok(Some(first))) if first == MAGIC[0] => {
                 drop((place, watcher));
-                let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
-                let holder = Holder { pid, uid: peer.uid(), command: command(pid) };
                 self.attach(stream, holder).await;
             }
-            Ok(Ok(Some(_))) => self.http(stream, Caller { uid: Some(peer.uid()) }, watcher).await,
+            Ok(Ok(Some(_))) => self.http(stream, Caller { uid: Some(holder.uid) }, watcher).await,
             Ok(Ok(None) | Err(_)) | Err(_) => {}
         }
     }
 
-    async fn attach(&self, mut stream: UnixStream, holder: Holder) {
+    async fn attach(&self, mut stream: LocalStream, holder: Holder) {
         let Ok(_place) = self.attached.try_acquire() else {
             let error =
                 ApiError::new(ErrorCode::TooManyRequests, format!("{MAX_ATTACHED} connections are attached"))
@@ -143,7 +141,7 @@ impl Server {
 
 enum Accepted {
     Tcp(TcpStream),
-    Unix(UnixStream),
+    Local(LocalStream),
 }
 
 async fn accept_tcp(listener: Option<&TcpListener>) -> io::Result<TcpStream> {
@@ -153,20 +151,11 @@ async fn accept_tcp(listener: Option<&TcpListener>) -> io::Result<TcpStream> {
     }
 }
 
-async fn accept_unix(listener: Option<&UnixListener>) -> io::Result<UnixStream> {
+async fn accept_local(listener: Option<&mut LocalListener>) -> io::Result<LocalStream> {
     match listener {
-        Some(listener) => listener.accept().await.map(|(stream, _)| stream),
+        Some(listener) => listener.accept().await,
         None => std::future::pending().await,
     }
-}
-
-/// The first byte of a connection, left where it is; None when it ended before.
-async fn peek(stream: &UnixStream) -> io::Result<Option<u8>> {
-    let mut byte = [0];
-    let (got, _) = stream
-        .async_io(Interest::READABLE, || Ok(rustix::net::recv(stream, &mut byte, RecvFlags::PEEK)?))
-        .await?;
-    Ok((got > 0).then_some(byte[0]))
 }
 
 /// Tells a connection beyond the limit so.
@@ -187,36 +176,6 @@ fn full() -> String {
          Connection: close\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     )
-}
-
-/// What a process calls itself.
-pub fn command(pid: u32) -> String {
-    let read = std::fs::read_to_string(format!("/proc/{pid}/comm"));
-    let printable = |name: String| name.trim_end().replace(char::is_control, "?");
-    read.map_or_else(|_| "?".to_owned(), printable)
-}
-
-/// Binds the Unix socket. One that a dead daemon left is replaced; one that is served is not.
-pub fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
-    if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
-        std::fs::create_dir_all(directory)?;
-        // Who owns the directory decides who serves on the socket.
-        let owner = std::fs::metadata(directory)?.uid();
-        if owner != 0 && owner != rustix::process::geteuid().as_raw() {
-            let text = format!("the directory {} belongs to another user", directory.display());
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
-        }
-    }
-    match std::os::unix::net::UnixStream::connect(path) {
-        Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves on it")),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
-    Ok(listener)
 }
 
 /// Removes a file when it is dropped: a socket, a ready file.

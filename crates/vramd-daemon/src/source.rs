@@ -1,22 +1,21 @@
 //! Model files: found inside the model roots, opened without a way out, their headers read.
 //!
-//! A path is opened beneath a root with `openat2` and `RESOLVE_BENEATH`: no `..`, no symlink and no mount trick
-//! leads out, not even when the tree changes between two looks.
+//! A path is opened beneath a root by [`platform::Directory`]: nothing leads out, not even when the tree changes between
+//! two looks.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt as _;
 use std::path::{Component as PathPart, Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
 use tokio::sync::Semaphore;
 use vramd_api::{ApiError, ComponentName, ErrorCode};
 use vramd_core::layout::{self, FileHeader, Index, Layout};
 use vramd_core::models::Plan;
 use vramd_device::Source;
+
+use crate::platform::{self, Directory, OpenError};
 
 /// How many requests read headers at one time.
 const PREPARING: usize = 2;
@@ -27,7 +26,7 @@ struct Root {
     path: PathBuf,
     /// The same with all symlinks followed.
     real: PathBuf,
-    handle: File,
+    directory: Directory,
 }
 
 /// The configured model roots.
@@ -90,9 +89,8 @@ impl Roots {
             let root = || -> std::io::Result<Root> {
                 let path = std::path::absolute(path)?;
                 let real = path.canonicalize()?;
-                let flags = OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC;
-                let handle = rustix::fs::open(&real, flags, Mode::empty())?;
-                Ok(Root { path, real, handle: handle.into() })
+                let directory = Directory::open(&real)?;
+                Ok(Root { path, real, directory })
             };
             roots.push(root().map_err(|error| (path.clone(), error))?);
         }
@@ -116,10 +114,10 @@ impl Roots {
 
     fn prepare_one(&self, path: &str) -> Result<Prepared, ApiError> {
         let mut place = self.place(path)?;
-        let mut file = place.open(path, OFlags::RDONLY | OFlags::NONBLOCK)?;
+        let mut file = place.open(path)?;
         if file.metadata().map_err(|error| read_failed(path, &error))?.is_dir() {
             place.below.push(model_file_in(&file, path)?);
-            file = place.open(&place.shown(), OFlags::RDONLY | OFlags::NONBLOCK)?;
+            file = place.open(&place.shown())?;
         }
         let shown = place.shown();
         if Path::new(&shown).extension().is_none_or(|extension| extension != "json") {
@@ -135,7 +133,7 @@ impl Roots {
         for name in index.files() {
             let shard = Place { root: place.root, below: place.below.with_file_name(name) };
             let shown = shard.shown();
-            let file = shard.open(&shown, OFlags::RDONLY | OFlags::NONBLOCK)?;
+            let file = shard.open(&shown)?;
             let header = read_header(&file, &shown, name.clone(), kept_bytes)?;
             kept_bytes += header.payload_offset;
             headers.push(header);
@@ -171,7 +169,9 @@ impl Roots {
         }
         let roots =
             || self.roots.iter().map(|root| root.path.display().to_string()).collect::<Vec<_>>().join(", ");
-        let plain = asked.components().all(|part| matches!(part, PathPart::RootDir | PathPart::Normal(_)));
+        let plain = asked
+            .components()
+            .all(|part| matches!(part, PathPart::Prefix(_) | PathPart::RootDir | PathPart::Normal(_)));
         let below = self.roots.iter().find_map(|root| {
             let below = asked.strip_prefix(&root.path).or_else(|_| asked.strip_prefix(&root.real)).ok()?;
             let below = if below.as_os_str().is_empty() { Path::new(".") } else { below };
@@ -185,36 +185,25 @@ impl Roots {
 }
 
 impl Place<'_> {
-    fn open(&self, shown: &str, flags: OFlags) -> Result<File, ApiError> {
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-        let opened = rustix::fs::openat2(
-            self.root.handle.as_fd(),
-            &self.below,
-            flags | OFlags::CLOEXEC | OFlags::NOCTTY,
-            Mode::empty(),
-            resolve,
-        );
-        let error = match opened {
-            Ok(file) => return Ok(file.into()),
-            Err(rustix::io::Errno::XDEV) => ApiError::new(
+    fn open(&self, shown: &str) -> Result<File, ApiError> {
+        let error = match self.root.directory.open_beneath(&self.below) {
+            Ok(file) => return Ok(file),
+            Err(OpenError::Leaves) => ApiError::new(
                 ErrorCode::PermissionDenied,
                 format!("{shown} leaves its model root through a symlink"),
             )
             .hint("add the directory that it points into with `--model-root`, and register that path"),
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => {
+            Err(OpenError::NotThere) => {
                 ApiError::new(ErrorCode::NotFound, format!("there is no file {shown}"))
                     .hint("write the path as the daemon sees it, from the root")
             }
-            Err(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
+            Err(OpenError::Denied) => {
                 ApiError::new(ErrorCode::PermissionDenied, format!("the daemon may not read {shown}"))
                     .hint("give the daemon's user the right to read it")
             }
-            // A socket cannot be opened at all.
-            Err(rustix::io::Errno::NXIO) => not_regular(shown),
-            Err(rustix::io::Errno::LOOP | rustix::io::Errno::NAMETOOLONG) => {
-                ApiError::invalid("path", format!("{shown} cannot be followed"))
-            }
-            Err(error) => return Err(read_failed(shown, &error.into())),
+            Err(OpenError::NotRegular) => not_regular(shown),
+            Err(OpenError::Unfollowable) => ApiError::invalid("path", format!("{shown} cannot be followed")),
+            Err(OpenError::Failed(error)) => return Err(read_failed(shown, &error)),
         };
         Err(error.detail("path", shown))
     }
@@ -228,25 +217,14 @@ impl Place<'_> {
     }
 }
 
-/// The file as a device reads it: direct too, where the file system takes that. It is the same file, not the same
-/// path, that is opened again.
+/// The file as a device reads it: direct too, where the file system takes that.
 fn source(buffered: File) -> Source {
-    let same = format!("/proc/self/fd/{}", buffered.as_raw_fd());
-    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
-    let direct = rustix::fs::open(same, flags, Mode::empty()).ok().map(File::from);
-    Source { direct, buffered }
+    Source { direct: platform::reopen_direct(&buffered), buffered }
 }
 
 /// The one model file of a directory: an index if there is one, else the only `.safetensors` file.
 fn model_file_in(directory: &File, shown: &str) -> Result<String, ApiError> {
-    let read = || -> Result<Vec<String>, rustix::io::Errno> {
-        let mut names = Vec::new();
-        for entry in rustix::fs::Dir::read_from(directory)? {
-            names.push(entry?.file_name().to_string_lossy().into_owned());
-        }
-        Ok(names)
-    };
-    let mut names = read().map_err(|error| read_failed(shown, &error.into()))?;
+    let mut names = platform::names(directory).map_err(|error| read_failed(shown, &error))?;
     names.sort_unstable();
     let indexes: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors.index.json")).collect();
     let files: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
@@ -293,7 +271,7 @@ fn read_index(file: &mut File, shown: &str) -> Result<Index, ApiError> {
 fn read_up_to(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<usize> {
     let mut done = 0;
     while done < bytes.len() {
-        match file.read_at(&mut bytes[done..], offset + done as u64) {
+        match platform::read_at(file, &mut bytes[done..], offset + done as u64) {
             Ok(0) => break,
             Ok(got) => done += got,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}

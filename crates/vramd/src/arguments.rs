@@ -12,7 +12,7 @@ use vramd_api::{
 };
 use vramd_core::ledger::BLOCK_QUANTUM;
 use vramd_core::replay::Format;
-use vramd_daemon::{CudaCards, QuietHours, VulkanAdapters};
+use vramd_daemon::{Adapters, CudaCards, QuietHours};
 
 use crate::settings::{Layer, Switch};
 
@@ -63,6 +63,7 @@ pub enum Command {
     Generate { page: Page },
     /// Use CUDA for a daemon, which starts this with a socket as its standard input
     #[command(hide = true)]
+    #[cfg(unix)]
     Loader { library: PathBuf, card: String },
 }
 
@@ -230,7 +231,10 @@ pub struct ServeArguments {
     cuda: Option<CudaCards>,
     /// Vulkan adapters to open as devices [default: none]
     #[arg(long, value_name = "none|hardware|all")]
-    vulkan: Option<VulkanAdapters>,
+    vulkan: Option<Adapters>,
+    /// On Windows, Direct3D 12 adapters to open as devices [default: hardware]
+    #[arg(long, value_name = "none|hardware|all")]
+    d3d12: Option<Adapters>,
     /// Write the address, the socket and the pid to this file once the daemon serves
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
@@ -254,6 +258,7 @@ impl ServeArguments {
             sim: self.sim,
             cuda: self.cuda,
             vulkan: self.vulkan,
+            d3d12: self.d3d12,
             ready_file: self.ready_file,
             quiet_hours: self.quiet_hours,
             log: self.log,

@@ -9,6 +9,7 @@ mod commands;
 mod error;
 mod output;
 mod settings;
+mod system;
 
 use std::process::ExitCode;
 

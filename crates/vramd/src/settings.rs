@@ -12,7 +12,11 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use vramd_api::Bytes;
-use vramd_daemon::{CudaCards, LoaderCommand, QuietHours, VulkanAdapters};
+#[cfg(unix)]
+use vramd_daemon::LoaderCommand;
+use vramd_daemon::{Adapters, CudaCards, QuietHours};
+
+use crate::system;
 
 /// A setting as documents and `config show` name it.
 #[derive(Debug)]
@@ -50,6 +54,8 @@ settings! {
         "NVIDIA cards to open as devices: `none`, or `all` that CUDA_VISIBLE_DEVICES leaves.";
     VULKAN = "vulkan", "--vulkan", "VRAMD_VULKAN", "none",
         "Vulkan adapters to open as devices: `none`, `hardware`, or `all`, which is software drivers too.";
+    D3D12 = "d3d12", "--d3d12", "VRAMD_D3D12", "hardware",
+        "On Windows, Direct3D 12 adapters to open as devices: `none`, `hardware`, or `all`, which is software drivers too.";
     READY_FILE = "ready_file", "--ready-file", "VRAMD_READY_FILE", "none",
         "A file to write the address, the socket and the pid to, once the daemon serves.";
     QUIET_HOURS = "quiet_hours", "--quiet-hours", "VRAMD_QUIET_HOURS", "none",
@@ -159,7 +165,9 @@ pub struct Layer {
     #[serde(default, deserialize_with = "word")]
     pub cuda: Option<CudaCards>,
     #[serde(default, deserialize_with = "word")]
-    pub vulkan: Option<VulkanAdapters>,
+    pub vulkan: Option<Adapters>,
+    #[serde(default, deserialize_with = "word")]
+    pub d3d12: Option<Adapters>,
     pub ready_file: Option<PathBuf>,
     pub quiet_hours: Option<Switch<QuietHours>>,
     pub log: Option<String>,
@@ -200,7 +208,8 @@ pub struct Settings {
     pub cpu_limit: Sourced<Option<Bytes>>,
     pub sim: Sourced<Option<String>>,
     pub cuda: Sourced<CudaCards>,
-    pub vulkan: Sourced<VulkanAdapters>,
+    pub vulkan: Sourced<Adapters>,
+    pub d3d12: Sourced<Adapters>,
     pub ready_file: Sourced<Option<PathBuf>>,
     pub quiet_hours: Sourced<Switch<QuietHours>>,
     pub log: Sourced<String>,
@@ -261,13 +270,18 @@ pub fn resolve(
         socket: pick.value(&SOCKET, |layer| layer.socket.clone()).or_default(Switch::On(socket)),
         state_dir: match pick.value(&STATE_DIR, |layer| layer.state_dir.clone()) {
             Found(Some(found)) => found,
-            Found(None) => Sourced { value: default_state_dir(environment)?, origin: Origin::Default },
+            Found(None) => Sourced {
+                value: system::state_dir(environment)
+                    .ok_or(SettingsError::NoHome(system::HOME, STATE_DIR.flag))?,
+                origin: Origin::Default,
+            },
         },
         model_roots: pick.value(&MODEL_ROOTS, |layer| layer.model_roots.clone()).or_default(Vec::new()),
         cpu_limit: pick.value(&CPU_LIMIT, |layer| layer.cpu_limit.map(Some)).or_default(None),
         sim: pick.value(&SIM, |layer| layer.sim.clone().map(Some)).or_default(None),
         cuda: pick.value(&CUDA, |layer| layer.cuda).or_default(CudaCards::All),
-        vulkan: pick.value(&VULKAN, |layer| layer.vulkan).or_default(VulkanAdapters::None),
+        vulkan: pick.value(&VULKAN, |layer| layer.vulkan).or_default(Adapters::None),
+        d3d12: pick.value(&D3D12, |layer| layer.d3d12).or_default(Adapters::Hardware),
         ready_file: pick.value(&READY_FILE, |layer| layer.ready_file.clone().map(Some)).or_default(None),
         quiet_hours: pick.value(&QUIET_HOURS, |layer| layer.quiet_hours.clone()).or_default(Switch::Off),
         log: pick.value(&LOG, |layer| layer.log.clone()).or_default(LOG.default.to_owned()),
@@ -311,11 +325,7 @@ fn files(config: Option<&Path>, environment: &Environment) -> Vec<(PathBuf, bool
     if let Some(path) = named {
         return vec![(path, true)];
     }
-    let home = set(environment, "XDG_CONFIG_HOME")
-        .map(PathBuf::from)
-        .or_else(|| set(environment, "HOME").map(|home| Path::new(home).join(".config")));
-    let own = home.map(|home| (home.join("vramd/vramd.toml"), false));
-    own.into_iter().chain([("/etc/vramd/vramd.toml".into(), false)]).collect()
+    system::config_files(environment).into_iter().map(|path| (path, false)).collect()
 }
 
 fn from_file(path: &Path, must_exist: bool) -> Result<Option<Layer>, SettingsError> {
@@ -366,6 +376,7 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
         sim: parse(environment, &SIM)?,
         cuda: parse(environment, &CUDA)?,
         vulkan: parse(environment, &VULKAN)?,
+        d3d12: parse(environment, &D3D12)?,
         ready_file: path(&READY_FILE),
         quiet_hours: parse(environment, &QUIET_HOURS)?,
         log: parse(environment, &LOG)?,
@@ -373,24 +384,13 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
 }
 
 /// A variable that is set to nothing counts as not set.
-fn set<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsString> {
+pub fn set<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsString> {
     environment.get(name).filter(|value| !value.is_empty())
-}
-
-fn default_state_dir(environment: &Environment) -> Result<PathBuf, SettingsError> {
-    if rustix::process::getuid().is_root() {
-        return Ok("/var/lib/vramd".into());
-    }
-    set(environment, "XDG_STATE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| set(environment, "HOME").map(|home| Path::new(home).join(".local/state")))
-        .map(|dir| dir.join("vramd"))
-        .ok_or(SettingsError::NoHome("XDG_STATE_HOME", STATE_DIR.flag))
 }
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 11] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 12] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         [
@@ -402,6 +402,7 @@ impl Settings {
             (SIM.key, json!(self.sim.value), &self.sim.origin),
             (CUDA.key, json!(self.cuda.value.to_string()), &self.cuda.origin),
             (VULKAN.key, json!(self.vulkan.value.to_string()), &self.vulkan.origin),
+            (D3D12.key, json!(self.d3d12.value.to_string()), &self.d3d12.origin),
             (READY_FILE.key, json!(self.ready_file.value.as_ref().map(path)), &self.ready_file.origin),
             (
                 QUIET_HOURS.key,
@@ -424,7 +425,9 @@ impl Settings {
             sim: self.sim.value,
             cuda: self.cuda.value,
             vulkan: self.vulkan.value,
+            d3d12: self.d3d12.value,
             // Whatever becomes of the file meanwhile: the same program.
+            #[cfg(unix)]
             loader: LoaderCommand { program: "/proc/self/exe".into(), arguments: vec!["loader".into()] },
             quiet_hours: self.quiet_hours.value.on(),
             ready_file: absolute(self.ready_file.value)?,

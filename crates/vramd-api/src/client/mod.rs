@@ -22,9 +22,25 @@ use crate::{Failure, Success};
 /// Time enough for a loopback or a local network; work that takes long is an operation.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The path of a Unix socket given as a server, as in `unix:/run/vramd/vramd.sock`.
-pub fn unix_path(server: &str) -> Option<PathBuf> {
-    server.strip_prefix("unix:").map(|path| PathBuf::from(path.strip_prefix("//").unwrap_or(path)))
+/// What names a local socket as a server, before its path.
+const LOCAL: &str = if cfg!(windows) { "pipe:" } else { "unix:" };
+
+/// The path of a local socket given as a server, as in `unix:/run/vramd/vramd.sock` or, on Windows, `pipe:\\.\pipe\vramd`.
+pub fn local_path(server: &str) -> Option<PathBuf> {
+    if cfg!(windows) {
+        return server.strip_prefix(LOCAL).map(PathBuf::from);
+    }
+    server.strip_prefix(LOCAL).map(|path| PathBuf::from(path.strip_prefix("//").unwrap_or(path)))
+}
+
+#[cfg(unix)]
+fn local(builder: reqwest::ClientBuilder, path: PathBuf) -> reqwest::ClientBuilder {
+    builder.unix_socket(path)
+}
+
+#[cfg(windows)]
+fn local(builder: reqwest::ClientBuilder, path: PathBuf) -> reqwest::ClientBuilder {
+    builder.windows_named_pipe(path)
 }
 
 /// Speaks to one daemon. Cheap to clone; connections are kept and shared.
@@ -36,26 +52,19 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client for `http://host:port` or `unix:/path`. Nothing is sent before the first call.
+    /// A client for `http://host:port`, or `unix:/path` (on Windows `pipe:\\.\pipe\name`). Nothing is sent before the first call.
     pub fn new(server: &str) -> Result<Self, ClientError> {
         let bad = |reason: String| ClientError::Server { server: server.to_owned(), reason };
         let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).no_proxy();
-        let base = if let Some(path) = unix_path(server) {
+        let base = if let Some(path) = local_path(server) {
             if path.as_os_str().is_empty() {
                 return Err(bad("the path of the socket is missing".to_owned()));
             }
-            #[cfg(unix)]
-            {
-                builder = builder.unix_socket(path);
-            }
-            #[cfg(windows)]
-            {
-                builder = builder.windows_named_pipe(path);
-            }
+            builder = local(builder, path);
             Url::parse("http://localhost").map_err(|error| bad(error.to_string()))?
         } else {
             if !server.starts_with("http://") {
-                return Err(bad("it does not begin with http:// or unix:".to_owned()));
+                return Err(bad(format!("it does not begin with http:// or {LOCAL}")));
             }
             Url::parse(server).map_err(|error| bad(error.to_string()))?
         };
@@ -147,7 +156,7 @@ mod tests {
         for bad in ["", "127.0.0.1:8726", "https://localhost", "unix:", "ftp://x", "/run/vramd.sock"] {
             assert!(matches!(Client::new(bad), Err(ClientError::Server { .. })), "{bad}");
         }
-        assert_eq!(unix_path("unix:///run/a"), Some(PathBuf::from("/run/a")));
+        assert_eq!(local_path("unix:///run/a"), Some(PathBuf::from("/run/a")));
     }
 
     #[test]

@@ -2,8 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
-use rustix::process::{Pid, test_kill_process};
 use serde::Serialize;
 use uuid::Uuid;
 use vramd_api::{
@@ -18,8 +16,8 @@ use vramd_device::{Device, DeviceError, Range, SegmentId as Segment, Writers};
 
 use super::copies::CopyId;
 use super::{Allocate, Caller, Event, OnStored, Reply, State};
-use crate::devices;
 use crate::store::{Change, StoredAllocation};
+use crate::{devices, platform};
 
 /// A client's request on its way: in the queue, or waiting for its segment.
 #[derive(Debug)]
@@ -610,9 +608,7 @@ fn importers(on: &dyn Device, segment: Segment, mut seen_by: Vec<Holder>) -> Vec
         // What the device cannot tell holds up no release.
         let Some(left) = on.importers(segment, &processes).unwrap_or(Some(Vec::new())) else {
             // Whoever lives may have it still.
-            let lives = |holder: &Holder| i32::try_from(holder.pid).ok().and_then(Pid::from_raw);
-            seen_by
-                .retain(|holder| lives(holder).is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH)));
+            seen_by.retain(|holder| platform::lives(holder.pid));
             break;
         };
         seen_by.retain(|holder| left.contains(&holder.pid));
@@ -632,7 +628,7 @@ pub(super) fn owned(id: AllocationId, owner: &OwnerName, caller: Caller) -> Resu
     let mine = format!("uid:{uid}");
     let same =
         owner.as_str().strip_prefix(&mine).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    if same || uid == 0 || uid == rustix::process::geteuid().as_raw() {
+    if same || uid == 0 || uid == platform::own_uid() {
         return Ok(());
     }
     Err(ApiError::new(

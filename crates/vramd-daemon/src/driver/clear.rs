@@ -464,5 +464,5 @@ impl Chosen {
 
 /// Root, the daemon's own user, and whoever reaches its loopback port.
 fn is_admin(caller: Caller) -> bool {
-    caller.uid.is_none_or(|uid| uid == 0 || uid == rustix::process::geteuid().as_raw())
+    caller.uid.is_none_or(|uid| uid == 0 || uid == crate::platform::own_uid())
 }

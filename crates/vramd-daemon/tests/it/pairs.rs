@@ -180,6 +180,7 @@ fn memory_of_a_card_is_attached_by_clients_that_can_import_it() {
             }
             Handle::CudaPosixFd { device_uuid } => assert_eq!(*device_uuid, device["uuid"]),
             Handle::Memfd => panic!("it is no memfd"),
+            other => unreachable!("not of this system: {other:?}"),
         }
         drop(reader);
         wait_until_detached(&daemon, &id);

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 
 use vramd_api::Bytes;
 use vramd_api::attach::{Attach, Attached, Tensor};
-use vramd_api::client::unix_path;
+use vramd_api::client::local_path;
 use vramd_attach::{AttachError, Attachment, default_socket};
 
-use super::interrupts;
 use crate::arguments::AttachArguments;
 use crate::error::CommandError;
 use crate::output::{Output, table, word};
+use crate::system::interrupts;
 
 pub async fn attach(server: &str, arguments: AttachArguments, output: Output) -> Result<(), CommandError> {
     let request = Attach {
@@ -21,7 +21,7 @@ pub async fn attach(server: &str, arguments: AttachArguments, output: Output) ->
         moves: arguments.hold,
         ..Attach::default()
     };
-    let socket: PathBuf = arguments.socket.or_else(|| unix_path(server)).unwrap_or_else(default_socket);
+    let socket: PathBuf = arguments.socket.or_else(|| local_path(server)).unwrap_or_else(default_socket);
     let attachment = vramd_attach::attach(&socket, &request)?;
     let attached = &attachment.attached;
     output.say(&format!(

@@ -18,7 +18,6 @@ mod usage;
 use std::future::Future;
 use std::process::ExitCode;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use vramd_api::client::Client;
 
 use crate::arguments::{Arguments, Command, ConfigCommand, Question};
@@ -34,6 +33,7 @@ pub fn run(arguments: Arguments, output: Output) -> Result<ExitCode, CommandErro
         Command::Replay(arguments) => replay::replay(&arguments, output)?,
         Command::Completions { shell } => generate::completions(shell)?,
         Command::Generate { page } => generate::page(page)?,
+        #[cfg(unix)]
         Command::Loader { library, card } => serve::load(&library, &card, output)?,
         Command::Ask(question) => return block_on(ask(&Client::new(&server)?, question, output)),
     }
@@ -79,9 +79,4 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
 /// A client needs no threads beside its own.
 fn block_on<T>(future: impl Future<Output = Result<T, CommandError>>) -> Result<T, CommandError> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future)
-}
-
-/// From now on Ctrl-C is heard here and no longer ends the process by itself.
-fn interrupts() -> std::io::Result<Signal> {
-    signal(SignalKind::interrupt())
 }

@@ -6,11 +6,11 @@ use vramd_api::{
     DeviceDefragmented, FixedBlock, Operation, TransferItem, TransferMode, TransferRequest, Transferred,
 };
 
-use super::interrupts;
 use super::operations::{ended, finish_with};
 use crate::arguments::{ClearArguments, CopyArguments, DefragArguments, Movable, TransferArguments};
 use crate::error::CommandError;
 use crate::output::{Output, list, span, table, word};
+use crate::system::interrupts;
 
 pub async fn transfer(
     client: &Client,

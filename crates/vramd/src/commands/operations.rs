@@ -3,16 +3,15 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use tokio::signal::unix::Signal;
 use vramd_api::client::{Client, ClientError};
 use vramd_api::{
     Bytes, LoadRequest, ModelName, Operation, OperationId, OperationPage, OperationState, UnloadRequest,
 };
 
-use super::interrupts;
 use crate::arguments::LoadArguments;
 use crate::error::CommandError;
 use crate::output::{Output, percent, span, table, time_since, word};
+use crate::system::{Interrupts, interrupts};
 
 /// One long poll; the daemon allows up to 600.
 const WAIT_SECONDS: u32 = 60;
@@ -81,7 +80,7 @@ pub async fn resume(client: &Client, id: OperationId, output: Output) -> Result<
 pub async fn finish(
     client: &Client,
     operation: Operation,
-    interrupts: Signal,
+    interrupts: Interrupts,
     output: Output,
 ) -> Result<(), CommandError> {
     finish_with(client, operation, interrupts, output, ended).await
@@ -91,7 +90,7 @@ pub async fn finish(
 pub async fn finish_with(
     client: &Client,
     operation: Operation,
-    interrupts: Signal,
+    interrupts: Interrupts,
     output: Output,
     show: impl FnOnce(&Operation) -> String,
 ) -> Result<(), CommandError> {
@@ -111,7 +110,7 @@ pub async fn finish_with(
 async fn follow(
     client: &Client,
     operation: Operation,
-    mut interrupts: Signal,
+    mut interrupts: Interrupts,
     output: Output,
 ) -> Result<Operation, CommandError> {
     let id = operation.operation_id;

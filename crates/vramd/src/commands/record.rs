@@ -19,10 +19,10 @@ use vramd_api::client::{AllocationFilter, Client};
 use vramd_api::{AllocationId, AllocationStatus, Event, EventKind};
 use vramd_core::replay::recorded::{FORMAT, Header, Record, VERSION};
 
-use super::interrupts;
 use crate::arguments::RecordArguments;
 use crate::error::CommandError;
 use crate::output::Output;
+use crate::system::interrupts;
 
 pub async fn record(client: &Client, arguments: RecordArguments, output: Output) -> Result<(), CommandError> {
     let mut interrupts = interrupts()?;

@@ -1,15 +1,14 @@
 //! `vramd serve`.
 
-use std::path::Path;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use super::config;
 use crate::arguments::ServeArguments;
 use crate::error::CommandError;
 use crate::output::Output;
+use crate::system;
 
 /// How long a thread for blocking work stays when there is none.
 const KEEP_ALIVE: Duration = Duration::from_millis(500);
@@ -24,21 +23,14 @@ pub fn serve(arguments: ServeArguments, output: Output) -> Result<(), CommandErr
     if output.json {
         config::print(&settings, output)?;
     }
-    raise_open_files();
+    system::raise_open_files();
     let config = settings.daemon()?;
     // Each measurement wakes a thread that waits for blocking work: with the usual ten seconds, none of those that a
     // burst began would ever end.
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().thread_keep_alive(KEEP_ALIVE).build()?;
     let outcome = runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let shutdown = async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-        };
+        let shutdown = system::shutdown()?;
         Ok(vramd_daemon::serve(config, shutdown).await?)
     });
     // A device call or a read that hangs must not keep the process.
@@ -55,7 +47,9 @@ fn log(filter: EnvFilter, output: Output) {
 }
 
 /// `vramd loader`.
-pub fn load(library: &Path, card: &str, output: Output) -> Result<(), CommandError> {
+#[cfg(unix)]
+pub fn load(library: &std::path::Path, card: &str, output: Output) -> Result<(), CommandError> {
+    use tokio::signal::unix::{SignalKind, signal};
     log(EnvFilter::new("info"), output);
     // A service manager signals all processes of a service: this one ends when its daemon has.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -74,14 +68,4 @@ pub fn load(library: &Path, card: &str, output: Output) -> Result<(), CommandErr
         });
     }
     Ok(())
-}
-
-/// Each segment and each connection is a descriptor; the usual soft limit of 1,024 is for programs that use
-/// `select`, which none of ours does.
-fn raise_open_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
-        tracing::warn!(%error, "the limit on open files could not be raised");
-    }
 }

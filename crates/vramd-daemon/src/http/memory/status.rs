@@ -15,7 +15,7 @@ use crate::http::App;
 use crate::http::extract::{Params, Path};
 use crate::http::memory::usage;
 use crate::http::reply::{Answer, Errors, ok};
-use crate::server;
+use crate::platform;
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -117,7 +117,7 @@ async fn processes(device: &Arc<dyn Device>) -> Option<Vec<DeviceProcess>> {
             tracing::debug!(device = %device.facts().device, %error, "the driver does not say who uses it");
         });
         let named =
-            |Process { pid, used_bytes }| DeviceProcess { pid, command: server::command(pid), used_bytes };
+            |Process { pid, used_bytes }| DeviceProcess { pid, command: platform::command(pid), used_bytes };
         Some(found.ok()??.into_iter().map(named).collect())
     });
     asked.await.ok().flatten()

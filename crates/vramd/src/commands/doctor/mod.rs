@@ -6,7 +6,6 @@
 mod machine;
 mod places;
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use serde::Serialize;
@@ -58,8 +57,7 @@ pub async fn doctor(
     arguments: ServeArguments,
     output: Output,
 ) -> Result<ExitCode, CommandError> {
-    let mut checks = machine::checks(Path::new("/"));
-    checks.push(machine::sealed_memory());
+    let mut checks = machine::checks();
     let answers = daemon(server, &mut checks).await;
     match config::resolved(arguments) {
         Ok(settings) => checks.extend(places::checks(settings, answers)?),

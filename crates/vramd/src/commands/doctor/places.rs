@@ -4,12 +4,12 @@ use std::io;
 use std::net::TcpListener;
 use std::path::Path;
 
-use rustix::fs::{Access, access, statvfs};
 use vramd_api::Bytes;
 
 use super::Check;
 use crate::settings::{Settings, Switch};
-use vramd_daemon::{CudaCards, VulkanAdapters};
+use crate::system;
+use vramd_daemon::{Adapters, CudaCards};
 
 /// The store is small; below this it will soon refuse.
 const STORE_ROOM: u64 = 64 << 20;
@@ -20,6 +20,9 @@ pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
     let listen = settings.listen.value.clone();
     checks.push(cuda(settings.cuda.value, &vramd_daemon::cuda_cards(), has_nvidia_card(Path::new("/"))));
     checks.push(vulkan(settings.vulkan.value, &vramd_daemon::vulkan_adapters()));
+    if cfg!(windows) {
+        checks.push(d3d12(settings.d3d12.value, &vramd_daemon::d3d12_adapters()));
+    }
     let config = settings.daemon()?;
     if let (Switch::On(address), false) = (listen, serving) {
         checks.push(match TcpListener::bind(address) {
@@ -31,7 +34,8 @@ pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
             ),
         });
     }
-    if let Some(path) = config.socket {
+    // A pipe is in no directory.
+    if let Some(path) = config.socket.filter(|_| cfg!(unix)) {
         let directory = path.parent().unwrap_or(Path::new("/"));
         checks.push(writable("socket", directory, "--socket"));
     }
@@ -48,7 +52,7 @@ pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
         let shown = root.display();
         checks.push(if !root.is_dir() {
             Check::fault("model root", format!("{shown} is no directory"), "create it, or name another")
-        } else if let Err(error) = access(root, Access::READ_OK | Access::EXEC_OK) {
+        } else if let Err(error) = system::can_read(root) {
             Check::fault(
                 "model root",
                 format!("{shown} cannot be read: {error}"),
@@ -92,7 +96,7 @@ fn has_nvidia_card(root: &Path) -> bool {
 }
 
 /// The drivers that are there, held against what the settings want.
-fn vulkan(wanted: VulkanAdapters, found: &Result<Vec<(String, bool)>, String>) -> Check {
+fn vulkan(wanted: Adapters, found: &Result<Vec<(String, bool)>, String>) -> Check {
     let hint = "the card's driver brings it; on Debian: `apt install libvulkan1 mesa-vulkan-drivers`";
     let (cards, names) = match found {
         Ok(adapters) => {
@@ -108,23 +112,40 @@ fn vulkan(wanted: VulkanAdapters, found: &Result<Vec<(String, bool)>, String>) -
         Err(error) => (0, error.clone()),
     };
     match (wanted, found) {
-        (VulkanAdapters::All, Ok(all)) if !all.is_empty() => Check::ok("Vulkan", names),
-        (VulkanAdapters::Hardware, _) if cards > 0 => Check::ok("Vulkan", names),
-        (VulkanAdapters::None, Ok(all)) if !all.is_empty() => {
+        (Adapters::All, Ok(all)) if !all.is_empty() => Check::ok("Vulkan", names),
+        (Adapters::Hardware, _) if cards > 0 => Check::ok("Vulkan", names),
+        (Adapters::None, Ok(all)) if !all.is_empty() => {
             Check::ok("Vulkan", format!("{names}; not opened without --vulkan"))
         }
-        (VulkanAdapters::None, _) => Check::ok("Vulkan", format!("no adapter ({names})")),
-        (VulkanAdapters::Hardware, Ok(all)) if !all.is_empty() => {
+        (Adapters::None, _) => Check::ok("Vulkan", format!("no adapter ({names})")),
+        (Adapters::Hardware, Ok(all)) if !all.is_empty() => {
             Check::warning("Vulkan", format!("no card: {names}"), "--vulkan all opens software drivers too")
         }
         _ => Check::warning("Vulkan", format!("no adapter ({names})"), hint),
     }
 }
 
+fn d3d12(wanted: Adapters, found: &Result<Vec<(String, bool)>, String>) -> Check {
+    const NAME: &str = "Direct3D 12";
+    let usable = |all: &[(String, bool)]| {
+        let mut names = Vec::new();
+        names.extend(
+            all.iter().filter(|(_, card)| *card || wanted == Adapters::All).map(|(name, _)| name.clone()),
+        );
+        names.join(", ")
+    };
+    match (wanted, found.as_deref().map(usable)) {
+        (Adapters::None, _) => Check::ok(NAME, "not opened, by --d3d12 none"),
+        (_, Ok(names)) if !names.is_empty() => Check::ok(NAME, names),
+        (_, Ok(_)) => Check::ok(NAME, "no card"),
+        (_, Err(error)) => Check::warning(NAME, error.clone(), "install the card's driver"),
+    }
+}
+
 /// Whether files can be made in `directory`, or it can itself be made.
 fn writable(name: &'static str, directory: &Path, flag: &str) -> Check {
     let existing = existing(directory);
-    match access(existing, Access::WRITE_OK | Access::EXEC_OK) {
+    match system::can_write(existing) {
         Err(error) => Check::fault(
             name,
             format!("{} cannot be written: {error}", existing.display()),
@@ -136,8 +157,7 @@ fn writable(name: &'static str, directory: &Path, flag: &str) -> Check {
 }
 
 fn room(directory: &Path) -> Option<Check> {
-    let disk = statvfs(existing(directory)).ok()?;
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let free = system::free_bytes(existing(directory))?;
     let message = format!("{} free in {}", Bytes::show(free), directory.display());
     Some(if free >= STORE_ROOM {
         Check::ok("store room", message)
@@ -196,10 +216,10 @@ mod tests {
             (Ok(Vec::new()), [Good, Warning, Warning]),
             (none(), [Good, Warning, Warning]),
         ] {
-            let wanted = [VulkanAdapters::None, VulkanAdapters::Hardware, VulkanAdapters::All];
+            let wanted = [Adapters::None, Adapters::Hardware, Adapters::All];
             assert_eq!(wanted.map(|wanted| vulkan(wanted, &found).verdict), verdicts, "{found:?}");
         }
-        assert!(vulkan(VulkanAdapters::All, &none()).message.contains("the loader is not there"));
+        assert!(vulkan(Adapters::All, &none()).message.contains("the loader is not there"));
     }
 
     #[test]

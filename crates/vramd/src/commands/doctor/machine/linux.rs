@@ -1,22 +1,26 @@
-//! What the kernel says about this machine. Everything is read below a root, so that tests bring their own.
+//! Everything is read below a root, so that tests bring their own.
 
 use std::path::Path;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vramd_api::Bytes;
 
-use super::Check;
+use super::{Check, LEAST_MEMORY};
 
 /// The oldest kernel with everything that the daemon uses.
 const KERNEL: (u32, u32) = (5, 14);
 /// Enough descriptors for the segments and connections of a busy machine.
 const OPEN_FILES: u64 = 4096;
-/// Below this the daemon itself has no room.
-const LEAST_MEMORY: u64 = 256 << 20;
 
 const HUGE_PAGES: &str = "sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
-pub fn checks(root: &Path) -> Vec<Check> {
+pub fn checks() -> Vec<Check> {
+    let mut checks = checks_of(Path::new("/"));
+    checks.push(sealed_memory());
+    checks
+}
+
+fn checks_of(root: &Path) -> Vec<Check> {
     let read = |path: &str| std::fs::read_to_string(root.join(path)).ok();
     let meminfo = read("proc/meminfo").unwrap_or_default();
     let limits = read("proc/self/limits").unwrap_or_default();
@@ -33,7 +37,7 @@ pub fn checks(root: &Path) -> Vec<Check> {
 }
 
 /// Whether memory can be shared so that no reader can ever write to it.
-pub fn sealed_memory() -> Check {
+fn sealed_memory() -> Check {
     let sealed = memfd_create("vramd-doctor", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
         .and_then(|memory| fcntl_add_seals(memory, SealFlags::SHRINK | SealFlags::FUTURE_WRITE));
     match sealed {
@@ -70,12 +74,7 @@ fn memory(meminfo: &str) -> Check {
     else {
         return Check::fault("memory", "/proc/meminfo cannot be read", "mount /proc");
     };
-    let message = format!("{} of {} are available", Bytes::show(available), Bytes::show(total));
-    if available >= LEAST_MEMORY {
-        Check::ok("memory", message)
-    } else {
-        Check::warning("memory", message, "the machine is full: models will not fit")
-    }
+    super::memory(available, total)
 }
 
 /// The tightest memory limit of the groups above this process.
@@ -194,8 +193,8 @@ fn meminfo_bytes(meminfo: &str, name: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Verdict;
     use super::*;
+    use crate::commands::doctor::Verdict;
 
     fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
         let tree = tempfile::tempdir().expect("a directory");
@@ -225,7 +224,7 @@ mod tests {
             ("proc/pressure/memory", "some avg10=0.00\n"),
             (HUGE_PAGES, "always within_size [advise] never deny force\n"),
         ]);
-        for check in checks(tree.path()) {
+        for check in checks_of(tree.path()) {
             assert_eq!(check.verdict, Verdict::Ok, "{check:?}");
         }
     }
@@ -240,7 +239,7 @@ mod tests {
             ("sys/fs/cgroup/memory/memory.limit_in_bytes", "1048576\n"),
             (HUGE_PAGES, "always within_size advise [never] deny force\n"),
         ]);
-        let checks = checks(tree.path());
+        let checks = checks_of(tree.path());
         assert_eq!(verdict(&checks, "kernel"), Verdict::Fault);
         for name in ["memory", "cgroup", "huge pages", "swap", "open files", "pressure"] {
             assert_eq!(verdict(&checks, name), Verdict::Warning, "{name}");

@@ -1,5 +1,3 @@
-//! The pages of one block: mapped, and replaced under whoever reads them.
-
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -24,6 +22,9 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Pages {
+    /// Whether they can be replaced under a reader.
+    pub const FOLLOW: bool = true;
+
     /// Maps the pages that hold a block, wherever there is room. `filled`: with all of them brought in.
     pub fn map(
         descriptor: &OwnedFd,

@@ -1,0 +1,11 @@
+//! The pages of one block: mapped, and replaced under whoever reads them.
+
+#[cfg(unix)]
+mod linux;
+#[cfg(windows)]
+mod windows;
+
+#[cfg(unix)]
+pub use linux::Pages;
+#[cfg(windows)]
+pub use windows::Pages;

@@ -1,0 +1,217 @@
+//! A Unix socket, `/proc`, and `openat2`.
+
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd as _};
+use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::process::Pid;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use vramd_api::Holder;
+use vramd_device::Descriptor;
+
+/// The user that this process runs as.
+pub fn own_uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+/// Whether a process has not ended.
+pub fn lives(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(Errno::SRCH))
+}
+
+/// What a process calls itself.
+pub fn command(pid: u32) -> String {
+    let read = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+    let printable = |name: String| name.trim_end().replace(char::is_control, "?");
+    read.map_or_else(|_| "?".to_owned(), printable)
+}
+
+/// The local socket.
+#[derive(Debug)]
+pub struct LocalListener(UnixListener);
+
+/// A connection to it.
+#[derive(Debug)]
+pub struct LocalStream(UnixStream);
+
+impl LocalListener {
+    /// Binds the Unix socket. One that a dead daemon left is replaced; one that is served is not.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+            std::fs::create_dir_all(directory)?;
+            // Who owns the directory decides who serves on the socket.
+            let owner = std::fs::metadata(directory)?.uid();
+            if owner != 0 && owner != own_uid() {
+                let text = format!("the directory {} belongs to another user", directory.display());
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+            }
+        }
+        match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves on it")),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let listener = UnixListener::bind(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+        Ok(Self(listener))
+    }
+
+    pub async fn accept(&mut self) -> io::Result<LocalStream> {
+        self.0.accept().await.map(|(stream, _)| LocalStream(stream))
+    }
+}
+
+impl LocalStream {
+    /// Who is at the other end.
+    pub fn peer(&self) -> io::Result<Holder> {
+        let peer = self.0.peer_cred()?;
+        let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+        Ok(Holder { pid, uid: peer.uid(), command: command(pid) })
+    }
+
+    /// The first byte, left where it is; None when the connection ended before.
+    pub async fn peek(&mut self) -> io::Result<Option<u8>> {
+        let mut byte = [0];
+        let receive = || Ok(rustix::net::recv(&self.0, &mut byte, RecvFlags::PEEK)?);
+        let (got, _) = self.0.async_io(Interest::READABLE, receive).await?;
+        Ok((got > 0).then_some(byte[0]))
+    }
+
+    /// Sends the beginning of a frame with its descriptor; answers how many bytes went along.
+    pub async fn send_with(&mut self, frame: &[u8], descriptor: &Descriptor) -> io::Result<usize> {
+        let stream = &self.0;
+        stream
+            .async_io(Interest::WRITABLE, || {
+                let descriptors = [descriptor.as_fd()];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+                    return Err(io::ErrorKind::InvalidInput.into());
+                }
+                let parts = [io::IoSlice::new(frame)];
+                Ok(rustix::net::sendmsg(stream, &parts, &mut control, SendFlags::NOSIGNAL)?)
+            })
+            .await
+    }
+}
+
+impl AsyncRead for LocalStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(context, into)
+    }
+}
+
+impl AsyncWrite for LocalStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        from: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, from)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        from: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(context, from)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
+    }
+}
+
+/// A directory that files are opened beneath.
+#[derive(Debug)]
+pub struct Directory(File);
+
+/// Why a file beneath a directory could not be opened.
+#[derive(Debug)]
+pub enum OpenError {
+    /// A link leads out of the directory.
+    Leaves,
+    NotThere,
+    Denied,
+    /// It is nothing that can be read, such as a socket.
+    NotRegular,
+    /// Links that lead to each other, or a name that is too long.
+    Unfollowable,
+    Failed(io::Error),
+}
+
+impl Directory {
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::DIRECTORY | OFlags::PATH | OFlags::CLOEXEC;
+        Ok(Self(rustix::fs::open(path, flags, Mode::empty())?.into()))
+    }
+
+    /// Opens a file or a directory for reading. Nothing leads out: no `..`, no symlink and no mount trick, not even when
+    /// the tree changes between two looks.
+    pub fn open_beneath(&self, below: &Path) -> Result<File, OpenError> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        // A pipe that nobody writes to would be waited for.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+        match rustix::fs::openat2(self.0.as_fd(), below, flags, Mode::empty(), resolve) {
+            Ok(file) => Ok(file.into()),
+            Err(Errno::XDEV) => Err(OpenError::Leaves),
+            Err(Errno::NOENT | Errno::NOTDIR) => Err(OpenError::NotThere),
+            Err(Errno::ACCESS | Errno::PERM) => Err(OpenError::Denied),
+            // A socket cannot be opened at all.
+            Err(Errno::NXIO) => Err(OpenError::NotRegular),
+            Err(Errno::LOOP | Errno::NAMETOOLONG) => Err(OpenError::Unfollowable),
+            Err(error) => Err(OpenError::Failed(error.into())),
+        }
+    }
+}
+
+/// The names in an open directory.
+pub fn names(directory: &File) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in rustix::fs::Dir::read_from(directory)? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    Ok(names)
+}
+
+/// The same file, not the same path, for direct reads, where the file system takes those.
+pub fn reopen_direct(file: &File) -> Option<File> {
+    let same = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+    rustix::fs::open(same, flags, Mode::empty()).ok().map(File::from)
+}
+
+/// Reads at a place of a file.
+pub fn read_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, into, offset)
+}
+
+/// Makes a directory that is this user's alone.
+pub fn make_private_directory(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
