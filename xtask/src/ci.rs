@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::process::{cargo, command, files, python_tool, root, run, succeeds, target_directory};
-use crate::{deps, fuzz, generate, tidy};
+use crate::{deps, fuzz, generate, tidy, windows};
 
 type Step = (&'static str, fn() -> Result<()>);
 
@@ -53,6 +53,8 @@ pub fn test() -> Result<()> {
         ("the API against its document", fuzz_api),
         ("the soak, a minute of it", || soak(60, None)),
         ("the demonstration", demonstration),
+        ("Windows: tests under Wine", windows::test),
+        ("Windows: what compiles with Microsoft's linker", windows::check_msvc),
     ])
 }
 

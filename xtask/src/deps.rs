@@ -12,8 +12,12 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vramd-device", &["vramd-api", "vramd-attach", "vramd-fake-cuda"]),
     ("vramd-fake-cuda", &[]),
     ("vramd-attach", &["vramd-api"]),
-    ("vramd-daemon", &["vramd-api", "vramd-attach", "vramd-core", "vramd-device", "vramd-fake-cuda"]),
-    ("vramd", &["vramd-api", "vramd-attach", "vramd-core", "vramd-daemon"]),
+    (
+        "vramd-daemon",
+        &["vramd-api", "vramd-attach", "vramd-core", "vramd-device", "vramd-fake-cuda", "vramd-windows"],
+    ),
+    ("vramd", &["vramd-api", "vramd-attach", "vramd-core", "vramd-daemon", "vramd-windows"]),
+    ("vramd-windows", &[]),
     ("xtask", &[]),
 ];
 

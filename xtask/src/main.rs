@@ -8,6 +8,7 @@ mod gpu;
 mod miri;
 mod process;
 mod tidy;
+mod windows;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -64,6 +65,10 @@ enum Task {
         #[arg(long)]
         pack: Option<PathBuf>,
     },
+    /// All tests of the daemon on Windows, under Wine; says so and succeeds where that is missing.
+    TestWindows,
+    /// Compiles everything for Windows with Microsoft's linker, which is not needed for it.
+    CheckMsvc,
     /// Runs the allocator's tests in Miri, where the nightly compiler has it; says so and succeeds where not.
     Miri,
 }
@@ -82,6 +87,8 @@ fn main() -> ExitCode {
         Task::Soak { seconds, seed } => ci::soak(seconds, seed),
         Task::Fuzz { seconds } => fuzz::run(seconds),
         Task::TestGpu { pack } => gpu::test(pack.as_deref()),
+        Task::TestWindows => windows::test(),
+        Task::CheckMsvc => windows::check_msvc(),
         Task::Miri => miri::run(),
     };
     match result {

@@ -11,7 +11,8 @@ use windows::Win32::Foundation::{
 use windows::Win32::System::Pipes::GetNamedPipeClientProcessId;
 use windows::Win32::System::Threading::{
     GetCurrentProcess, OpenProcess, PROCESS_ACCESS_RIGHTS, PROCESS_DUP_HANDLE, PROCESS_NAME_FORMAT,
-    PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, QueryFullProcessImageNameW, WaitForSingleObject,
+    PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, PROCESS_TERMINATE, QueryFullProcessImageNameW,
+    TerminateProcess, WaitForSingleObject,
 };
 use windows::core::PWSTR;
 
@@ -43,6 +44,17 @@ impl Process {
         // SAFETY: the handle lives.
         unsafe { GetNamedPipeClientProcessId(raw(pipe.as_handle()), &raw mut pid) }.map_err(system)?;
         Self::with(pid, PROCESS_QUERY_LIMITED_INFORMATION | PROCESS_SYNCHRONIZE | PROCESS_DUP_HANDLE)
+    }
+
+    /// For [`end`](Self::end).
+    pub fn open_to_end(pid: u32) -> io::Result<Self> {
+        Self::with(pid, PROCESS_TERMINATE)
+    }
+
+    /// Ends it without warning.
+    pub fn end(&self) -> io::Result<()> {
+        // SAFETY: the handle lives.
+        unsafe { TerminateProcess(raw(self.handle.as_handle()), 9) }.map_err(system)
     }
 
     fn with(pid: u32, rights: PROCESS_ACCESS_RIGHTS) -> io::Result<Self> {

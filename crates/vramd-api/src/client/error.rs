@@ -37,7 +37,8 @@ impl ClientError {
                 Some("compare `vramd --version` with the version of the daemon (GET /healthz)".to_owned())
             }
             Self::Server { .. } => {
-                Some("write http://127.0.0.1:8726 or unix:/run/vramd/vramd.sock".to_owned())
+                let local = if cfg!(windows) { r"pipe:\\.\pipe\vramd" } else { "unix:/run/vramd/vramd.sock" };
+                Some(format!("write http://127.0.0.1:8726 or {local}"))
             }
         }
     }

@@ -96,3 +96,15 @@ impl Drop for Pages {
         let _ = unsafe { munmap(self.address.as_ptr(), self.bytes) };
     }
 }
+
+/// Copies what a descriptor of host memory has from `offset` on, without mapping it.
+pub fn read_at(descriptor: &OwnedFd, offset: u64, into: &mut [u8]) -> io::Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    std::fs::File::from(descriptor.try_clone()?).read_exact_at(into, offset)
+}
+
+/// Copies to `offset` of what a descriptor of host memory has, without mapping it.
+pub fn write_at(descriptor: &OwnedFd, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    std::fs::File::from(descriptor.try_clone()?).write_all_at(bytes, offset)
+}

@@ -6,6 +6,6 @@ mod linux;
 mod windows;
 
 #[cfg(unix)]
-pub use linux::Pages;
+pub use linux::{Pages, read_at, write_at};
 #[cfg(windows)]
-pub use windows::Pages;
+pub use windows::{Pages, read_at, write_at};

@@ -1,13 +1,16 @@
 use std::ffi::c_void;
 use std::io;
 use std::os::windows::io::{AsRawHandle as _, OwnedHandle};
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 
-use vramd_api::attach::{Access, AttachedBlock, AttachedSegment};
+use vramd_api::attach::{Access, AttachedBlock, AttachedSegment, Handle};
 use windows::Win32::Foundation::HANDLE;
 use windows::Win32::System::Memory::{
     FILE_MAP_READ, FILE_MAP_WRITE, MEMORY_MAPPED_VIEW_ADDRESS, MapViewOfFile, UnmapViewOfFile,
 };
+
+/// What views begin at a multiple of.
+const VIEW_BYTES: u64 = 64 << 10;
 
 /// Unmapped when dropped.
 #[derive(Debug)]
@@ -35,7 +38,7 @@ impl Pages {
         access: Access,
         _filled: bool,
     ) -> io::Result<Self> {
-        let start = block.offset - block.offset % segment.page_bytes;
+        let start = block.offset - block.offset % VIEW_BYTES;
         let end = (block.offset + block.bytes.max(1)).next_multiple_of(segment.page_bytes);
         let bytes = usize::try_from(end - start).map_err(io::Error::other)?;
         let rights = match access {
@@ -70,4 +73,27 @@ impl Drop for Pages {
         // It fails for addresses that no view has.
         let _ = unsafe { UnmapViewOfFile(MEMORY_MAPPED_VIEW_ADDRESS { Value: self.address.as_ptr() }) };
     }
+}
+
+/// Copies what a descriptor of host memory has from `offset` on; it is mapped meanwhile.
+pub fn read_at(handle: &OwnedHandle, offset: u64, into: &mut [u8]) -> io::Result<()> {
+    let pages = window(handle, offset, into.len(), Access::Read)?;
+    // SAFETY: the range is mapped, and `into` is memory of our own. A writer elsewhere may change bytes meanwhile: the copy
+    // then has some of both.
+    unsafe { ptr::copy_nonoverlapping(pages.block().as_ptr(), into.as_mut_ptr(), into.len()) };
+    Ok(())
+}
+
+/// Copies to `offset` of what a descriptor of host memory has; it is mapped meanwhile.
+pub fn write_at(handle: &OwnedHandle, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    let pages = window(handle, offset, bytes.len(), Access::Write)?;
+    // SAFETY: the range is mapped for writing and does not overlap `bytes`.
+    unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), pages.block().as_ptr(), bytes.len()) };
+    Ok(())
+}
+
+fn window(handle: &OwnedHandle, offset: u64, bytes: usize, access: Access) -> io::Result<Pages> {
+    let bytes = bytes as u64;
+    let segment = AttachedSegment { bytes: 0, page_bytes: 1, handle: Handle::FileMapping };
+    Pages::map(handle, &segment, &AttachedBlock { segment: 0, offset, bytes }, access, false)
 }

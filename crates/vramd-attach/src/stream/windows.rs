@@ -5,6 +5,7 @@ use std::net::Shutdown;
 use std::os::windows::io::{AsRawHandle as _, FromRawHandle as _, OwnedHandle};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 pub use std::os::windows::io::OwnedHandle as Descriptor;
@@ -39,7 +40,8 @@ pub fn default_socket() -> PathBuf {
 pub struct Stream {
     pipe: OwnedHandle,
     stopped: Arc<OwnedHandle>,
-    timeout: Option<Duration>,
+    /// For reads, in milliseconds.
+    patience: Arc<AtomicU32>,
 }
 
 impl Stream {
@@ -57,7 +59,11 @@ impl Stream {
                 Ok(pipe) => {
                     // SAFETY: as above.
                     let pipe = unsafe { OwnedHandle::from_raw_handle(pipe.0) };
-                    return Ok(Self { pipe, stopped: Arc::new(event()?), timeout: None });
+                    return Ok(Self {
+                        pipe,
+                        stopped: Arc::new(event()?),
+                        patience: Arc::new(AtomicU32::new(INFINITE)),
+                    });
                 }
                 Err(error) if WIN32_ERROR::from_error(&error) == Some(ERROR_PIPE_BUSY) => {
                     // SAFETY: the name ends with a zero.
@@ -71,13 +77,15 @@ impl Stream {
     }
 
     #[allow(clippy::unnecessary_wraps, reason = "as elsewhere")]
-    pub fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        self.timeout = timeout;
+    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        let patience = timeout.map_or(INFINITE, |timeout| timeout.as_millis().try_into().unwrap_or(INFINITE));
+        self.patience.store(patience, Ordering::Relaxed);
         Ok(())
     }
 
     pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { pipe: self.pipe.try_clone()?, stopped: self.stopped.clone(), timeout: self.timeout })
+        let (stopped, patience) = (self.stopped.clone(), self.patience.clone());
+        Ok(Self { pipe: self.pipe.try_clone()?, stopped, patience })
     }
 
     /// Ends every read, here and of each clone, now and later.
@@ -89,7 +97,7 @@ impl Stream {
     /// Starts a transfer and waits for its end; how many bytes went, 0 at the end of the stream.
     fn transfer(
         &self,
-        timeout: Option<Duration>,
+        patience: u32,
         start: impl FnOnce(HANDLE, *mut OVERLAPPED) -> windows::core::Result<()>,
     ) -> io::Result<usize> {
         let done = event()?;
@@ -102,7 +110,6 @@ impl Stream {
                 _ => return Err(system(error)),
             }
         }
-        let patience = timeout.map_or(INFINITE, |timeout| timeout.as_millis().try_into().unwrap_or(INFINITE));
         let mut bytes = 0;
         // SAFETY: all handles live, and `overlapped` and what the transfer is from or to do until the last call has seen
         // its end, whether it was cancelled or not.
@@ -134,7 +141,7 @@ impl Read for Stream {
 
 impl Read for &Stream {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        self.transfer(self.timeout, |pipe, overlapped| {
+        self.transfer(self.patience.load(Ordering::Relaxed), |pipe, overlapped| {
             // SAFETY: `transfer` waits for the end, and until then nobody else has `into`.
             unsafe { ReadFile(pipe, Some(into), None, Some(overlapped)) }
         })
@@ -143,7 +150,7 @@ impl Read for &Stream {
 
 impl Write for Stream {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
-        self.transfer(None, |pipe, overlapped| {
+        self.transfer(INFINITE, |pipe, overlapped| {
             // SAFETY: `transfer` waits for the end.
             unsafe { WriteFile(pipe, Some(from), None, Some(overlapped)) }
         })

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::net::windows::named_pipe::{NamedPipeServer, ServerOptions};
+use tokio::net::windows::named_pipe::{ClientOptions, NamedPipeServer, ServerOptions};
 use vramd_api::Holder;
 use vramd_api::attach::HEADER_BYTES;
 use vramd_device::Descriptor;
@@ -57,12 +57,16 @@ pub struct LocalStream {
 impl LocalListener {
     /// Makes the pipe. Where another process has it already, this is an error, so that nobody serves in another's place.
     pub fn bind(path: &Path) -> io::Result<Self> {
+        let taken = || io::Error::new(io::ErrorKind::AddrInUse, "another process serves on it");
+        // Not every system heeds the flag below.
+        let asked = ClientOptions::new().open(path);
+        if !asked.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            return Err(taken());
+        }
         let mut options = ServerOptions::new();
         let next = options.first_pipe_instance(true).reject_remote_clients(true).create(path);
         let next = next.map_err(|error| match error.kind() {
-            io::ErrorKind::PermissionDenied => {
-                io::Error::new(io::ErrorKind::AddrInUse, "another process serves on it")
-            }
+            io::ErrorKind::PermissionDenied => taken(),
             _ => error,
         })?;
         Ok(Self { path: path.to_owned(), next })

@@ -1,6 +1,7 @@
 //! Clearing, and what it leaves.
 
 use serde_json::{Value, json};
+use vramd_attach::{read_at, write_at};
 use vramd_device::{Call, sim};
 
 use crate::support::{Daemon, MIB, wait_for, with_model};
@@ -79,14 +80,13 @@ fn one_allocation_is_zeroed_and_stays() {
     let daemon = Daemon::start(&[64 * MIB]);
     let id = daemon.allocated(&json!({"sizeBytes": 3 * MIB}));
     let writer = daemon.attach(&json!({"allocationId": id, "access": "write"})).expect("attached");
-    let file = std::fs::File::from(writer.descriptors[0].try_clone().expect("a descriptor"));
-    std::os::unix::fs::FileExt::write_all_at(&file, b"secret", MIB).expect("written");
+    write_at(&writer.descriptors[0], MIB, b"secret").expect("written");
     let zero = json!({"what": "Zero", "allocationId": id});
     daemon.post("/api/memory/operations/clear", &zero).error("CONFLICT");
     let forced = json!({"what": "Zero", "allocationId": id, "force": true});
     clear(&daemon, &forced);
     let mut read = [1; 6];
-    std::os::unix::fs::FileExt::read_exact_at(&file, &mut read, MIB).expect("read");
+    read_at(&writer.descriptors[0], MIB, &mut read).expect("read");
     assert_eq!(read, [0; 6]);
     drop(writer);
     wait_for("the writer to be gone", || {

@@ -1,7 +1,11 @@
 //! Model files as they should not be, and paths that lead elsewhere: refused by name, with a hint, and nothing left.
 
+use std::io::Write as _;
+#[cfg(unix)]
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+#[cfg(unix)]
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
@@ -61,7 +65,7 @@ fn malformed_files_are_refused_with_what_is_wrong() {
         ("an overlap", file_of(&two([2, 6]), &[0; 6])),
         ("a name twice", file_of(duplicate, &[0; 8])),
     ];
-    let path = daemon.home.path("models/bad.safetensors");
+    let path = daemon.home.path("models").join("bad.safetensors");
     for (what, bytes) in cases {
         std::fs::write(&path, bytes).expect("a file");
         let answer = register(&daemon, &path);
@@ -73,7 +77,7 @@ fn malformed_files_are_refused_with_what_is_wrong() {
     // A header of 100 MB and more is refused by its length alone: the rest of this file is a hole.
     let huge = std::fs::File::create(&path).expect("a file");
     huge.set_len(200 << 20).expect("a hole");
-    std::os::unix::fs::FileExt::write_all_at(&huge, &(150_u64 << 20).to_le_bytes(), 0).expect("written");
+    (&huge).write_all(&(150_u64 << 20).to_le_bytes()).expect("written");
     register(&daemon, &path).error("INVALID_MODEL_FILE");
     nothing_is_left(&daemon);
 }
@@ -108,6 +112,7 @@ fn indexes_that_do_not_match_their_shards_are_refused() {
     nothing_is_left(&daemon);
 }
 
+#[cfg(unix)]
 #[test]
 fn paths_that_lead_out_of_the_roots_are_refused() {
     let daemon = Daemon::start(&[64 * MIB]);
@@ -140,6 +145,7 @@ fn paths_that_lead_out_of_the_roots_are_refused() {
     nothing_is_left(&daemon);
 }
 
+#[cfg(unix)]
 #[test]
 fn links_inside_a_root_are_followed() {
     let daemon = Daemon::start(&[64 * MIB]);
@@ -156,17 +162,24 @@ fn links_inside_a_root_are_followed() {
     register(&daemon, models.join("loop")).refuses("path");
 }
 
-#[test]
-fn only_regular_files_and_unambiguous_directories_are_taken() {
-    let daemon = Daemon::start(&[64 * MIB]);
+#[cfg(unix)]
+fn special_files_are_refused(daemon: &Daemon) {
     let models = daemon.home.path("models");
     let fifo = models.join("pipe.safetensors");
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
         .expect("a FIFO");
-    register(&daemon, &fifo).error("INVALID_MODEL_FILE");
+    register(daemon, &fifo).error("INVALID_MODEL_FILE");
     let listener = std::os::unix::net::UnixListener::bind(models.join("s.safetensors")).expect("a socket");
-    register(&daemon, models.join("s.safetensors")).error("INVALID_MODEL_FILE");
+    register(daemon, models.join("s.safetensors")).error("INVALID_MODEL_FILE");
     drop(listener);
+}
+
+#[test]
+fn only_regular_files_and_unambiguous_directories_are_taken() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let models = daemon.home.path("models");
+    #[cfg(unix)]
+    special_files_are_refused(&daemon);
 
     let directory = models.join("several");
     std::fs::create_dir(&directory).expect("a directory");

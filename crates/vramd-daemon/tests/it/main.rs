@@ -17,5 +17,7 @@ mod parts;
 mod quiet_hours;
 mod restart;
 mod support;
+#[cfg(unix)]
+mod unix;
 mod usage;
 mod wire;

@@ -1,8 +1,7 @@
 //! Models: registered, loaded with progress, cancelled, kept alive, unloaded, removed.
 
-use std::os::unix::fs::FileExt;
-
 use serde_json::{Value, json};
+use vramd_attach::read_at;
 use vramd_device::Call;
 
 use crate::support::{Daemon, MIB, caught, file_of, payload, wait_for, with_model, write_model};
@@ -11,8 +10,7 @@ use crate::support::{Daemon, MIB, caught, file_of, payload, wait_for, with_model
 fn attached_bytes(daemon: &Daemon, request: &Value) -> Vec<u8> {
     let attachment = daemon.attach(request).expect("attached");
     let mut bytes = vec![0; attachment.attached.block.bytes as usize];
-    let file = std::fs::File::from(attachment.descriptors[0].try_clone().expect("a descriptor"));
-    file.read_exact_at(&mut bytes, attachment.attached.block.offset).expect("read");
+    read_at(&attachment.descriptors[0], attachment.attached.block.offset, &mut bytes).expect("read");
     bytes
 }
 

@@ -1,13 +1,12 @@
 //! Blocks that get another place: defragmentation with processes attached, transfers between devices, copies.
 
-use std::io::Read;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::io::{ErrorKind, Read};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vramd_api::attach::Attach;
-use vramd_attach::{Attachment, Mapped, Place};
+use vramd_attach::{Attachment, Descriptor, Mapped, Place, read_at, write_at};
 use vramd_device::{Call, sim};
 
 use crate::support::{Daemon, Home, MIB, PATIENCE, caught, payload, wait_for, with_model};
@@ -17,8 +16,7 @@ const KIB: u64 = 1 << 10;
 /// Writes to an allocation through an attachment of its own, which has ended when this returns.
 pub fn fill(daemon: &Daemon, id: &str, bytes: &[u8]) {
     let writer = daemon.attach(&json!({"allocationId": id, "access": "write"})).expect("attached");
-    let file = std::fs::File::from(writer.descriptors[0].try_clone().expect("a descriptor"));
-    file.write_all_at(bytes, writer.attached.block.offset).expect("written");
+    write_at(&writer.descriptors[0], writer.attached.block.offset, bytes).expect("written");
     drop(writer);
     wait_for("the writer's lease to end", || {
         let shown = daemon.get(&format!("/api/memory/allocation/{id}")).data(200);
@@ -27,10 +25,9 @@ pub fn fill(daemon: &Daemon, id: &str, bytes: &[u8]) {
     });
 }
 
-pub fn contents(descriptor: &OwnedFd, offset: u64, bytes: u64) -> Vec<u8> {
-    let file = std::fs::File::from(descriptor.try_clone().expect("a descriptor"));
+pub fn contents(descriptor: &Descriptor, offset: u64, bytes: u64) -> Vec<u8> {
     let mut read = vec![0; bytes as usize];
-    file.read_exact_at(&mut read, offset).expect("read");
+    read_at(descriptor, offset, &mut read).expect("read");
     read
 }
 
@@ -176,13 +173,16 @@ fn mapped_blocks_keep_their_addresses_and_bytes_while_the_device_is_packed() {
             done.store(true, Ordering::Relaxed);
             reader.join().expect("the same bytes at every moment");
             let packed = &operation["result"]["devices"][0];
+            // Windows cannot replace pages under a reader: there they stay.
+            let (fixed, segments) = if cfg!(unix) { (0, 1) } else { (kept.len(), 2) };
             assert_eq!(
                 (&packed["fixedCount"], &packed["after"]["segmentCount"]),
-                (&json!(0), &json!(1)),
+                (&json!(fixed), &json!(segments)),
                 "{operation:#}"
             );
         });
-        assert!(mapped.iter().filter(|one| one.generation() > 1).count() >= 4);
+        let moved = mapped.iter().filter(|one| one.generation() > 1).count();
+        assert!(if cfg!(unix) { moved >= 4 } else { moved == 0 }, "{moved}");
         assert_eq!(mapped.iter().map(Mapped::as_ptr).collect::<Vec<_>>(), addresses);
         drop(mapped);
         all_released(&daemon, &kept, device);
@@ -236,9 +236,9 @@ fn a_reader_that_cannot_be_told_of_the_new_place_keeps_the_old_one() {
     assert_eq!(result["devices"][0]["fixed"][0]["reason"], "readerNotAnswering", "{result:#}");
     // Nobody got its pages, and the connection that keeps them is open.
     assert_eq!(contents(&reader.descriptors[0], reader.attached.block.offset, 300 * KIB), written);
-    reader.stream.set_nonblocking(true).expect("a socket");
+    reader.stream.set_read_timeout(Some(Duration::from_millis(1))).expect("a socket");
     let error = reader.stream.read(&mut [0]).expect_err("nothing is sent");
-    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
     assert_eq!(held(&daemon, &last), written, "others read the new place");
     drop(reader);
     all_released(&daemon, &kept, "sim:0");
@@ -353,8 +353,7 @@ fn a_block_that_is_released_or_written_to_meanwhile_does_not_move() {
     std::thread::scope(|scope| {
         let release = scope.spawn(|| daemon.release(&released));
         let writer = daemon.attach(&json!({"allocationId": written, "access": "write"})).expect("attached");
-        let file = std::fs::File::from(writer.descriptors[0].try_clone().expect("a descriptor"));
-        file.write_all_at(b"late", writer.attached.block.offset).expect("written");
+        write_at(&writer.descriptors[0], writer.attached.block.offset, b"late").expect("written");
         drop(writer);
         daemon.settle();
         drop(copies);

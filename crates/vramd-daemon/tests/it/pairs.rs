@@ -6,7 +6,12 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use vramd_api::attach::Handle;
 use vramd_daemon::Devices;
-use vramd_device::{Device, cpu, cuda, sim, vulkan};
+#[cfg(unix)]
+use vramd_device::cuda;
+#[cfg(windows)]
+use vramd_device::d3d12;
+use vramd_device::{Device, cpu, sim, vulkan};
+#[cfg(unix)]
 use vramd_fake_cuda::{Installed, loader_arguments};
 
 use crate::meetings::allocated_on;
@@ -14,6 +19,7 @@ use crate::moves::{contents, fill};
 use crate::support::{Daemon, Home, MIB, payload, wait_for, write_model};
 
 /// This process, as a CUDA device started it.
+#[cfg(unix)]
 #[test]
 fn as_a_loader() {
     let Some((library, card)) = loader_arguments() else { return };
@@ -22,6 +28,7 @@ fn as_a_loader() {
 }
 
 /// A card of the fake driver, which lies in the home of the test.
+#[cfg(unix)]
 fn fake_card(home: &Home) -> cuda::Device {
     let directory = home.path("driver");
     std::fs::create_dir(&directory).expect("a directory");
@@ -35,13 +42,39 @@ fn fake_card(home: &Home) -> cuda::Device {
     cuda::Device::open(adapter, options).expect("it opens")
 }
 
-/// Host memory, a simulated device, a card of the fake CUDA driver, and each Vulkan driver of the machine.
-fn start(home: &Home) -> (Daemon, Vec<String>) {
+/// The first card that Direct3D 12 has.
+#[cfg(windows)]
+fn direct3d() -> Option<d3d12::Device> {
+    match d3d12::discover().map(|adapters| adapters.into_iter().next()) {
+        Ok(Some(adapter)) => {
+            let options = d3d12::Options { ordinal: 0, limit_bytes: Some(64 * MIB) };
+            Some(d3d12::Device::open(adapter, options).expect("it opens"))
+        }
+        other => {
+            assert!(std::env::var_os("VRAMD_TEST_D3D12").is_none(), "{other:?}");
+            skipped("Direct3D 12", &format!("{other:?}"));
+            None
+        }
+    }
+}
+
+fn skipped(what: &str, reason: &str) {
+    let text = format!("SKIPPED: pairs with {what}: {reason}\n");
+    std::io::stderr().write_all(text.as_bytes()).expect("written");
+}
+
+/// Host memory, a simulated device, a card of the fake CUDA driver or of Direct3D 12, and each Vulkan driver of the
+/// machine.
+fn start(#[allow(unused, reason = "what is faked lies there")] home: &Home) -> (Daemon, Vec<String>) {
     let mut open: Vec<Arc<dyn Device>> = vec![
         Arc::new(cpu::Device::open(cpu::Options::default()).expect("host memory")),
         Arc::new(sim::Device::open(sim::Spec::new(0, 64 * MIB)).expect("a device")),
-        Arc::new(fake_card(home)),
     ];
+    #[cfg(unix)]
+    open.push(Arc::new(fake_card(home)));
+    #[cfg(windows)]
+    open.extend(direct3d().map(|device| -> Arc<dyn Device> { Arc::new(device) }));
+    let others = open.len();
     match vulkan::discover() {
         Ok(adapters) => {
             for (ordinal, adapter) in (0..).zip(adapters) {
@@ -49,14 +82,11 @@ fn start(home: &Home) -> (Daemon, Vec<String>) {
                 open.push(Arc::new(vulkan::Device::open(adapter, options).expect("it opens")));
             }
         }
-        Err(error) => {
-            let text = format!("SKIPPED: pairs with Vulkan: {error}\n");
-            std::io::stderr().write_all(text.as_bytes()).expect("written");
-        }
+        Err(error) => skipped("Vulkan", &error.to_string()),
     }
-    let needed = if std::env::var_os("VRAMD_TEST_VULKAN").is_some() { 5 } else { 3 };
-    assert!(open.len() >= needed, "two Vulkan drivers are needed: {open_names:?}", open_names = names(&open));
     let names = names(&open);
+    let needed = std::env::var_os("VRAMD_TEST_VULKAN").is_some();
+    assert!(!needed || open.len() >= others + 2, "two Vulkan drivers are needed: {names:?}");
     let mut devices = Devices::default();
     for device in open {
         devices.add(device, 64 * MIB);
@@ -156,7 +186,12 @@ fn a_model_is_loaded_onto_every_device_and_copied_to_host_memory() {
 fn memory_of_a_card_is_attached_by_clients_that_can_import_it() {
     let home = Home::new();
     let (daemon, names) = start(&home);
-    for name in names.iter().filter(|name| name.starts_with("vulkan") || name.starts_with("cuda")) {
+    let cards = names.iter().filter(|name| !name.starts_with("cpu") && !name.starts_with("sim"));
+    for name in cards {
+        if daemon.get(&format!("/api/devices/{name}")).data(200)["capabilities"]["handle"].is_null() {
+            skipped("clients that import", &format!("{name} cannot hand out memory"));
+            continue;
+        }
         // Large enough for a segment of its own.
         let body = json!({"sizeBytes": 8 * MIB});
         let id = allocated_on(&daemon, name, &body);

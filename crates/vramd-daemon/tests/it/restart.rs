@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use serde_json::{Value, json};
+use vramd_attach::{read_at, write_at};
 
 use crate::support::{Daemon, Home, MIB, wait_for, write_model};
 
@@ -30,12 +31,7 @@ fn models_limits_and_persistent_allocations_are_known_again() {
     daemon.release(&released).data(200);
     daemon.allocated(&json!({"sizeBytes": 4 * MIB}));
     let writer = daemon.attach(&json!({"allocationId": kept, "access": "write"})).expect("attached");
-    std::os::unix::fs::FileExt::write_all_at(
-        &std::fs::File::from(writer.descriptors[0].try_clone().expect("a descriptor")),
-        b"old",
-        writer.attached.block.offset,
-    )
-    .expect("written");
+    write_at(&writer.descriptors[0], writer.attached.block.offset, b"old").expect("written");
     drop(writer);
     daemon.stop();
 
@@ -75,12 +71,7 @@ fn models_limits_and_persistent_allocations_are_known_again() {
         );
         let reader = daemon.attach(&json!({"allocationId": kept})).expect("attached");
         let mut bytes = [1; 3];
-        std::os::unix::fs::FileExt::read_exact_at(
-            &std::fs::File::from(reader.descriptors[0].try_clone().expect("a descriptor")),
-            &mut bytes,
-            reader.attached.block.offset,
-        )
-        .expect("read");
+        read_at(&reader.descriptors[0], reader.attached.block.offset, &mut bytes).expect("read");
         assert_eq!(bytes, [0; 3]);
         drop(reader);
         daemon.stop();
@@ -145,6 +136,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         cuda: vramd_daemon::CudaCards::None,
         vulkan: vramd_daemon::Adapters::None,
         d3d12: vramd_daemon::Adapters::None,
+        #[cfg(unix)]
         loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
         quiet_hours: None,
         ready_file: None,
@@ -166,7 +158,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         ),
         (vramd_daemon::Config { socket: Some(daemon.socket()), ..elsewhere() }, "listen"),
         (vramd_daemon::Config { model_roots: vec![home.path("nowhere")], ..elsewhere() }, "nowhere"),
-        (vramd_daemon::Config { state_dir: "/proc/vramd".into(), ..elsewhere() }, "/proc/vramd"),
+        (vramd_daemon::Config { state_dir: home.path("ready.json/below"), ..elsewhere() }, "below"),
     ] {
         let error = start(config);
         assert!(error.to_string().contains(what) && error.hint().is_some(), "{what}: {error}");

@@ -2,7 +2,6 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -13,7 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use vramd_api::attach::Attach;
-use vramd_attach::{AttachError, Attachment, attach};
+use vramd_attach::{AttachError, Attachment, Stream, attach};
 use vramd_daemon::{Config, Devices, LocalTime, QuietHours, StartError, serve_on};
 use vramd_device::{Call, cpu, sim};
 
@@ -142,6 +141,15 @@ impl Home {
         self.0.path().join(name)
     }
 
+    /// A name of its own for each home.
+    pub fn socket(&self) -> PathBuf {
+        if cfg!(windows) {
+            let name = self.0.path().file_name().expect("a name").to_string_lossy().into_owned();
+            return format!(r"\\.\pipe\vramd-test-{name}").into();
+        }
+        self.path("socket")
+    }
+
     /// A daemon with simulated devices of these sizes.
     pub fn start(&self, sizes: &[u64]) -> Daemon {
         let (devices, simulated) = Self::simulated(sizes);
@@ -188,7 +196,7 @@ impl Home {
         let ready = self.path("ready.json");
         let config = Config {
             listen: Some(([127, 0, 0, 1], 0).into()),
-            socket: Some(self.path("socket")),
+            socket: Some(self.socket()),
             state_dir: self.path("state"),
             model_roots: vec![self.path("models")],
             cpu_limit_bytes: None,
@@ -196,6 +204,7 @@ impl Home {
             cuda: vramd_daemon::CudaCards::None,
             vulkan: vramd_daemon::Adapters::None,
             d3d12: vramd_daemon::Adapters::None,
+            #[cfg(unix)]
             loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
             quiet_hours,
             ready_file: Some(ready.clone()),
@@ -250,9 +259,9 @@ impl Daemon {
         exchange(self.connect(), request)
     }
 
-    /// The same over the Unix socket.
-    pub fn send_unix(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-        let stream = UnixStream::connect(self.socket()).expect("a connection");
+    /// The same over the local socket.
+    pub fn send_local(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        let stream = Stream::connect(&self.socket()).expect("a connection");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         exchange(stream, &message(method, path, headers, body))
     }
@@ -285,7 +294,7 @@ impl Daemon {
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.home.path("socket")
+        self.home.socket()
     }
 
     /// Sends a request now and reads its answer on a thread; the connection can be closed before.

@@ -1,9 +1,9 @@
 //! The envelope, routing, what is refused before anything is done, and who may call.
 
 use std::io::Write;
-use std::os::unix::net::UnixStream;
 
 use serde_json::{Value, json};
+use vramd_attach::Stream;
 
 use crate::support::{Daemon, MIB, wait_for};
 
@@ -175,7 +175,7 @@ fn pages_of_other_places_cannot_reach_the_daemon() {
     assert!(daemon.allocations().is_empty());
     daemon.send("GET", "/api/devices", &[("Origin", &own)], b"").data(200);
     // On the Unix socket there are no pages, and clients put any name into `Host`.
-    daemon.send_unix("GET", "/api/devices", &[("Host", "evil.example")], b"").data(200);
+    daemon.send_local("GET", "/api/devices", &[("Host", "evil.example")], b"").data(200);
 }
 
 #[test]
@@ -214,11 +214,14 @@ fn every_reference_in_the_document_leads_somewhere() {
 }
 
 #[test]
-fn on_the_unix_socket_the_owner_is_the_peer() {
+fn on_the_local_socket_the_owner_is_the_peer() {
     let daemon = Daemon::start(&[64 * MIB]);
     let body = br#"{"sizeBytes":4096}"#;
+    #[cfg(unix)]
     let mine = format!("uid:{}", rustix::process::getuid().as_raw());
-    assert_eq!(daemon.send_unix("POST", ALLOCATE, &[JSON], body).data(201)["owner"], mine);
+    #[cfg(windows)]
+    let mine = "uid:0";
+    assert_eq!(daemon.send_local("POST", ALLOCATE, &[JSON], body).data(201)["owner"], mine);
     assert_eq!(daemon.send("POST", ALLOCATE, &[JSON], body).data(201)["owner"], "local");
 }
 
@@ -232,7 +235,7 @@ fn half_a_request_harms_nobody() {
         let mut stream = daemon.connect();
         stream.write_all(part.as_bytes()).expect("sent");
         silent.push(stream);
-        let mut stream = UnixStream::connect(daemon.socket()).expect("a connection");
+        let mut stream = Stream::connect(&daemon.socket()).expect("a connection");
         stream.write_all(part.as_bytes()).expect("sent");
     }
     daemon.get("/api/devices").data(200);

@@ -8,9 +8,9 @@ use crate::segment::HUGE_PAGE_BYTES;
 /// The size of a base page on the machines that we run on.
 pub(super) const BASE_PAGE_BYTES: u64 = 4096;
 
-/// Views of shared memory begin at a multiple of it on Windows.
+/// What the system reserves addresses in.
 #[cfg(windows)]
-const VIEW_BYTES: u64 = 64 << 10;
+const GRANULARITY_BYTES: u64 = 64 << 10;
 
 #[cfg(unix)]
 const TRANSPARENT: &str = "sys/kernel/mm/transparent_hugepage/shmem_enabled";
@@ -32,12 +32,12 @@ impl Pages {
 
     #[allow(clippy::unused_self, reason = "elsewhere it depends on the pages")]
     pub(super) fn granularity_bytes(&self) -> u64 {
-        VIEW_BYTES
+        GRANULARITY_BYTES
     }
 
     #[allow(clippy::unused_self, reason = "elsewhere it depends on the pages")]
     pub(super) fn page_bytes(&self) -> u64 {
-        VIEW_BYTES
+        BASE_PAGE_BYTES
     }
 }
 

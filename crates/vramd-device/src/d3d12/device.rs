@@ -30,7 +30,9 @@ impl Device {
             (false, false) => MemoryType::Vram,
         };
         let shares_host = memory_type != MemoryType::Vram;
-        let shared = if shares_host { adapter.shared_bytes } else { 0 };
+        // Where the system's budget goes beyond the card's own memory, the machine's is meant too.
+        let beyond = adapter.budget().is_some_and(|(budget, _)| budget > adapter.dedicated_bytes);
+        let shared = if shares_host && beyond { adapter.shared_bytes } else { 0 };
         let all = adapter.dedicated_bytes + shared;
         let host = shares_host.then(Host::probe).transpose()?;
         let mut notes = Vec::new();

@@ -3,10 +3,9 @@
 use std::io::Read;
 use std::process::{Child, Stdio};
 
-use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::support::{Daemon, Ended, kill, wait_for, write_model};
+use crate::support::{Daemon, Ended, Signal, kill, wait_for, write_model};
 
 const UNKNOWN: &str = "0198c2de-7a51-7c3e-9d0f-5b1a2c3d4e5f";
 
@@ -48,6 +47,7 @@ fn ended(child: Child) -> Ended {
 }
 
 /// The pids that `ps` shows.
+#[cfg(unix)]
 fn holders(daemon: &Daemon) -> Vec<u64> {
     let shown = daemon.json(&["ps"]);
     let holders = shown["holders"].as_array().expect("holders");
@@ -181,7 +181,7 @@ fn what_the_daemon_refuses_ends_with_one_and_a_hint() {
         (&["models", "rm", "missing"], "missing"),
         (&["models", "add", "tiny", "models/tiny.safetensors"], "tiny"),
         (&["models", "add", "other", "models/nothing.safetensors"], "nothing.safetensors"),
-        (&["models", "add", "other", "/etc/passwd"], "/etc/passwd"),
+        (&["models", "add", "other", "/etc/passwd"], "passwd lies outside"),
         (&["attach", "missing"], "missing"),
         (&["attach", "tiny"], "tiny"),
         (&["attach", "tiny/unet"], "unet"),
@@ -215,9 +215,9 @@ fn free_goes_on_after_an_id_that_is_unknown() {
 }
 
 #[test]
-fn the_unix_socket_serves_the_same() {
+fn the_local_socket_serves_the_same() {
     let daemon = Daemon::start();
-    let server = format!("unix:{}", daemon.home.path("socket").display());
+    let server = daemon.home.local_server();
     let over_socket = daemon.run(&["devices", "--json", "--server", &server]).expect(0);
     assert_eq!(over_socket.json(), daemon.json(&["devices"]));
 }
@@ -241,6 +241,7 @@ fn events_are_followed_and_resumed() {
     resumed.wait().expect("it ended");
 }
 
+#[cfg(unix)]
 #[test]
 fn a_clean_stop_ends_those_who_follow() {
     let mut daemon = Daemon::start();
@@ -262,6 +263,7 @@ fn a_clean_stop_ends_those_who_follow() {
     assert_eq!(child.wait().expect("it ended").code(), Some(0));
 }
 
+#[cfg(unix)]
 #[test]
 fn a_held_attachment_ends_with_its_process_and_the_model_stays() {
     let daemon = with_model(1000);
@@ -291,6 +293,7 @@ fn an_attachment_that_outlives_the_daemon_says_so() {
     assert!(ended.stderr.contains("error: the daemon ended the lease"), "{ended:?}");
 }
 
+#[cfg(unix)]
 #[test]
 fn ctrl_c_cancels_a_load() {
     let daemon = with_slow_load();
@@ -328,6 +331,7 @@ fn the_doctor_finds_the_daemon() {
     assert!(check("device").is_some() && check("address").is_none());
 }
 
+#[cfg(unix)]
 #[test]
 fn what_is_to_stay_is_there_after_a_restart() {
     let mut daemon = with_model(10);

@@ -4,10 +4,11 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::process::{Child, Stdio};
 
-use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, Ended, Home, kill, wait_for};
+#[cfg(unix)]
+use crate::support::wait_for;
+use crate::support::{Daemon, Ended, Home, Signal, kill};
 
 fn fixture(name: &str) -> String {
     format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"))
@@ -61,7 +62,12 @@ fn what_cannot_be_replayed_says_why_and_what_to_do() {
     let rmm = fixture("rmm.csv");
     for (arguments, message, hint) in [
         (&["missing"][..], "missing could not be opened", "vramd record --out"),
-        (&["."], "it could not be read", "a file that you may read"),
+        // Windows does not even open a directory.
+        if cfg!(unix) {
+            (&["."][..], "it could not be read", "a file that you may read")
+        } else {
+            (&["."][..], "could not be opened", "vramd record --out")
+        },
         (&["empty"], "it is empty", "vramd record --out"),
         (&["text"], "it is no trace", "--format"),
         (&["none.csv"], "holds no allocations", "log while"),
@@ -90,6 +96,7 @@ fn start(daemon: &Daemon, arguments: &[&str]) -> Child {
     child
 }
 
+#[cfg(unix)]
 fn lines(daemon: &Daemon, name: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(daemon.home.path(name)).expect("a trace");
     text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
@@ -100,6 +107,7 @@ fn alloc(daemon: &Daemon, size: &str, device: &str) -> String {
     ended.stdout.trim().to_owned()
 }
 
+#[cfg(unix)]
 #[test]
 fn a_recording_begins_with_what_lives_and_replays() {
     let daemon = Daemon::start();
@@ -263,6 +271,7 @@ fn a_recording_survives_kills_of_itself_and_of_the_daemon() {
     assert_eq!(report.expect(0).json()["irregularities"]["gaps"], 1);
 }
 
+#[cfg(unix)]
 #[test]
 fn a_recording_ends_when_its_time_is_over_or_the_daemon_stops() {
     let mut daemon = Daemon::start();

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+#[cfg(unix)]
+pub use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -78,7 +79,22 @@ impl Home {
             }
         }
         command.env("HOME", self.dir.path()).env("XDG_CONFIG_HOME", self.path("config"));
+        command.env("LOCALAPPDATA", self.path("local")).env("APPDATA", self.path("config"));
         command
+    }
+
+    /// The local socket of a daemon in this home.
+    pub fn socket(&self) -> String {
+        if cfg!(windows) {
+            let name = self.dir.path().file_name().expect("a name").to_string_lossy();
+            return format!(r"\\.\pipe\vramd-test-{name}");
+        }
+        self.path("socket").to_str().expect("UTF-8").to_owned()
+    }
+
+    /// The same, as a server.
+    pub fn local_server(&self) -> String {
+        format!("{}:{}", if cfg!(windows) { "pipe" } else { "unix" }, self.socket())
     }
 
     pub fn run(&self, arguments: &[&str]) -> Ended {
@@ -113,12 +129,13 @@ impl Daemon {
         let ready = self.home.path("ready.json");
         let _ = std::fs::remove_file(&ready);
         let log = File::options().create(true).append(true).open(self.home.path("log")).expect("a file");
-        let paths = ["socket", "state", "models", "ready.json"].map(|name| self.home.path(name));
-        let [socket, state, models, file] = paths.each_ref().map(|path| path.to_str().expect("UTF-8"));
+        let socket = self.home.socket();
+        let paths = ["state", "models", "ready.json"].map(|name| self.home.path(name));
+        let [state, models, file] = paths.each_ref().map(|path| path.to_str().expect("UTF-8"));
         let mut child = self
             .home
             .command(&["serve", "--listen", "127.0.0.1:0", "--sim", self.simulated, "--cpu-limit", "128MiB"])
-            .args(["--socket", socket, "--state-dir", state, "--model-root", models, "--ready-file", file])
+            .args(["--socket", &socket, "--state-dir", state, "--model-root", models, "--ready-file", file])
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
@@ -136,7 +153,7 @@ impl Daemon {
 
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.home.command(arguments);
-        command.env("VRAMD_SERVER", &self.server).env("VRAMD_SOCKET", self.home.path("socket"));
+        command.env("VRAMD_SERVER", &self.server).env("VRAMD_SOCKET", self.home.socket());
         command
     }
 
@@ -181,9 +198,22 @@ impl Drop for Daemon {
     }
 }
 
+#[cfg(unix)]
 pub fn kill(child: &Child, signal: Signal) {
-    let pid = Pid::from_child(child);
-    kill_process(pid, signal).expect("a signal to our own child");
+    let pid = rustix::process::Pid::from_child(child);
+    rustix::process::kill_process(pid, signal).expect("a signal to our own child");
+}
+
+/// Windows knows of no other signal that one process can send to another.
+#[cfg(windows)]
+pub enum Signal {
+    KILL,
+}
+
+#[cfg(windows)]
+pub fn kill(child: &Child, _: Signal) {
+    let process = vramd_windows::Process::open_to_end(child.id()).expect("our own child");
+    process.end().expect("our own child");
 }
 
 /// A model file with one tensor of `count` 32-bit floats and a scalar.
