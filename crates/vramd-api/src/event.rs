@@ -38,6 +38,9 @@ pub enum EventKind {
     OperationChanged,
     #[serde(rename = "device.lost")]
     DeviceLost,
+    /// One that was lost is in use again, empty.
+    #[serde(rename = "device.returned")]
+    DeviceReturned,
     #[serde(rename = "pressure.changed")]
     PressureChanged,
     #[serde(rename = "limits.changed")]

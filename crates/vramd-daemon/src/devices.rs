@@ -303,9 +303,10 @@ pub fn error(device: &DeviceId, error: &DeviceError) -> ApiError {
             ErrorCode::InsufficientMemory,
             "free memory on the machine, or ask for less; `vramd ps` shows who holds what",
         ),
-        DeviceError::Lost { .. } => {
-            (ErrorCode::DeviceLost, "other devices go on working; restart the daemon once the device is back")
-        }
+        DeviceError::Lost { .. } => (
+            ErrorCode::DeviceLost,
+            "other devices go on working; release or unload what was on it: once it is back, it is used again",
+        ),
         DeviceError::Interrupted { .. } => (
             ErrorCode::Unavailable,
             "try again: another one is started; see the daemon's log for why it ended",

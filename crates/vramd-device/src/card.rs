@@ -356,6 +356,13 @@ impl<D: Driver> crate::Device for Device<D> {
         self.segments.get(Call::Importers, segment).map(|_| None)
     }
 
+    fn adopt(&self) -> Result<(), DeviceError> {
+        let Some(reason) = self.state().lost.take() else { return Ok(()) };
+        crate::works(self).inspect_err(|_| {
+            self.state().lost.get_or_insert(reason);
+        })
+    }
+
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
         let exported = self.segments.get(Call::Export, segment)?;
         self.check_lost()?;
@@ -370,6 +377,9 @@ impl<D: Driver> crate::Device for Device<D> {
         exporting.map_err(self.explain(Call::Export, 0))
     }
 }
+
+#[cfg(test)]
+mod tests;
 
 #[cfg(test)]
 impl<D: Driver> Device<D> {

@@ -121,6 +121,15 @@ pub type Fill<'a> = dyn FnMut(u64, &mut [u8]) -> Result<(), DeviceError> + 'a;
 /// Gets the bytes at an offset of a range.
 pub type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<(), DeviceError> + 'a;
 
+/// The segment that [`Device::adopt`] tries a device with.
+const PROBE: SegmentId = SegmentId(u64::MAX);
+
+/// Whether a device makes a segment, zeros it and takes it back.
+fn works(device: &dyn Device) -> Result<(), DeviceError> {
+    device.create(PROBE, device.facts().granularity_bytes, Writers::DeviceOnly)?;
+    device.destroy(PROBE)
+}
+
 /// What goes through a buffer of the caller's at once.
 const BUFFER_BYTES: u64 = 1 << 20;
 
@@ -129,7 +138,7 @@ const BUFFER_BYTES: u64 = 1 << 20;
 /// `fill_from_file`, `read`, `read_into`, `write`, `write_from` and `copy` on disjoint ranges of it may overlap, and so may those that only read.
 ///
 /// On an error nothing has changed, except where a method says otherwise. A [`DeviceError::Lost`] is final for
-/// every segment: `destroy` still succeeds afterwards, so that the books can be closed.
+/// every segment: `destroy` still succeeds afterwards, so that the books can be closed and the device be adopted again.
 pub trait Device: Send + Sync {
     fn facts(&self) -> &Facts;
 
@@ -191,6 +200,10 @@ pub trait Device: Send + Sync {
     /// Which of `processes` still have a segment's memory mapped or open: its bytes are not back with the system before
     /// these are gone too. This process is not meant. None: the driver does not tell.
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError>;
+
+    /// Takes a lost device into use again, if it is back: the error says why not. No segment is left on it, and nobody
+    /// else calls it meanwhile.
+    fn adopt(&self) -> Result<(), DeviceError>;
 
     /// A descriptor through which another process has the whole segment. The segment stays the device's: the
     /// descriptor only keeps the memory itself alive.

@@ -170,6 +170,21 @@ impl Ledger {
         self.books.get_mut(device).is_some_and(|book| !std::mem::replace(&mut book.lost, true))
     }
 
+    /// Whether a lost device has nothing of ours any more, so that it may be given out again if it is back.
+    pub fn is_closed(&self, device: &DeviceId) -> bool {
+        self.books.get(device).is_some_and(|book| book.lost && book.segments.is_empty())
+    }
+
+    /// A lost device is back: its books begin anew. False if they are not closed.
+    pub fn regain(&mut self, device: &DeviceId) -> bool {
+        let closed = self.is_closed(device);
+        if let Some(book) = self.books.get_mut(device).filter(|_| closed) {
+            book.lost = false;
+            book.measured = None;
+        }
+        closed
+    }
+
     /// Sets or lifts a limit. What is held above it stays.
     pub fn set_limit(&mut self, device: &DeviceId, limit: Option<u64>) {
         if let Some(book) = self.books.get_mut(device) {

@@ -49,6 +49,8 @@ pub use snapshot::{DeviceView, Snapshot, memory_status};
 
 /// How often leases, waits and keep-alives are looked at and devices are measured.
 const TICK: Duration = Duration::from_millis(250);
+/// How often a lost device is tried again.
+const ADOPT_SECONDS: u64 = 2;
 /// The most events that wait for the driver; senders beyond wait themselves.
 const MAILBOX: usize = 4096;
 /// The most events in one batch, between two snapshots.
@@ -201,6 +203,11 @@ pub enum Event {
         device: DeviceId,
         outcome: Result<Sample, DeviceError>,
     },
+    /// A lost device was tried again.
+    Adopted {
+        device: DeviceId,
+        outcome: Result<(), DeviceError>,
+    },
     /// The journal wrote, or failed to write, what this was waiting for.
     Stored(Box<OnStored>, Result<(), StoreError>),
     Tick,
@@ -277,6 +284,7 @@ impl Driver {
             changing: BTreeSet::new(),
             pressure: BTreeMap::new(),
             measuring: BTreeMap::new(),
+            tried: BTreeMap::new(),
             samples: BTreeMap::new(),
             jobs: 0,
             outbox: Vec::new(),
@@ -365,6 +373,8 @@ struct State {
     pressure: BTreeMap<DeviceId, PressureLevel>,
     /// The measurements under way, and when they began.
     measuring: BTreeMap<DeviceId, vramd_core::Tick>,
+    /// When lost devices were tried last.
+    tried: BTreeMap<DeviceId, vramd_core::Tick>,
     samples: BTreeMap<DeviceId, jiff::Timestamp>,
     /// Device calls and journal writes under way.
     jobs: usize,
@@ -482,6 +492,10 @@ impl State {
                 self.jobs -= 1;
                 self.measured(&device, outcome);
             }
+            Event::Adopted { device, outcome } => {
+                self.jobs -= 1;
+                self.adopted(&device, &outcome);
+            }
             Event::Stored(next, outcome) => {
                 self.jobs -= 1;
                 self.stored(*next, outcome);
@@ -519,6 +533,42 @@ impl State {
         self.to_go_on.extend(self.operations.running.keys());
         if !self.stopping {
             self.measure();
+            self.adopt();
+        }
+    }
+
+    /// Tries devices again that are lost and have nothing of ours left.
+    fn adopt(&mut self) {
+        let all = self.devices.iter().map(|device| device.facts().device.clone());
+        let lost: Vec<_> = all.filter(|device| self.ledger.is_lost(device)).collect();
+        for id in lost {
+            // Who frees all on it does not know of the spare one.
+            if let Some((segment, _)) = self.ledger.spare(&id)
+                && let Some(work) = self.ledger.release_spare(&id, segment)
+            {
+                self.perform(work);
+            }
+            let due =
+                self.tried.get(&id).is_none_or(|tried| self.now.tick >= tried.after_seconds(ADOPT_SECONDS));
+            if due && self.ledger.is_closed(&id) && !self.measuring.contains_key(&id) {
+                self.tried.insert(id.clone(), self.now.tick);
+                self.measuring.insert(id.clone(), self.now.tick);
+                let device = id.clone();
+                self.spawn(&id, move |on| Event::Adopted { device, outcome: on.adopt() });
+            }
+        }
+    }
+
+    fn adopted(&mut self, device: &DeviceId, outcome: &Result<(), DeviceError>) {
+        self.measuring.remove(device);
+        match outcome {
+            Ok(()) if self.ledger.regain(device) => {
+                tracing::info!(%device, "a lost device is back");
+                self.tried.remove(device);
+                self.emit(EventKind::DeviceReturned, serde_json::json!({ "deviceId": device }));
+            }
+            Ok(()) => {}
+            Err(error) => tracing::debug!(%device, %error, "a lost device is not back"),
         }
     }
 

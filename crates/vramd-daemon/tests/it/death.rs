@@ -59,6 +59,10 @@ impl Device for Breakable {
         self.device.importers(segment, processes)
     }
 
+    fn adopt(&self) -> Result<(), DeviceError> {
+        self.device.adopt()
+    }
+
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
         self.device.export(segment, access)
     }

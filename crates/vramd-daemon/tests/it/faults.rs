@@ -145,6 +145,31 @@ fn a_lost_device_closes_its_books_and_the_others_go_on() {
             .all(|figure| status[figure] == 0)
     });
     daemon.loaded("tiny", "sim:1");
+
+    // It is tried now and then, and taken again when it is back, with nothing on it.
+    let mut events = daemon.events(None);
+    daemon.faults[0].come_back();
+    assert_eq!(events.until("device.returned")["deviceId"], "sim:0");
+    daemon.status_when("sim:0", "its figures", |status| {
+        status["health"] == "Healthy" && status["availableBytes"] == 64 * MIB
+    });
+    on("sim:0", 4 * MIB);
+    daemon.loaded("tiny", "sim:0");
+}
+
+#[test]
+fn a_lost_device_that_is_back_waits_until_what_was_on_it_is_released() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let id = daemon.allocated(&json!({"sizeBytes": 4096}));
+    let mut events = daemon.events(None);
+    daemon.faults[0].lose("it fell off the bus");
+    events.until("device.lost");
+    daemon.faults[0].come_back();
+    assert_eq!(daemon.status("sim:0")["health"], "Lost");
+    assert_eq!(daemon.allocations().len(), 1);
+    daemon.release(&id).data(200);
+    events.until("device.returned");
+    daemon.all_is_back("sim:0");
 }
 
 #[test]

@@ -290,6 +290,11 @@ impl crate::Device for Device {
         segment.importers(processes)
     }
 
+    /// It is never lost.
+    fn adopt(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
         let descriptor = self.segments.get(Call::Export, segment)?.export(segment, access)?;
         Ok(Exported { descriptor, handle: Handle::HOST })

@@ -54,7 +54,7 @@ pub struct Device {
     /// The driver's number of the card, once it is in use.
     ordinal: OnceLock<Ordinal>,
     state: Mutex<State>,
-    lost: OnceLock<String>,
+    lost: Mutex<Option<String>>,
     /// Running while something is to be copied or filled.
     loader: Mutex<Option<Arc<Loader>>>,
     /// Held while one starts, which takes a while.
@@ -236,7 +236,7 @@ impl Device {
         let loader = Arc::new(Loader::start(&self.options.loader, &self.adapter, self.options.patience)?);
         let mut slot = lock(&self.loader);
         // Whoever loses the card says so first, and then ends what is in the slot.
-        if self.lost.get().is_some() {
+        if lock(&self.lost).is_some() {
             return Err(Trouble::Gone(std::io::ErrorKind::NotConnected.into()));
         }
         self.has_context.store(true, Ordering::Relaxed);
@@ -274,7 +274,7 @@ impl Device {
     }
 
     fn check_lost(&self) -> Result<(), DeviceError> {
-        self.lost.get().map_or(Ok(()), |reason| Err(DeviceError::Lost { reason: reason.clone() }))
+        lock(&self.lost).as_ref().map_or(Ok(()), |reason| Err(DeviceError::Lost { reason: reason.clone() }))
     }
 
     fn explain_nvml(&self, error: NvmlError) -> DeviceError {
@@ -286,7 +286,7 @@ impl Device {
     }
 
     fn lose(&self, reason: String) -> DeviceError {
-        let reason = self.lost.get_or_init(|| reason).clone();
+        let reason = lock(&self.lost).get_or_insert(reason).clone();
         // It is of no more use, and what it has open keeps the card from being reset.
         self.end_loader();
         DeviceError::Lost { reason }
@@ -513,6 +513,14 @@ impl crate::Device for Device {
 
     fn importers(&self, segment: SegmentId, _: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
         self.segments.get(Call::Importers, segment).map(|_| None)
+    }
+
+    fn adopt(&self) -> Result<(), DeviceError> {
+        let Some(reason) = lock(&self.lost).take() else { return Ok(()) };
+        crate::works(self).inspect_err(|_| {
+            lock(&self.lost).get_or_insert(reason);
+            self.end_loader();
+        })
     }
 
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {

@@ -218,6 +218,11 @@ impl crate::Device for Device {
         segment.importers(processes)
     }
 
+    fn adopt(&self) -> Result<(), DeviceError> {
+        self.faults.adopt()?;
+        crate::works(self)
+    }
+
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
         let source = self.segments.get(Call::Export, segment)?;
         self.faults.enter(Call::Export, 0)?;

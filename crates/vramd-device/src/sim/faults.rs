@@ -17,7 +17,7 @@ pub enum Fault {
     OutOfMemory,
     /// The driver fails with `EIO`.
     Native,
-    /// The device is lost by this call, for good.
+    /// The device is lost by this call.
     Lost,
 }
 
@@ -34,6 +34,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     lost: Option<String>,
+    back: bool,
     planned: Vec<Planned>,
     holds: HashMap<Call, Hold>,
     foreign_bytes: u64,
@@ -63,7 +64,22 @@ impl Faults {
 
     /// Loses the device: from now on every call but `destroy` fails, those under way included where they notice.
     pub fn lose(&self, reason: &str) {
-        self.state().lost.get_or_insert_with(|| reason.to_owned());
+        let mut state = self.state();
+        state.back = false;
+        state.lost.get_or_insert_with(|| reason.to_owned());
+    }
+
+    /// Ends the loss: the device can be adopted again.
+    pub fn come_back(&self) {
+        self.state().back = true;
+    }
+
+    pub(super) fn adopt(&self) -> Result<(), DeviceError> {
+        let mut state = self.state();
+        if state.back {
+            state.lost = None;
+        }
+        state.check_lost()
     }
 
     /// Stops every call of this kind at its start until the guard is dropped.

@@ -378,7 +378,7 @@ fn a_killed_loader_takes_no_bytes_with_it() {
 }
 
 #[test]
-fn a_lost_card_is_lost_for_good_and_its_books_can_be_closed() {
+fn a_lost_card_closes_its_books_and_is_taken_again_when_it_is_back() {
     let fake = Fake::new(1, 1 << 30);
     let device = fake.open();
     let id = create(&device);
@@ -394,8 +394,17 @@ fn a_lost_card_is_lost_for_good_and_its_books_can_be_closed() {
     assert!(!is_there(*fake.contexts().first().unwrap()));
     fake.fail("cuMemRelease", 0, UNKNOWN);
     device.destroy(id).unwrap();
+    // Asked for it, it looks; by itself it does not.
+    fake.fail("nvmlDeviceGetMemoryInfo_v2", 0, GPU_IS_LOST);
+    lost(device.adopt());
     fake.mend();
     lost(device.sample().map(drop));
+    device.adopt().unwrap();
+    device.adopt().unwrap();
+    let id = create(&device);
+    device.write(id, 0, b"x").unwrap();
+    device.destroy(id).unwrap();
+    assert_eq!(available(&device), TOTAL);
 }
 
 #[test]
