@@ -364,9 +364,9 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<Attach>(text).expect("a request");
         let request = read(r#"{"model": "tiny", "handles": ["aNewerOne", "cudaPosixFd"]}"#);
         assert_eq!(request.handles, Some(vec![HandleType::CudaPosixFd]));
-        assert!(!request.takes(HandleType::Memfd));
-        assert!(!read(r#"{"model": "tiny", "handles": ["aNewerOne"]}"#).takes(HandleType::Memfd));
-        assert!(read(r#"{"model": "tiny"}"#).takes(HandleType::Memfd));
+        assert!(!request.takes(HandleType::HOST));
+        assert!(!read(r#"{"model": "tiny", "handles": ["aNewerOne"]}"#).takes(HandleType::HOST));
+        assert!(read(r#"{"model": "tiny"}"#).takes(HandleType::HOST));
     }
 
     #[test]

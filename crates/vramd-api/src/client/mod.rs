@@ -148,15 +148,19 @@ mod tests {
 
     #[test]
     fn servers_are_checked_before_anything_is_sent() {
-        for good in
-            ["http://127.0.0.1:8726", "http://[::1]:1/", "unix:/run/vramd/vramd.sock", "unix:///run/a"]
-        {
+        let (local, elsewhere) = if cfg!(windows) {
+            ([r"pipe:\\.\pipe\vramd", r"pipe:\\.\pipe\a b"], "unix:/run/a")
+        } else {
+            assert_eq!(local_path("unix:///run/a"), Some(PathBuf::from("/run/a")));
+            (["unix:/run/vramd/vramd.sock", "unix:///run/a"], r"pipe:\\.\pipe\vramd")
+        };
+        for good in ["http://127.0.0.1:8726", "http://[::1]:1/"].into_iter().chain(local) {
             assert!(Client::new(good).is_ok(), "{good}");
         }
-        for bad in ["", "127.0.0.1:8726", "https://localhost", "unix:", "ftp://x", "/run/vramd.sock"] {
+        for bad in ["", "127.0.0.1:8726", "https://localhost", LOCAL, elsewhere, "ftp://x", "/run/vramd.sock"]
+        {
             assert!(matches!(Client::new(bad), Err(ClientError::Server { .. })), "{bad}");
         }
-        assert_eq!(local_path("unix:///run/a"), Some(PathBuf::from("/run/a")));
     }
 
     #[test]

@@ -40,9 +40,21 @@ struct Api {
 impl Api {
     fn get() -> Result<&'static Self, NoDirect3d> {
         static API: OnceLock<Api> = OnceLock::new();
-        match API.get() {
-            Some(api) => Ok(api),
-            None => Self::load().map(|api| API.get_or_init(|| api)),
+        if let Some(api) = API.get() {
+            return Ok(api);
+        }
+        let api = Self::load()?;
+        // One factory stays. On Wine the last one takes libraries with it that open devices still call.
+        std::mem::forget(api.factory()?);
+        Ok(API.get_or_init(|| api))
+    }
+
+    fn factory(&self) -> windows::core::Result<IDXGIFactory1> {
+        let mut factory = std::ptr::null_mut();
+        // SAFETY: the answer is a reference to an object of the interface that was asked for.
+        unsafe {
+            (self.create_factory)(&IDXGIFactory1::IID, &raw mut factory).ok()?;
+            Ok(IDXGIFactory1::from_raw(factory))
         }
     }
 
@@ -82,12 +94,7 @@ impl std::fmt::Debug for Adapter {
 /// Asks DXGI for all adapters, in its order.
 pub fn discover() -> Result<Vec<Adapter>, NoDirect3d> {
     let api = Api::get()?;
-    let mut factory = std::ptr::null_mut();
-    // SAFETY: the answer is a reference to an object of the interface that was asked for.
-    let factory = unsafe {
-        (api.create_factory)(&IDXGIFactory1::IID, &raw mut factory).ok()?;
-        IDXGIFactory1::from_raw(factory)
-    };
+    let factory = api.factory()?;
     let mut found: Vec<Adapter> = Vec::new();
     for index in 0.. {
         // SAFETY: a plain question.
