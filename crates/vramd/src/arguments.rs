@@ -29,7 +29,7 @@ pub struct Arguments {
 
 #[derive(Debug, Args)]
 pub struct Global {
-    /// The daemon to talk to: http://HOST:PORT or unix:PATH
+    /// The daemon to talk to: http://HOST:PORT or unix:PATH (on Windows pipe:NAME)
     #[arg(long, global = true, value_name = "URL", env = "VRAMD_SERVER", hide_env_values = true)]
     #[arg(default_value = "http://127.0.0.1:8726", help_heading = "Global options")]
     pub server: String,
@@ -211,7 +211,7 @@ pub struct ServeArguments {
     /// Where to serve HTTP; port 0 picks one [default: 127.0.0.1:8726]
     #[arg(long, value_name = "ADDRESS:PORT|none")]
     listen: Option<Switch<SocketAddr>>,
-    /// The Unix socket for HTTP and attach [default: vramd/vramd.sock in /run or $XDG_RUNTIME_DIR]
+    /// The local socket for HTTP and attach [default: vramd/vramd.sock in /run or $XDG_RUNTIME_DIR]
     #[arg(long, value_name = "PATH|none")]
     socket: Option<Switch<PathBuf>>,
     /// The directory of the store [default: vramd in /var/lib or $XDG_STATE_HOME]

@@ -40,12 +40,12 @@ macro_rules! settings {
 settings! {
     LISTEN = "listen", "--listen", "VRAMD_LISTEN", "127.0.0.1:8726",
         "Where HTTP is served: an address and a port (0 picks one), or `none`.";
-    SOCKET = "socket", "--socket", "VRAMD_SOCKET", "/run/vramd/vramd.sock for root, else $XDG_RUNTIME_DIR/vramd/vramd.sock",
-        "The Unix socket for HTTP and attach, or `none`.";
-    STATE_DIR = "state_dir", "--state-dir", "VRAMD_STATE_DIR", "/var/lib/vramd for root, else $XDG_STATE_HOME/vramd",
+    SOCKET = "socket", "--socket", "VRAMD_SOCKET", "/run/vramd/vramd.sock for root, else $XDG_RUNTIME_DIR/vramd/vramd.sock; on Windows `\\\\.\\pipe\\vramd-USER`",
+        "The local socket for HTTP and attach (on Windows a named pipe), or `none`.";
+    STATE_DIR = "state_dir", "--state-dir", "VRAMD_STATE_DIR", "/var/lib/vramd for root, else $XDG_STATE_HOME/vramd; on Windows %LOCALAPPDATA%\\vramd",
         "The directory of the store.";
     MODEL_ROOTS = "model_roots", "--model-root", "VRAMD_MODEL_ROOT", "none",
-        "Directories that models may lie in. The flag may repeat; the variable separates them by `:`.";
+        "Directories that models may lie in. The flag may repeat; the variable separates them by `:`, on Windows by `;`.";
     CPU_LIMIT = "cpu_limit", "--cpu-limit", "VRAMD_CPU_LIMIT", "80 % of the machine's memory",
         "The most host memory that the daemon may hold: `24GiB`, or a number of bytes.";
     SIM = "sim", "--sim", "VRAMD_SIM", "none",

@@ -1,3 +1,5 @@
+//! Mappings of memory files, which the kernel replaces in one step.
+
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::OwnedFd;

@@ -1,3 +1,5 @@
+//! Views of file mappings, which stay where they are.
+
 use std::ffi::c_void;
 use std::io;
 use std::os::windows::io::{AsRawHandle as _, OwnedHandle};

@@ -45,8 +45,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    pub fn connect(path: &Path) -> io::Result<Self> {
-        let name = HSTRING::from(path);
+    pub fn connect(path: impl AsRef<Path>) -> io::Result<Self> {
+        let name = HSTRING::from(path.as_ref());
         let name = PCWSTR(name.as_ptr());
         // Whoever serves there learns who we are, and may not act in our name.
         let flags = FILE_FLAG_OVERLAPPED | SECURITY_SQOS_PRESENT | SECURITY_IDENTIFICATION;

@@ -12,7 +12,7 @@ use vramd_attach::{AttachError, Attachment, Stream};
 use crate::support::{Daemon, Home, MIB, PATIENCE, caught, wait_for, with_model};
 
 pub fn connect(daemon: &Daemon) -> Stream {
-    let stream = Stream::connect(&daemon.socket()).expect("a connection");
+    let stream = Stream::connect(daemon.socket()).expect("a connection");
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     stream
 }

@@ -261,7 +261,7 @@ impl Daemon {
 
     /// The same over the local socket.
     pub fn send_local(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-        let stream = Stream::connect(&self.socket()).expect("a connection");
+        let stream = Stream::connect(self.socket()).expect("a connection");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         exchange(stream, &message(method, path, headers, body))
     }

@@ -235,7 +235,7 @@ fn half_a_request_harms_nobody() {
         let mut stream = daemon.connect();
         stream.write_all(part.as_bytes()).expect("sent");
         silent.push(stream);
-        let mut stream = Stream::connect(&daemon.socket()).expect("a connection");
+        let mut stream = Stream::connect(daemon.socket()).expect("a connection");
         stream.write_all(part.as_bytes()).expect("sent");
     }
     daemon.get("/api/devices").data(200);

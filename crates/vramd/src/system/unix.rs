@@ -1,3 +1,5 @@
+//! Directories by the XDG rules, signals, the limit on open files.
+
 use std::io;
 use std::path::{Path, PathBuf};
 

@@ -1,3 +1,5 @@
+//! Directories of the user's profile, and the signals of a console.
+
 use std::io;
 use std::path::{Path, PathBuf};
 

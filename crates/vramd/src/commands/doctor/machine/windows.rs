@@ -1,3 +1,5 @@
+//! Memory, and what the system would still promise of it.
+
 use vramd_api::Bytes;
 use vramd_windows::Memory;
 
