@@ -13,6 +13,9 @@ from .table import Aim, Row, Table
 
 BYTES = 256 << 20
 AIM = 0.95
+# What is handed out: so much in segments of that size, or what the device has room for.
+SHARED = 4 << 30
+SEGMENT = 64 << 20
 OVERLAP = 1.5
 
 
@@ -23,6 +26,8 @@ def measure(setup: Setup, table: Table) -> None:
             say("no Vulkan driver is installed: nothing is measured")
         for device in devices:
             _copies(setup, daemon.client, device, table)
+            if device["capabilities"]["handle"]:
+                _attached(setup, daemon, device, table)
         for source in devices:
             for target in devices:
                 if source is not target:
@@ -85,6 +90,26 @@ def _between(setup: Setup, client: vramd.Client, source: Any, target: Any, table
         Row("out, across, in: one after the other", median(plain)),
     ]
     table.add(f"256 MiB from {names[0]} to {names[1]}", "GB/s", rows, aim, more_is_better=True)
+
+
+def _attached(setup: Setup, daemon: Daemon, device: Any, table: Table) -> None:
+    name, client = device["deviceId"], daemon.client
+    say(f"{name}: handed out and imported")
+    room = client.device_status(name)["availableBytes"]
+    count = min(SHARED, room * 4 // 5) // SEGMENT
+    ids = [client.allocate(SEGMENT, device=name, lease_seconds=3600)["allocationId"] for _ in range(count)]
+    ordinal = name.partition(":")[2]
+    found = _run(setup, "vulkan-attach", ordinal, str(daemon.socket), *ids, "--rounds", str(setup.rounds(7)))
+    assert found["name"] == device["name"], f"{name} is another adapter there: {found['name']}"
+    for one in ids:
+        client.release(one)
+    messages = f"{count} messages, {found['descriptorsAMessage']} descriptor each"
+    rows = [
+        Row(f"vramd hands out ({messages})", median(found["attachMilliseconds"])),
+        Row("the driver imports", median(found["importMilliseconds"])),
+    ]
+    size = f"{count * SEGMENT / (1 << 30):.2f} GiB in segments of 64 MiB"
+    table.add(f"{size} on {device['name']}", "ms", rows)
 
 
 def _run(setup: Setup, *arguments: str) -> Any:

@@ -1,5 +1,5 @@
 //! What vramd is measured with: `bare` serves what it serves and `hammer` asks both; `reader` has memory attached that
-//! is moved, and `copier` copies as much; `vulkan` is a bare program that copies on a card.
+//! is moved, and `copier` copies as much; `vulkan` is a bare program that copies on a card, or imports what is on it.
 
 mod bare;
 mod copier;
@@ -64,6 +64,14 @@ enum Command {
         #[arg(long, default_value_t = 7)]
         rounds: usize,
     },
+    /// Has allocations of a Vulkan adapter handed out, imports them and prints the milliseconds as JSON
+    VulkanAttach {
+        ordinal: usize,
+        socket: PathBuf,
+        allocations: Vec<String>,
+        #[arg(long, default_value_t = 7)]
+        rounds: usize,
+    },
     /// Copies memory and prints the rate as JSON
     Copier {
         #[arg(long)]
@@ -94,6 +102,10 @@ async fn main() -> anyhow::Result<()> {
         }
         Command::VulkanBetween { from, to, bytes, rounds } => {
             println!("{}", vulkan::run_between(from, to, bytes, rounds)?);
+            Ok(())
+        }
+        Command::VulkanAttach { ordinal, socket, allocations, rounds } => {
+            println!("{}", vulkan::run_attach(ordinal, &socket, &allocations, rounds)?);
             Ok(())
         }
         Command::Copier { block, total, threads } => {

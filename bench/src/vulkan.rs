@@ -1,10 +1,13 @@
-//! What bare programs get from Vulkan drivers: one `vkCmdCopyBuffer`, and the plain way from one device to another.
+//! What bare programs get from Vulkan drivers: one `vkCmdCopyBuffer`, and the plain way from one device to another. And what
+//! a program waits for that has memory of vramd's handed to it.
 
-use std::time::Instant;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use ash::vk;
 use vramd_api::Bytes;
+use vramd_api::attach::{Attach, HandleType};
 
 /// What goes through host memory at once on the plain way: it stays in the processor's cache.
 const PART: u64 = 4 << 20;
@@ -30,6 +33,10 @@ struct Buffer {
 impl Card {
     /// The adapter with that number, in the loader's order.
     fn open(ordinal: usize) -> anyhow::Result<Self> {
+        Self::open_with(ordinal, &[])
+    }
+
+    fn open_with(ordinal: usize, extensions: &[*const std::ffi::c_char]) -> anyhow::Result<Self> {
         // SAFETY: a straight line: everything is made in order, used by this thread alone, and the process ends after it.
         unsafe {
             let entry = ash::Entry::load()?;
@@ -50,7 +57,9 @@ impl Card {
             let family = families.iter().position(copies).context("no queue copies")? as u32;
             let queues =
                 [vk::DeviceQueueCreateInfo::default().queue_family_index(family).queue_priorities(&[1.0])];
-            let create = vk::DeviceCreateInfo::default().queue_create_infos(&queues);
+            let create = vk::DeviceCreateInfo::default()
+                .queue_create_infos(&queues)
+                .enabled_extension_names(extensions);
             let device = instance.create_device(physical, &create, None)?;
             let queue = device.get_device_queue(family, 0);
             let create = vk::CommandPoolCreateInfo::default()
@@ -152,6 +161,57 @@ pub fn run_between(from: usize, to: usize, bytes: Bytes, rounds: usize) -> anyho
         Ok(())
     })?;
     Ok(serde_json::json!({ "names": [from.name, to.name], "bytesPerSecond": rates }))
+}
+
+/// Attaches allocations of an adapter one after the other and imports them; answers with the milliseconds of each round, the
+/// first of which warms up and is left out: for the daemon to hand all out, and for the driver to import them.
+pub fn run_attach(
+    ordinal: usize,
+    socket: &Path,
+    allocations: &[String],
+    rounds: usize,
+) -> anyhow::Result<serde_json::Value> {
+    let card = Card::open_with(ordinal, &[ash::khr::external_memory_fd::NAME.as_ptr()])?;
+    let (mut handed, mut imported, mut descriptors) = (Vec::new(), Vec::new(), 0);
+    for round in 0..=rounds {
+        let (mut asking, mut importing) = (Duration::ZERO, Duration::ZERO);
+        let mut held = Vec::new();
+        for id in allocations {
+            let request = Attach {
+                allocation_id: Some(id.parse()?),
+                handles: Some(vec![HandleType::VulkanOpaqueFd]),
+                ..Attach::default()
+            };
+            let begun = Instant::now();
+            let mut attachment = vramd_attach::attach(socket, &request)?;
+            asking += begun.elapsed();
+            descriptors = attachment.descriptors.len();
+            let begun = Instant::now();
+            for (descriptor, segment) in attachment.descriptors.drain(..).zip(&attachment.attached.segments) {
+                let Card { instance, physical, device, .. } = &card;
+                // SAFETY: the three belong together and live, and the device has the extension.
+                let memory = unsafe {
+                    vramd_attach::vulkan::import(instance, *physical, device, segment, descriptor)
+                }?;
+                held.push(memory);
+            }
+            importing += begun.elapsed();
+        }
+        for memory in held {
+            // SAFETY: nothing uses it.
+            unsafe { card.device.free_memory(memory, None) };
+        }
+        if round > 0 {
+            handed.push(asking.as_secs_f64() * 1e3);
+            imported.push(importing.as_secs_f64() * 1e3);
+        }
+    }
+    Ok(serde_json::json!({
+        "name": card.name,
+        "attachMilliseconds": handed,
+        "importMilliseconds": imported,
+        "descriptorsAMessage": descriptors,
+    }))
 }
 
 fn rates(

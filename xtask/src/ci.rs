@@ -54,7 +54,7 @@ pub fn test() -> Result<()> {
         ("the soak, a minute of it", || soak(60, None)),
         ("the demonstration", demonstration),
         ("Windows: tests under Wine", windows::test),
-        ("Windows: what compiles with Microsoft's linker", windows::check_msvc),
+        ("Windows: what compiles for Microsoft's toolchain", windows::check_msvc),
     ])
 }
 

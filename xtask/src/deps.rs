@@ -9,9 +9,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vramd-api", &[]),
     ("vramd-core", &["vramd-api"]),
     // Its tests are clients of what it exports.
-    ("vramd-device", &["vramd-api", "vramd-attach", "vramd-fake-cuda"]),
+    ("vramd-device", &["vramd-api", "vramd-attach", "vramd-fake-cuda", "vramd-windows"]),
     ("vramd-fake-cuda", &[]),
-    ("vramd-attach", &["vramd-api"]),
+    ("vramd-attach", &["vramd-api", "vramd-windows"]),
     (
         "vramd-daemon",
         &["vramd-api", "vramd-attach", "vramd-core", "vramd-device", "vramd-fake-cuda", "vramd-windows"],

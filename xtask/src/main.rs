@@ -67,7 +67,7 @@ enum Task {
     },
     /// All tests of the daemon on Windows, under Wine; says so and succeeds where that is missing.
     TestWindows,
-    /// Compiles everything for Windows with Microsoft's linker, which is not needed for it.
+    /// Compiles everything for Microsoft's toolchain, of which nothing is needed for that.
     CheckMsvc,
     /// Runs the allocator's tests in Miri, where the nightly compiler has it; says so and succeeds where not.
     Miri,

@@ -28,4 +28,4 @@ pub mod vulkan;
 pub use connection::{AttachError, Attachment, Place, attach};
 pub use mapped::{Ended, Mapped};
 pub use pages::{read_at, write_at};
-pub use stream::{Descriptor, Stream, default_socket};
+pub use stream::{Descriptor, Stopper, Stream, default_socket};

@@ -1,17 +1,16 @@
 //! A mapped attachment that follows moves, with one thread that waits for them.
 
-use std::net::Shutdown;
 use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use vramd_api::attach::{Access, Attach, Attached, Handle, Moved, Tensor};
 
 use crate::connection::{AttachError, Attachment, Place, attach};
 use crate::pages::Pages;
-use crate::stream::Stream;
+use crate::stream::Stopper;
 
 /// The thread maps and waits, nothing more.
 const STACK_BYTES: usize = 128 << 10;
@@ -28,7 +27,7 @@ pub struct Mapped {
     attached: Attached,
     tensors: Vec<Tensor>,
     shared: Arc<Shared>,
-    stream: Stream,
+    stopper: Stopper,
     follower: Option<JoinHandle<()>>,
     /// The process that attached: a child of its has no follower.
     process: u32,
@@ -39,6 +38,8 @@ struct Shared {
     pages: Pages,
     generation: AtomicU64,
     ended: OnceLock<Ended>,
+    /// Of a daemon that cannot be understood: while it is open, the daemon gives the pages to nobody else.
+    kept: Mutex<Option<Attachment>>,
 }
 
 /// Why an attachment follows no moves any more.
@@ -74,16 +75,17 @@ impl Mapped {
             pages: map(&place, attached.access, false)?,
             generation: AtomicU64::new(attached.generation),
             ended: OnceLock::new(),
+            kept: Mutex::new(None),
         });
         let tensors = std::mem::take(&mut attachment.tensors);
-        let stream = attachment.stream.try_clone()?;
+        let stopper = Stopper::of(&attachment.stream)?;
         let follower = {
             let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new().name("vramd-moves".to_owned()).stack_size(STACK_BYTES);
             thread.spawn(move || shared.follow(attachment))?
         };
         let process = std::process::id();
-        Ok(Self { attached, tensors, shared, stream, follower: Some(follower), process })
+        Ok(Self { attached, tensors, shared, stopper, follower: Some(follower), process })
     }
 
     /// What the daemon answered; its place is the first one.
@@ -165,7 +167,7 @@ impl Drop for Mapped {
             return std::mem::forget(self.follower.take());
         }
         // Ends the lease, and the wait of the thread. The pages go after it: it may be replacing them.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.stopper.stop();
         if let Some(follower) = self.follower.take() {
             let _ = follower.join();
         }
@@ -185,7 +187,9 @@ impl Shared {
                 Err(error) => break Ended::Broken(error),
             }
         };
-        // The connection stays open: while it is, the daemon gives the pages to nobody else.
+        if matches!(ended, Ended::Broken(_)) {
+            *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(attachment);
+        }
         let _ = self.ended.set(ended);
     }
 

@@ -94,6 +94,22 @@ pub fn d3d12_adapters() -> Result<Vec<(String, bool)>, String> {
     Ok(adapters.iter().map(|adapter| (adapter.name().to_owned(), !adapter.is_software())).collect())
 }
 
+/// On which adapters DirectML works, by name; or why on none.
+#[cfg(windows)]
+pub fn directml() -> Result<Vec<String>, String> {
+    let adapters = d3d12::discover().map_err(|error| error.to_string())?;
+    let works = |adapter: &d3d12::Adapter| {
+        adapter.check_directml().map(|()| adapter.name().to_owned()).map_err(|error| error.to_string())
+    };
+    adapters.iter().map(works).collect()
+}
+
+/// On which adapters DirectML works: none.
+#[cfg(unix)]
+pub fn directml() -> Result<Vec<String>, String> {
+    Err("DirectML is there on Windows alone".to_owned())
+}
+
 /// The Direct3D 12 adapters of this machine: none.
 #[cfg(unix)]
 pub fn d3d12_adapters() -> Result<Vec<(String, bool)>, String> {
@@ -305,7 +321,7 @@ pub fn error(device: &DeviceId, error: &DeviceError) -> ApiError {
         ),
         DeviceError::Lost { .. } => (
             ErrorCode::DeviceLost,
-            "other devices go on working; release or unload what was on it: once it is back, it is used again",
+            "other devices go on working; release or unload what was on it: once it is back it is used again, at the latest after a restart of the daemon",
         ),
         DeviceError::Interrupted { .. } => (
             ErrorCode::Unavailable,

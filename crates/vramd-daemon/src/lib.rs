@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use vramd_api::{ComponentName, DeviceId, ModelName, ReadyFile};
 
 pub use clock::LocalTime;
-pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, vulkan_adapters};
+pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, directml, vulkan_adapters};
 use driver::{Driver, Event, Load, Schedule};
 pub use http::openapi_json;
 use platform::LocalListener;

@@ -22,7 +22,7 @@ use vramd_api::{ApiError, ErrorCode, Failure, Holder};
 use crate::attach;
 use crate::driver::{Caller, Driver};
 use crate::http::{self, Peer};
-use crate::platform::{LocalListener, LocalStream};
+use crate::platform::{self, LocalListener, LocalStream};
 
 /// The most connections over TCP, as many over the local socket, and the most attached ones, at one time.
 const MAX_CONNECTIONS: usize = 1024;
@@ -94,15 +94,16 @@ impl Server {
     }
 
     async fn local(self: Arc<Self>, mut stream: LocalStream, watcher: Watcher) {
-        let Ok(holder) = stream.peer() else { return };
+        let Ok((pid, uid)) = stream.peer() else { return };
         let Ok(place) = self.local.clone().try_acquire_owned() else { return refuse(&mut stream).await };
         let first = tokio::time::timeout(HEADER_TIMEOUT, stream.peek()).await;
         match first {
             Ok(Ok(Some(first))) if first == MAGIC[0] => {
                 drop((place, watcher));
+                let holder = Holder { pid, uid, command: platform::command(pid) };
                 self.attach(stream, holder).await;
             }
-            Ok(Ok(Some(_))) => self.http(stream, Caller { uid: Some(holder.uid) }, watcher).await,
+            Ok(Ok(Some(_))) => self.http(stream, Caller { uid: Some(uid) }, watcher).await,
             Ok(Ok(None) | Err(_)) | Err(_) => {}
         }
     }

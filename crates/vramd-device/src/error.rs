@@ -61,12 +61,3 @@ impl DeviceError {
         matches!(self, Self::Native { source, .. } if source.raw_os_error().is_some_and(|code| codes.contains(&code)))
     }
 }
-
-/// An error of the system, with the code that the standard library knows where there is one.
-#[cfg(windows)]
-pub(crate) fn system(error: windows::core::Error) -> io::Error {
-    match windows::Win32::Foundation::WIN32_ERROR::from_error(&error) {
-        Some(code) => io::Error::from_raw_os_error(code.0.cast_signed()),
-        None => error.into(),
-    }
-}

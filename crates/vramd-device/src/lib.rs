@@ -126,6 +126,8 @@ const PROBE: SegmentId = SegmentId(u64::MAX);
 
 /// Whether a device makes a segment, zeros it and takes it back.
 fn works(device: &dyn Device) -> Result<(), DeviceError> {
+    // One that did not go back the last time.
+    let _ = device.destroy(PROBE);
     device.create(PROBE, device.facts().granularity_bytes, Writers::DeviceOnly)?;
     device.destroy(PROBE)
 }
@@ -202,7 +204,7 @@ pub trait Device: Send + Sync {
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError>;
 
     /// Takes a lost device into use again, if it is back: the error says why not. No segment is left on it, and nobody
-    /// else calls it meanwhile.
+    /// makes one meanwhile.
     fn adopt(&self) -> Result<(), DeviceError>;
 
     /// A descriptor through which another process has the whole segment. The segment stays the device's: the

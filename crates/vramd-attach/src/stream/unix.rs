@@ -64,3 +64,18 @@ pub fn receive_header(stream: &Stream) -> Result<(Header, Vec<Descriptor>, bool)
 pub fn length(descriptor: &Descriptor) -> io::Result<u64> {
     Ok(rustix::fs::fstat(descriptor)?.st_size.cast_unsigned())
 }
+
+/// Ends what waits on a connection, from another thread.
+#[derive(Debug)]
+pub struct Stopper(Stream);
+
+impl Stopper {
+    pub fn of(stream: &Stream) -> io::Result<Self> {
+        stream.try_clone().map(Self)
+    }
+
+    pub fn stop(&self) {
+        // It fails for a connection that has ended.
+        let _ = self.0.shutdown(std::net::Shutdown::Both);
+    }
+}

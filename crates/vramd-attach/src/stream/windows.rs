@@ -11,6 +11,7 @@ use std::time::Duration;
 pub use std::os::windows::io::OwnedHandle as Descriptor;
 
 use vramd_api::attach::{DESCRIPTOR_BYTES, HEADER_BYTES, Header};
+use vramd_windows::{is_trusted, system};
 use windows::Win32::Foundation::{
     ERROR_BROKEN_PIPE, ERROR_IO_PENDING, ERROR_PIPE_BUSY, ERROR_PIPE_NOT_CONNECTED, GENERIC_READ,
     GENERIC_WRITE, HANDLE, WAIT_OBJECT_0, WAIT_TIMEOUT, WIN32_ERROR,
@@ -22,7 +23,7 @@ use windows::Win32::Storage::FileSystem::{
 use windows::Win32::System::IO::{CancelIoEx, GetOverlappedResult, OVERLAPPED};
 use windows::Win32::System::Pipes::WaitNamedPipeW;
 use windows::Win32::System::Threading::{CreateEventW, INFINITE, SetEvent, WaitForMultipleObjects};
-use windows::core::{Error, HSTRING, PCWSTR};
+use windows::core::{HSTRING, PCWSTR};
 
 use crate::AttachError;
 
@@ -41,7 +42,24 @@ pub struct Stream {
     pipe: OwnedHandle,
     stopped: Arc<OwnedHandle>,
     /// For reads, in milliseconds.
-    patience: Arc<AtomicU32>,
+    patience: AtomicU32,
+}
+
+/// Ends what waits on a connection, from another thread. It holds no end of the pipe: a name is in use for as long as one
+/// does, and the next daemon could not take it.
+#[derive(Debug)]
+pub struct Stopper(Arc<OwnedHandle>);
+
+impl Stopper {
+    #[allow(clippy::unnecessary_wraps, reason = "as elsewhere")]
+    pub fn of(stream: &Stream) -> io::Result<Self> {
+        Ok(Self(stream.stopped.clone()))
+    }
+
+    pub fn stop(&self) {
+        // SAFETY: the handle lives. It fails for none that does.
+        let _ = unsafe { SetEvent(raw(&self.0)) };
+    }
 }
 
 impl Stream {
@@ -59,10 +77,14 @@ impl Stream {
                 Ok(pipe) => {
                     // SAFETY: as above.
                     let pipe = unsafe { OwnedHandle::from_raw_handle(pipe.0) };
+                    if !is_trusted(&pipe)? {
+                        let text = "another user serves there";
+                        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+                    }
                     return Ok(Self {
                         pipe,
                         stopped: Arc::new(event()?),
-                        patience: Arc::new(AtomicU32::new(INFINITE)),
+                        patience: AtomicU32::new(INFINITE),
                     });
                 }
                 Err(error) if WIN32_ERROR::from_error(&error) == Some(ERROR_PIPE_BUSY) => {
@@ -83,12 +105,7 @@ impl Stream {
         Ok(())
     }
 
-    pub fn try_clone(&self) -> io::Result<Self> {
-        let (stopped, patience) = (self.stopped.clone(), self.patience.clone());
-        Ok(Self { pipe: self.pipe.try_clone()?, stopped, patience })
-    }
-
-    /// Ends every read, here and of each clone, now and later.
+    /// Ends every read, now and later.
     pub fn shutdown(&self, _how: Shutdown) -> io::Result<()> {
         // SAFETY: the handle lives.
         unsafe { SetEvent(raw(&self.stopped)) }.map_err(system)
@@ -169,7 +186,7 @@ pub fn receive_header(mut stream: &Stream) -> Result<(Header, Vec<Descriptor>, b
     let mut values = vec![0; header.descriptors as usize * DESCRIPTOR_BYTES];
     stream.read_exact(&mut values)?;
     let handles = values.as_chunks::<DESCRIPTOR_BYTES>().0.iter().map(|value| {
-        // SAFETY: the daemon opened it in this process for us, and tells nobody else.
+        // SAFETY: a daemon that is trusted (`connect`) opened it in this process for us, and tells nobody else.
         unsafe { OwnedHandle::from_raw_handle(usize::from_le_bytes(*value) as *mut _) }
     });
     Ok((header, handles.collect(), false))
@@ -191,12 +208,4 @@ fn event() -> io::Result<OwnedHandle> {
 
 fn raw(handle: &OwnedHandle) -> HANDLE {
     HANDLE(handle.as_raw_handle())
-}
-
-/// An error of the system, with the code that the standard library knows where there is one.
-fn system(error: Error) -> io::Error {
-    match WIN32_ERROR::from_error(&error) {
-        Some(code) => io::Error::from_raw_os_error(code.0.cast_signed()),
-        None => error.into(),
-    }
 }

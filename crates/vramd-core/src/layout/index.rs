@@ -89,5 +89,5 @@ pub fn parse_index(bytes: &[u8]) -> Result<Index, IndexError> {
 
 /// Whether a name can only mean a file in the directory that it is looked up in.
 fn is_plain(name: &str) -> bool {
-    !matches!(name, "" | "." | "..") && name.len() <= 255 && !name.contains(['/', '\\', '\0'])
+    !matches!(name, "" | "." | "..") && name.len() <= 255 && !name.contains(['/', '\\', ':', '\0'])
 }

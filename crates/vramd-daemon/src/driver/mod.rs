@@ -49,8 +49,9 @@ pub use snapshot::{DeviceView, Snapshot, memory_status};
 
 /// How often leases, waits and keep-alives are looked at and devices are measured.
 const TICK: Duration = Duration::from_millis(250);
-/// How often a lost device is tried again.
-const ADOPT_SECONDS: u64 = 2;
+/// When a lost device is tried again; then after twice as long each time, up to the second: a try may leave something with
+/// a driver that hangs.
+const ADOPT_SECONDS: std::ops::RangeInclusive<u64> = 2..=300;
 /// The most events that wait for the driver; senders beyond wait themselves.
 const MAILBOX: usize = 4096;
 /// The most events in one batch, between two snapshots.
@@ -284,7 +285,7 @@ impl Driver {
             changing: BTreeSet::new(),
             pressure: BTreeMap::new(),
             measuring: BTreeMap::new(),
-            tried: BTreeMap::new(),
+            tries: BTreeMap::new(),
             samples: BTreeMap::new(),
             jobs: 0,
             outbox: Vec::new(),
@@ -373,8 +374,8 @@ struct State {
     pressure: BTreeMap<DeviceId, PressureLevel>,
     /// The measurements under way, and when they began.
     measuring: BTreeMap<DeviceId, vramd_core::Tick>,
-    /// When lost devices were tried last.
-    tried: BTreeMap<DeviceId, vramd_core::Tick>,
+    /// When lost devices are tried next, and how many seconds later again.
+    tries: BTreeMap<DeviceId, (vramd_core::Tick, u64)>,
     samples: BTreeMap<DeviceId, jiff::Timestamp>,
     /// Device calls and journal writes under way.
     jobs: usize,
@@ -548,10 +549,11 @@ impl State {
             {
                 self.perform(work);
             }
-            let due =
-                self.tried.get(&id).is_none_or(|tried| self.now.tick >= tried.after_seconds(ADOPT_SECONDS));
-            if due && self.ledger.is_closed(&id) && !self.measuring.contains_key(&id) {
-                self.tried.insert(id.clone(), self.now.tick);
+            let (due, pause) =
+                self.tries.get(&id).copied().unwrap_or((self.now.tick, *ADOPT_SECONDS.start()));
+            if self.now.tick >= due && self.ledger.is_closed(&id) && !self.measuring.contains_key(&id) {
+                let next = (pause * 2).min(*ADOPT_SECONDS.end());
+                self.tries.insert(id.clone(), (self.now.tick.after_seconds(pause), next));
                 self.measuring.insert(id.clone(), self.now.tick);
                 let device = id.clone();
                 self.spawn(&id, move |on| Event::Adopted { device, outcome: on.adopt() });
@@ -564,7 +566,7 @@ impl State {
         match outcome {
             Ok(()) if self.ledger.regain(device) => {
                 tracing::info!(%device, "a lost device is back");
-                self.tried.remove(device);
+                self.tries.remove(device);
                 self.emit(EventKind::DeviceReturned, serde_json::json!({ "deviceId": device }));
             }
             Ok(()) => {}

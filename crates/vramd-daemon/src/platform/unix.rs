@@ -14,7 +14,6 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use rustix::process::Pid;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use vramd_api::Holder;
 use vramd_device::Descriptor;
 
 /// The user that this process runs as.
@@ -73,11 +72,11 @@ impl LocalListener {
 }
 
 impl LocalStream {
-    /// Who is at the other end.
-    pub fn peer(&self) -> io::Result<Holder> {
+    /// The process at the other end, and its user.
+    pub fn peer(&self) -> io::Result<(u32, u32)> {
         let peer = self.0.peer_cred()?;
         let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
-        Ok(Holder { pid, uid: peer.uid(), command: command(pid) })
+        Ok((pid, peer.uid()))
     }
 
     /// The first byte, left where it is; None when the connection ended before.

@@ -6,13 +6,16 @@ use std::os::windows::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::net::windows::named_pipe::{ClientOptions, NamedPipeServer, ServerOptions};
-use vramd_api::Holder;
+use tokio::net::windows::named_pipe::{ClientOptions, NamedPipeServer};
 use vramd_api::attach::HEADER_BYTES;
 use vramd_device::Descriptor;
-use vramd_windows::Process;
+use vramd_windows::{Process, pipe};
+
+/// How long the name of a pipe may take to be free.
+const FREED: Duration = Duration::from_secs(2);
 
 /// So that a directory opens too.
 const BACKUP_SEMANTICS: u32 = 0x0200_0000;
@@ -49,7 +52,8 @@ pub struct LocalListener {
 #[derive(Debug)]
 pub struct LocalStream {
     pipe: NamedPipeServer,
-    client: Process,
+    /// Held from the beginning, so that its number becomes no other's.
+    client: io::Result<Process>,
     /// What was read ahead.
     first: Option<u8>,
 }
@@ -57,34 +61,40 @@ pub struct LocalStream {
 impl LocalListener {
     /// Makes the pipe. Where another process has it already, this is an error, so that nobody serves in another's place.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        let taken = || io::Error::new(io::ErrorKind::AddrInUse, "another process serves on it");
-        // Not every system heeds the flag below.
-        let asked = ClientOptions::new().open(path);
-        if !asked.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-            return Err(taken());
+        let begun = Instant::now();
+        loop {
+            // Not every system heeds that it has to be the first.
+            let there = ClientOptions::new().open(path);
+            let free = there.is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+            match if free { pipe::serve(path, true) } else { Err(io::ErrorKind::PermissionDenied.into()) } {
+                Ok(next) => return Ok(Self { path: path.to_owned(), next }),
+                // Clients of a daemon that was killed keep its name for a moment.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied && begun.elapsed() < FREED => {
+                    std::thread::park_timeout(FREED / 20);
+                }
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process serves on it"));
+                }
+                Err(error) => return Err(error),
+            }
         }
-        let mut options = ServerOptions::new();
-        let next = options.first_pipe_instance(true).reject_remote_clients(true).create(path);
-        let next = next.map_err(|error| match error.kind() {
-            io::ErrorKind::PermissionDenied => taken(),
-            _ => error,
-        })?;
-        Ok(Self { path: path.to_owned(), next })
     }
 
     pub async fn accept(&mut self) -> io::Result<LocalStream> {
         self.next.connect().await?;
         // There is always an end to come to: without one, clients would hear that nobody serves.
-        let next = ServerOptions::new().reject_remote_clients(true).create(&self.path)?;
+        let next = pipe::serve(&self.path, false)?;
         let pipe = std::mem::replace(&mut self.next, next);
-        Ok(LocalStream { client: Process::client_of(&pipe)?, pipe, first: None })
+        // It may be gone already, or not ours to open.
+        let client = Process::client_of(&pipe);
+        Ok(LocalStream { pipe, client, first: None })
     }
 }
 
 impl LocalStream {
-    /// Who is at the other end.
-    pub fn peer(&self) -> io::Result<Holder> {
-        Ok(Holder { pid: self.client.pid, uid: own_uid(), command: name(&self.client) })
+    /// The process at the other end, and its user.
+    pub fn peer(&self) -> io::Result<(u32, u32)> {
+        Ok((vramd_windows::client_pid(&self.pipe)?, own_uid()))
     }
 
     /// The first byte, which is read again afterwards; None when the connection ended before.
@@ -99,7 +109,10 @@ impl LocalStream {
 
     /// Sends a frame with its descriptor, opened in the client's process; answers how many bytes went along.
     pub async fn send_with(&mut self, frame: &[u8], descriptor: &Descriptor) -> io::Result<usize> {
-        let given = self.client.give(descriptor)?;
+        let client = self.client.as_ref().map_err(|error| {
+            io::Error::new(error.kind(), format!("the client's process cannot be opened: {error}"))
+        })?;
+        let given = client.give(descriptor)?;
         let (header, body) = frame.split_at(HEADER_BYTES);
         let whole = [header, &given.value().to_le_bytes(), body].concat();
         self.pipe.write_all(&whole).await?;

@@ -5,9 +5,9 @@ use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use vramd_api::attach::{FrameKind, HEADER_BYTES, Header, MAX_REQUEST_BYTES, encode_frame};
+use vramd_api::attach::{Attach, FrameKind, HEADER_BYTES, Header, MAX_REQUEST_BYTES, encode_frame};
 use vramd_api::{ApiError, ErrorCode};
-use vramd_attach::{AttachError, Attachment, Stream};
+use vramd_attach::{AttachError, Attachment, Mapped, Stream};
 
 use crate::support::{Daemon, Home, MIB, PATIENCE, caught, wait_for, with_model};
 
@@ -228,4 +228,37 @@ fn a_byte_too_much_ends_the_lease() {
     attachment.stream.write_all(b"?").expect("sent");
     assert_eq!(attachment.stream.read(&mut [0]).unwrap_or(0), 0);
     wait_for("the lease's end", || (daemon.residency("tiny")[0]["attachedCount"] == 0).then_some(()));
+}
+
+#[test]
+fn the_socket_serves_again_after_a_daemon_that_readers_outlived() {
+    let home = Home::new();
+    let daemon = home.start(&[64 * MIB]);
+    let id = daemon.allocated(&json!({"sizeBytes": 4096}));
+    let request = Attach { allocation_id: Some(id.parse().expect("an id")), ..Attach::default() };
+    let reader = Mapped::attach(&home.socket(), &request).expect("attached");
+    daemon.stop();
+    let daemon = home.start(&[64 * MIB]);
+    daemon.send_local("GET", "/api/devices", &[], b"").data(200);
+    // Its pages stay as they are.
+    let mut bytes = [1; 4096];
+    reader.read_at(0, &mut bytes);
+    assert_eq!(bytes, [0; 4096]);
+}
+
+#[test]
+fn clients_that_come_all_at_once_or_leave_at_once_hold_up_nobody() {
+    let (daemon, payload) = with_model(&[64 * MIB], 4096);
+    daemon.loaded("tiny", "sim:0");
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| drop(connect(&daemon)));
+            scope.spawn(|| {
+                let attachment = daemon.attach(&json!({"model": "tiny"})).expect("attached");
+                assert_eq!(read_at(&attachment, 0, payload.len()), payload);
+            });
+        }
+    });
+    wait_for("the leases to end", || (daemon.residency("tiny")[0]["attachedCount"] == 0).then_some(()));
+    daemon.send_local("GET", "/api/devices", &[], b"").data(200);
 }

@@ -16,10 +16,10 @@ use super::context::Failed;
 /// Why no adapter can be looked for.
 #[derive(Debug, thiserror::Error)]
 pub enum NoDirect3d {
-    #[error("Direct3D 12 is not there: {0}")]
+    #[error("a library of the system is not there: {0}")]
     Library(#[from] libloading::Error),
-    #[error("DXGI does not answer: {0}")]
-    Factory(#[from] windows::core::Error),
+    #[error("{0}")]
+    Refused(#[from] windows::core::Error),
 }
 
 type CreateFactory = unsafe extern "system" fn(*const GUID, *mut *mut std::ffi::c_void) -> HRESULT;
@@ -59,11 +59,9 @@ impl Api {
     }
 
     fn load() -> Result<Self, NoDirect3d> {
-        // Only the system's own: nobody puts another one beside the program.
         // SAFETY: the libraries' initialisers run, which we have to trust like any driver; the types are those of the
         // platform's headers.
         unsafe {
-            let load = |name| Library::load_with_flags(name, LOAD_LIBRARY_SEARCH_SYSTEM32);
             let (dxgi, d3d12) = (load("dxgi.dll")?, load("d3d12.dll")?);
             let create_factory = *dxgi.get(c"CreateDXGIFactory1")?;
             let create_device = *d3d12.get(c"D3D12CreateDevice")?;
@@ -71,6 +69,21 @@ impl Api {
         }
     }
 }
+
+/// Only the system's own library: nobody puts another one beside the program.
+///
+/// # Safety
+/// Its initialisers run.
+unsafe fn load(name: &str) -> Result<Library, libloading::Error> {
+    // SAFETY: by this function's contract.
+    unsafe { Library::load_with_flags(name, LOAD_LIBRARY_SEARCH_SYSTEM32) }
+}
+
+type CreateDirectMl =
+    unsafe extern "system" fn(*mut std::ffi::c_void, i32, *const GUID, *mut *mut std::ffi::c_void) -> HRESULT;
+
+/// `IDMLDevice`, as the platform's header has it.
+const IDML_DEVICE: GUID = GUID::from_u128(0x6dbd_6437_96fd_423f_a98c_ae5e_7c2a_573f);
 
 /// One adapter, as DXGI describes it.
 #[derive(Clone)]
@@ -146,6 +159,23 @@ impl Adapter {
         // SAFETY: the structure is ours.
         unsafe { self.raw.QueryVideoMemoryInfo(0, DXGI_MEMORY_SEGMENT_GROUP_LOCAL, &raw mut info) }.ok()?;
         Some((info.Budget, info.CurrentUsage))
+    }
+
+    /// Whether DirectML works on it, for programs that compute with that; the daemon itself does not. Its library is
+    /// loaded for this question alone.
+    pub fn check_directml(&self) -> Result<(), NoDirect3d> {
+        let device = self.open().map_err(|failed| failed.error)?;
+        let mut made = std::ptr::null_mut();
+        // SAFETY: as for Direct3D itself; both objects are given back before the library.
+        unsafe {
+            let library = load("DirectML.dll")?;
+            let create = *library.get::<CreateDirectMl>(c"DMLCreateDevice")?;
+            create(device.as_raw(), 0, &IDML_DEVICE, &raw mut made).ok()?;
+            if !made.is_null() {
+                drop(windows::core::IUnknown::from_raw(made));
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn open(&self) -> Result<ID3D12Device, Failed> {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vramd_api::attach::Handle;
+use vramd_windows::system;
 use windows::Win32::Foundation::{E_OUTOFMEMORY, GENERIC_ALL, HANDLE, WAIT_OBJECT_0};
 use windows::Win32::Graphics::Direct3D12::{
     D3D12_COMMAND_LIST_TYPE_COPY, D3D12_COMMAND_QUEUE_DESC, D3D12_CPU_PAGE_PROPERTY_WRITE_BACK,
@@ -20,13 +21,13 @@ use windows::Win32::Graphics::Direct3D12::{
 use windows::Win32::Graphics::Dxgi::Common::{DXGI_FORMAT_UNKNOWN, DXGI_SAMPLE_DESC};
 use windows::Win32::Graphics::Dxgi::{
     DXGI_ERROR_DEVICE_HUNG, DXGI_ERROR_DEVICE_REMOVED, DXGI_ERROR_DEVICE_RESET,
+    DXGI_ERROR_DRIVER_INTERNAL_ERROR,
 };
 use windows::Win32::System::Threading::{CreateEventW, WaitForSingleObject};
 use windows::core::{Error, HRESULT, Interface as _, PCWSTR};
 
 use super::adapter::Adapter;
 use crate::card::{self, Driver, STAGE_BYTES};
-use crate::error::system;
 use crate::{Call, Descriptor, DeviceError, ExportAccess, Exported};
 
 /// Staging buffers that wait for the next use; more are made when more threads copy.
@@ -34,12 +35,13 @@ const IDLE_STAGES: usize = 8;
 /// A card that does nothing for so long will not do it any more.
 const PATIENCE_MS: u32 = 60_000;
 const WAIT: &str = "WaitForSingleObject";
+const REMOVED: &str = "GetDeviceRemovedReason";
 
 /// A failed call of the driver, before it is known what it means.
 #[derive(Debug, Clone)]
 pub struct Failed {
     native: &'static str,
-    error: Error,
+    pub(super) error: Error,
 }
 
 impl Failed {
@@ -47,9 +49,15 @@ impl Failed {
         move |error| Self { native, error }
     }
 
+    /// Whatever reason the device gives for being gone, it is gone.
     fn is_lost(&self) -> bool {
-        [DXGI_ERROR_DEVICE_REMOVED, DXGI_ERROR_DEVICE_RESET, DXGI_ERROR_DEVICE_HUNG]
-            .contains(&self.error.code())
+        let codes = [
+            DXGI_ERROR_DEVICE_REMOVED,
+            DXGI_ERROR_DEVICE_RESET,
+            DXGI_ERROR_DEVICE_HUNG,
+            DXGI_ERROR_DRIVER_INTERNAL_ERROR,
+        ];
+        self.native == REMOVED || codes.contains(&self.error.code())
     }
 
     /// Whatever the reason: what was waited for may still run, and the device cannot be used any more.
@@ -66,7 +74,7 @@ impl card::Failed for Failed {
         }
         if self.is_wait() {
             let seconds = PATIENCE_MS / 1000;
-            return DeviceError::Lost { reason: format!("{native}: no answer in {seconds} seconds") };
+            return DeviceError::Lost { reason: format!("{native}: nothing ended within {seconds} seconds") };
         }
         let source = system(self.error.clone());
         if self.error.code() == E_OUTOFMEMORY || source.kind() == std::io::ErrorKind::OutOfMemory {
@@ -201,7 +209,7 @@ impl Context {
 
     fn close(&self, mut stage: Stage) {
         if self.abandoned.load(Ordering::Relaxed) {
-            return;
+            return std::mem::forget(stage);
         }
         // SAFETY: whoever had it has waited for its fence, or the device is lost, which ends everything; it is not used again.
         unsafe {
@@ -225,7 +233,8 @@ impl Context {
             stage.commands.Close().map_err(Failed::at("Close"))?;
             let list: ID3D12CommandList = stage.commands.cast().map_err(Failed::at("QueryInterface"))?;
             self.queue.ExecuteCommandLists(&[Some(list)]);
-            self.queue.Signal(&*stage.fence, value).map_err(Failed::at("Signal"))?;
+            // Without it nobody knows when what was submitted ends.
+            self.queue.Signal(&*stage.fence, value).map_err(Failed::at(WAIT))?;
             if stage.fence.GetCompletedValue() < value {
                 let done = HANDLE(stage.done.as_raw_handle());
                 stage.fence.SetEventOnCompletion(value, done).map_err(Failed::at(WAIT))?;
@@ -234,7 +243,7 @@ impl Context {
                 }
             }
             // A fence passes every value when its device goes.
-            self.device.GetDeviceRemovedReason().map_err(Failed::at("ExecuteCommandLists"))
+            self.device.GetDeviceRemovedReason().map_err(Failed::at(REMOVED))
         }
     }
 }

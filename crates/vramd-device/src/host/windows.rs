@@ -1,10 +1,10 @@
 //! Asks the system's own calls, and the registry for names.
 
+use vramd_windows::Memory;
 use windows::Win32::System::Registry::{HKEY_LOCAL_MACHINE, RRF_RT_REG_SZ, RegGetValueW};
-use windows::Win32::System::SystemInformation::{GlobalMemoryStatusEx, MEMORYSTATUSEX};
 use windows::core::{HSTRING, PCWSTR};
 
-use crate::{Call, DeviceError, error};
+use crate::{Call, DeviceError};
 
 /// The memory of the machine.
 #[derive(Debug)]
@@ -14,7 +14,7 @@ pub(crate) struct Host {
 
 impl Host {
     pub(crate) fn probe() -> Result<Self, DeviceError> {
-        Ok(Self { total_bytes: status()?.ullTotalPhys })
+        Ok(Self { total_bytes: memory()?.total_bytes })
     }
 
     pub(crate) fn total_bytes(&self) -> u64 {
@@ -24,8 +24,8 @@ impl Host {
     /// What the machine would give now: memory that is free, and that the system would still promise to somebody.
     #[allow(clippy::unused_self, reason = "elsewhere the answer depends on where the machine is read from")]
     pub(crate) fn free_bytes(&self) -> Result<u64, DeviceError> {
-        let status = status()?;
-        Ok(status.ullAvailPhys.min(status.ullAvailPageFile))
+        let memory = memory()?;
+        Ok(memory.available_bytes.min(memory.promisable_bytes))
     }
 
     /// The system keeps no pool of large pages.
@@ -55,16 +55,12 @@ impl Host {
     }
 }
 
-fn status() -> Result<MEMORYSTATUSEX, DeviceError> {
-    let mut status =
-        MEMORYSTATUSEX { dwLength: size_of::<MEMORYSTATUSEX>() as u32, ..MEMORYSTATUSEX::default() };
-    // SAFETY: the structure is ours and says how long it is.
-    unsafe { GlobalMemoryStatusEx(&raw mut status) }.map_err(|error| DeviceError::Native {
+fn memory() -> Result<Memory, DeviceError> {
+    vramd_windows::memory().map_err(|source| DeviceError::Native {
         call: Call::Sample,
         native: "GlobalMemoryStatusEx",
-        source: error::system(error),
-    })?;
-    Ok(status)
+        source,
+    })
 }
 
 /// A value of the registry that is text.

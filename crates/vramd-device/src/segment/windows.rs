@@ -18,8 +18,9 @@ use windows::Win32::System::Memory::{
 use windows::Win32::System::Threading::GetCurrentProcess;
 use windows::core::PCWSTR;
 
+use vramd_windows::{Security, system};
+
 use super::{Backing, Failed};
-use crate::error::system;
 use crate::{ExportAccess, Writers};
 
 const PAGE_BYTES: usize = 4096;
@@ -47,11 +48,21 @@ impl SharedMemory {
     ) -> Result<Self, Failed> {
         let (high, low) = ((bytes >> 32) as u32, bytes as u32);
         let protection = PAGE_READWRITE | SEC_COMMIT;
-        // SAFETY: no pointer is passed; the handle that comes is ours.
+        // Else whoever has a handle for reading could open a better one by it.
+        let security = Security::nobody().map_err(Failed::at("a security descriptor"))?;
+        let attributes = security.attributes();
+        // SAFETY: the attributes live until the call returns; the handle that comes is ours.
         let handle = unsafe {
-            let made = CreateFileMappingW(INVALID_HANDLE_VALUE, None, protection, high, low, PCWSTR::null())
-                .map_err(system)
-                .map_err(Failed::at("CreateFileMapping"))?;
+            let made = CreateFileMappingW(
+                INVALID_HANDLE_VALUE,
+                Some(&raw const attributes),
+                protection,
+                high,
+                low,
+                PCWSTR::null(),
+            )
+            .map_err(system)
+            .map_err(Failed::at("CreateFileMapping"))?;
             OwnedHandle::from_raw_handle(made.0)
         };
         // SAFETY: a new view at an address of the system's choice replaces nothing.

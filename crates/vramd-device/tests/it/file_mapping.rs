@@ -1,14 +1,18 @@
 //! What file mappings promise beyond the contract, on every device that has them.
 
-use std::os::windows::io::{AsRawHandle as _, OwnedHandle};
+use std::os::windows::io::{AsRawHandle as _, FromRawHandle as _, OwnedHandle};
 use std::ptr;
 
 use vramd_device::{Device, ExportAccess, Writers};
-use windows::Win32::Foundation::{ERROR_ACCESS_DENIED, GetHandleInformation, HANDLE, HANDLE_FLAG_INHERIT};
+use windows::Win32::Foundation::{
+    DUPLICATE_HANDLE_OPTIONS, DuplicateHandle, ERROR_ACCESS_DENIED, GetHandleInformation, HANDLE,
+    HANDLE_FLAG_INHERIT,
+};
 use windows::Win32::System::Memory::{
     FILE_MAP_READ, FILE_MAP_WRITE, MEMORY_MAPPED_VIEW_ADDRESS, MapViewOfFile, PAGE_PROTECTION_FLAGS,
     PAGE_READWRITE, UnmapViewOfFile, VirtualProtect,
 };
+use windows::Win32::System::Threading::GetCurrentProcess;
 use windows::core::Error;
 
 use crate::contract::{SIZE, assert_misuse, create, export, open_cpu, open_sim};
@@ -29,6 +33,19 @@ fn readers_cannot_write(device: &dyn Device) {
         let refused = Import::map(&read, SIZE, true).err().unwrap();
         assert_eq!(refused.code(), ERROR_ACCESS_DENIED.to_hresult());
         assert!(Import::map(&read, SIZE, false).unwrap().make_writable().is_err());
+        assert_eq!(better(&read).err().unwrap().code(), ERROR_ACCESS_DENIED.to_hresult());
+    }
+}
+
+/// Opens what a handle is for anew, for writing.
+fn better(handle: &OwnedHandle) -> Result<OwnedHandle, Error> {
+    let mut better = HANDLE::default();
+    // SAFETY: both handles are of this process; the one that comes is ours.
+    unsafe {
+        let (process, handle) = (GetCurrentProcess(), HANDLE(handle.as_raw_handle()));
+        let (rights, options) = (FILE_MAP_READ.0 | FILE_MAP_WRITE.0, DUPLICATE_HANDLE_OPTIONS(0));
+        DuplicateHandle(process, handle, process, &raw mut better, rights, false, options)?;
+        Ok(OwnedHandle::from_raw_handle(better.0))
     }
 }
 

@@ -1,12 +1,11 @@
 //! `vramd attach`.
 
-use std::net::Shutdown;
 use std::path::PathBuf;
 
 use vramd_api::Bytes;
 use vramd_api::attach::{Attach, Attached, Tensor};
 use vramd_api::client::local_path;
-use vramd_attach::{AttachError, Attachment, default_socket};
+use vramd_attach::{AttachError, Attachment, Stopper, default_socket};
 
 use crate::arguments::AttachArguments;
 use crate::error::CommandError;
@@ -35,14 +34,14 @@ pub async fn attach(server: &str, arguments: AttachArguments, output: Output) ->
     if !arguments.hold {
         return Ok(());
     }
-    let stream = attachment.stream.try_clone()?;
+    let stopper = Stopper::of(&attachment.stream)?;
     let held = tokio::task::spawn_blocking(|| hold(attachment));
     let mut interrupts = interrupts()?;
     output.say("held; Ctrl-C lets go");
     tokio::select! {
         _ = interrupts.recv() => {
             // Ends the thread's wait, which the process would otherwise wait for.
-            stream.shutdown(Shutdown::Both)?;
+            stopper.stop();
             Ok(())
         }
         ended = held => {

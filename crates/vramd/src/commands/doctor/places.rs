@@ -22,6 +22,7 @@ pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
     checks.push(vulkan(settings.vulkan.value, &vramd_daemon::vulkan_adapters()));
     if cfg!(windows) {
         checks.push(d3d12(settings.d3d12.value, &vramd_daemon::d3d12_adapters()));
+        checks.push(directml(vramd_daemon::directml()));
     }
     let config = settings.daemon()?;
     if let (Switch::On(address), false) = (listen, serving) {
@@ -139,6 +140,18 @@ fn d3d12(wanted: Adapters, found: &Result<Vec<(String, bool)>, String>) -> Check
         (_, Ok(names)) if !names.is_empty() => Check::ok(NAME, names),
         (_, Ok(_)) => Check::ok(NAME, "no card"),
         (_, Err(error)) => Check::warning(NAME, error.clone(), "install the card's driver"),
+    }
+}
+
+/// The daemon does without; workers may not.
+fn directml(found: Result<Vec<String>, String>) -> Check {
+    const NAME: &str = "DirectML";
+    match found {
+        Ok(cards) if !cards.is_empty() => Check::ok(NAME, format!("works on {}", cards.join(", "))),
+        Ok(_) => Check::ok(NAME, "no card"),
+        Err(reason) => {
+            Check::ok(NAME, format!("not of this system ({reason}); programs that need it bring it along"))
+        }
     }
 }
 
