@@ -94,7 +94,7 @@ pub fn d3d12_adapters() -> Result<Vec<(String, bool)>, String> {
     Ok(adapters.iter().map(|adapter| (adapter.name().to_owned(), !adapter.is_software())).collect())
 }
 
-/// On which adapters DirectML works, by name; or why on none.
+/// On which adapters `DirectML` works, by name; or why on none.
 #[cfg(windows)]
 pub fn directml() -> Result<Vec<String>, String> {
     let adapters = d3d12::discover().map_err(|error| error.to_string())?;
@@ -104,7 +104,7 @@ pub fn directml() -> Result<Vec<String>, String> {
     adapters.iter().map(works).collect()
 }
 
-/// On which adapters DirectML works: none.
+/// On which adapters `DirectML` works: none.
 #[cfg(unix)]
 pub fn directml() -> Result<Vec<String>, String> {
     Err("DirectML is there on Windows alone".to_owned())
