@@ -10,3 +10,17 @@ mod windows;
 pub use unix::*;
 #[cfg(windows)]
 pub use windows::*;
+
+/// Why a file beneath a directory could not be opened.
+#[derive(Debug)]
+pub enum OpenError {
+    /// A link leads out of the directory.
+    Leaves,
+    NotThere,
+    Denied,
+    /// It is nothing that can be read, such as a socket or a device.
+    NotRegular,
+    /// Links that lead to each other, or a name that is too long or not allowed.
+    Unfollowable,
+    Failed(std::io::Error),
+}

@@ -16,6 +16,8 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use vramd_device::Descriptor;
 
+use super::OpenError;
+
 /// The user that this process runs as.
 pub fn own_uid() -> u32 {
     rustix::process::geteuid().as_raw()
@@ -148,20 +150,6 @@ impl AsyncWrite for LocalStream {
 /// A directory that files are opened beneath.
 #[derive(Debug)]
 pub struct Directory(File);
-
-/// Why a file beneath a directory could not be opened.
-#[derive(Debug)]
-pub enum OpenError {
-    /// A link leads out of the directory.
-    Leaves,
-    NotThere,
-    Denied,
-    /// It is nothing that can be read, such as a socket.
-    NotRegular,
-    /// Links that lead to each other, or a name that is too long.
-    Unfollowable,
-    Failed(io::Error),
-}
 
 impl Directory {
     pub fn open(path: &Path) -> io::Result<Self> {

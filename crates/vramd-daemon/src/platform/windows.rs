@@ -14,6 +14,8 @@ use vramd_api::attach::HEADER_BYTES;
 use vramd_device::Descriptor;
 use vramd_windows::{Process, pipe};
 
+use super::OpenError;
+
 /// How long the name of a pipe may take to be free.
 const FREED: Duration = Duration::from_secs(2);
 
@@ -162,20 +164,6 @@ impl AsyncWrite for LocalStream {
 /// A directory that files are opened beneath.
 #[derive(Debug)]
 pub struct Directory(PathBuf);
-
-/// Why a file beneath a directory could not be opened.
-#[derive(Debug)]
-pub enum OpenError {
-    /// A link leads out of the directory.
-    Leaves,
-    NotThere,
-    Denied,
-    /// It is nothing that can be read, such as a device.
-    NotRegular,
-    /// Links that lead to each other, or a name that is too long or not allowed.
-    Unfollowable,
-    Failed(io::Error),
-}
 
 impl Directory {
     /// `path` has all its links followed.
