@@ -479,7 +479,7 @@ fn shards_larger_than_any_memory_are_refused() {
 
 #[test]
 fn an_index_names_only_files_beside_it() {
-    for name in ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0b"] {
+    for name in ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a:b", "a\0b"] {
         let json = serde_json::json!({ "weight_map": { "t": name } }).to_string();
         let error = parse_index(json.as_bytes()).unwrap_err();
         assert!(matches!(error, IndexError::FileName { .. }), "{name:?}: {error}");

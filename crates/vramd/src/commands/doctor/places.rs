@@ -18,12 +18,14 @@ const STORE_ROOM: u64 = 64 << 20;
 pub fn checks(settings: Settings, serving: bool) -> io::Result<Vec<Check>> {
     let mut checks = Vec::new();
     let listen = settings.listen.value.clone();
-    checks.push(cuda(settings.cuda.value, &vramd_daemon::cuda_cards(), has_nvidia_card(Path::new("/"))));
-    checks.push(vulkan(settings.vulkan.value, &vramd_daemon::vulkan_adapters()));
+    // What each system has for cards, and what both have.
     if cfg!(windows) {
         checks.push(d3d12(settings.d3d12.value, &vramd_daemon::d3d12_adapters()));
         checks.push(directml(vramd_daemon::directml()));
+    } else {
+        checks.push(cuda(settings.cuda.value, &vramd_daemon::cuda_cards(), has_nvidia_card(Path::new("/"))));
     }
+    checks.push(vulkan(settings.vulkan.value, &vramd_daemon::vulkan_adapters()));
     let config = settings.daemon()?;
     if let (Switch::On(address), false) = (listen, serving) {
         checks.push(match TcpListener::bind(address) {
