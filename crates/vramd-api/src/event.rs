@@ -41,6 +41,9 @@ pub enum EventKind {
     /// One that was lost is in use again, empty.
     #[serde(rename = "device.returned")]
     DeviceReturned,
+    /// The driver reported a fault by itself; if the device does not outlive it, `device.lost` follows.
+    #[serde(rename = "device.fault")]
+    DeviceFault,
     #[serde(rename = "pressure.changed")]
     PressureChanged,
     #[serde(rename = "limits.changed")]

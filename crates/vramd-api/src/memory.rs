@@ -282,6 +282,9 @@ pub struct Device {
     pub device_id: DeviceId,
     /// Stable over restarts and processes.
     pub uuid: String,
+    /// Where it is on the machine's bus, as `lspci -D` has it, if it is there and the driver says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_address: Option<String>,
     pub name: String,
     pub memory_type: MemoryType,
     pub total_bytes: u64,

@@ -281,10 +281,12 @@ impl Devices {
 }
 
 /// Whether two drivers show one card. NVIDIA's uuids have a word before them that Vulkan leaves out; on Windows every
-/// driver knows the system's own number.
+/// driver knows the system's own number. Two Vulkan drivers of one card may give it two uuids, but it has one place on the bus.
 fn same_card(one: &Facts, other: &Facts) -> bool {
     let plain = |uuid: &str| uuid.strip_prefix("GPU-").unwrap_or(uuid).to_ascii_lowercase();
-    plain(&one.uuid) == plain(&other.uuid) || (one.luid.is_some() && one.luid == other.luid)
+    plain(&one.uuid) == plain(&other.uuid)
+        || (one.luid.is_some() && one.luid == other.luid)
+        || (one.pci_address.is_some() && one.pci_address == other.pci_address)
 }
 
 /// A device as the interfaces show it.
@@ -293,6 +295,7 @@ pub fn to_api(device: &dyn Device, lost: bool) -> vramd_api::Device {
     vramd_api::Device {
         device_id: facts.device.clone(),
         uuid: facts.uuid.clone(),
+        pci_address: facts.pci_address.clone(),
         name: facts.name.clone(),
         memory_type: facts.memory_type,
         total_bytes: facts.total_bytes,
@@ -374,6 +377,13 @@ mod tests {
         assert!(!same((CARD, None), ("MIG-01234567-89ab-cdef-0123-456789abcdef", None)));
         assert!(same((CARD, Some(7)), ("dxgi-10de-2684-16f310de-a1-0", Some(7))));
         assert!(!same((CARD, Some(7)), ("dxgi-10de-2684-16f310de-a1-0", Some(8))));
+        let at = |uuid: &str, address: Option<&str>| Facts {
+            pci_address: address.map(ToOwned::to_owned),
+            ..facts(uuid, None)
+        };
+        assert!(same_card(&at("one", Some("0000:01:00.0")), &at("other", Some("0000:01:00.0"))));
+        assert!(!same_card(&at("one", Some("0000:01:00.0")), &at("other", Some("0000:02:00.0"))));
+        assert!(!same_card(&at("one", None), &at("other", None)));
         let home = tempfile::tempdir().expect("a directory");
         let other = "GPU-01234567-89ab-cdef-0123-000000000000";
         // A driver that shows one card twice.

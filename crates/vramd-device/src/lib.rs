@@ -48,6 +48,8 @@ pub struct Facts {
     pub uuid: String,
     /// By which Windows knows the card until it starts again, whatever driver shows it.
     pub luid: Option<u64>,
+    /// Where it is on the machine's bus, as `lspci -D` has it; None of what is none of the bus's devices, or a part of one.
+    pub pci_address: Option<String>,
     pub name: String,
     pub memory_type: MemoryType,
     pub total_bytes: u64,
@@ -107,6 +109,24 @@ pub struct Range {
     pub bytes: u64,
 }
 
+/// What a driver has reported of a device by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fault {
+    /// In whose numbering: "Xid".
+    pub kind: &'static str,
+    pub code: u64,
+    /// None of those that are not known here.
+    pub meaning: Option<&'static str>,
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { kind, code, meaning } = self;
+        write!(f, "{kind} {code}")?;
+        meaning.map_or(Ok(()), |meaning| write!(f, ": {meaning}"))
+    }
+}
+
 /// A process that uses a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Process {
@@ -146,6 +166,11 @@ pub trait Device: Send + Sync {
 
     /// Measures the device. Cheap enough to call every 250 ms.
     fn sample(&self) -> Result<Sample, DeviceError>;
+
+    /// What the driver has reported since the last call. After a report that the device does not outlive it is lost.
+    fn faults(&self) -> Vec<Fault> {
+        Vec::new()
+    }
 
     /// Takes `bytes` (a multiple of the granularity, above 0) from the driver. On success every page is really
     /// there and reads as zero: a full device is an error here and never a fault later.

@@ -67,6 +67,11 @@ impl Installed {
         if hangs { fs::write(file, "") } else { fs::remove_file(file) }
     }
 
+    /// Has the driver report a fault of a card, once.
+    pub fn report_xid(&self, card: usize, code: u64) -> io::Result<()> {
+        self.write(&format!("xid.{card}"), &code.to_string())
+    }
+
     /// Whether a copy waits.
     pub fn is_hanging(&self) -> bool {
         self.home.join("hanging").exists()

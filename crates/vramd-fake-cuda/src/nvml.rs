@@ -2,13 +2,16 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint};
 
-use crate::state::{beside, cards, fault, used};
+use crate::state::{beside, cards, fault, state, used};
 
 const SUCCESS: u32 = 0;
 const INVALID_ARGUMENT: u32 = 2;
 const NOT_SUPPORTED: u32 = 3;
 const NOT_FOUND: u32 = 6;
 const INSUFFICIENT_SIZE: u32 = 7;
+const TIMEOUT: u32 = 10;
+/// A critical Xid.
+const XID: u64 = 8;
 
 macro_rules! faults {
     ($call:literal) => {
@@ -35,6 +38,26 @@ pub struct Memory {
     reserved: u64,
     free: u64,
     used: u64,
+}
+
+/// `nvmlEventData_t`
+#[repr(C)]
+pub struct EventData {
+    handle: usize,
+    kind: u64,
+    data: u64,
+    instances: [c_uint; 2],
+}
+
+/// `nvmlPciInfo_t`
+#[repr(C)]
+pub struct PciInfo {
+    legacy: [c_char; 16],
+    domain: c_uint,
+    bus: c_uint,
+    device: c_uint,
+    ids: [c_uint; 2],
+    id: [c_char; 32],
 }
 
 /// Writes a text with its end into the caller's room.
@@ -177,4 +200,56 @@ pub unsafe extern "C" fn nvmlDeviceGetGraphicsRunningProcesses_v3(
     // SAFETY: as above.
     unsafe { *count = 0 };
     SUCCESS
+}
+
+/// Each card has a bus of its own.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetPciInfo_v3(handle: usize, to: *mut PciInfo) -> u32 {
+    faults!("nvmlDeviceGetPciInfo_v3");
+    // SAFETY: as above.
+    unsafe {
+        (*to).domain = 0;
+        (*to).bus = handle as c_uint;
+        (*to).device = 0;
+        write(&format!("00000000:{handle:02X}:00.0"), (&raw mut (*to).id).cast(), 32)
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlEventSetCreate(set: *mut usize) -> u32 {
+    faults!("nvmlEventSetCreate");
+    let number = state().number() as usize;
+    // SAFETY: as above.
+    unsafe { *set = number };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvmlDeviceRegisterEvents(handle: usize, kinds: u64, set: usize) -> u32 {
+    faults!("nvmlDeviceRegisterEvents");
+    if kinds != XID {
+        return NOT_SUPPORTED;
+    }
+    state().event_sets.insert(set, handle);
+    SUCCESS
+}
+
+/// What a test has written down, once.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlEventSetWait_v2(set: usize, to: *mut EventData, _: c_uint) -> u32 {
+    faults!("nvmlEventSetWait_v2");
+    let Some(handle) = state().event_sets.get(&set).copied() else { return INVALID_ARGUMENT };
+    let file = beside(&format!("xid.{}", handle - 1));
+    let Some(data) = std::fs::read_to_string(&file).ok().and_then(|text| text.parse().ok()) else {
+        return TIMEOUT;
+    };
+    let _ = std::fs::remove_file(file);
+    // SAFETY: as above.
+    unsafe { to.write(EventData { handle, kind: XID, data, instances: [0; 2] }) };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvmlEventSetFree(set: usize) -> u32 {
+    if state().event_sets.remove(&set).is_some() { SUCCESS } else { INVALID_ARGUMENT }
 }

@@ -39,6 +39,8 @@ pub struct State {
     pub memories: HashMap<u64, Memory>,
     pub ranges: HashMap<u64, Range>,
     pub last: u64,
+    /// By their numbers: the cards whose reports they get, as handles of NVML.
+    pub event_sets: HashMap<usize, usize>,
     faults: String,
     calls: HashMap<String, u64>,
 }

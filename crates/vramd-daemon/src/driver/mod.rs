@@ -33,7 +33,7 @@ use vramd_core::ledger::{Ledger, Request, SegmentId};
 use vramd_core::models::{Model, Models, Plan};
 use vramd_core::queue::Queue;
 use vramd_core::usage::Counts;
-use vramd_device::{Device, DeviceError, Sample};
+use vramd_device::{Device, DeviceError, Fault, Sample};
 
 use crate::clock::Clock;
 use crate::devices::Devices;
@@ -202,6 +202,7 @@ pub enum Event {
     },
     Measured {
         device: DeviceId,
+        faults: Vec<Fault>,
         outcome: Result<Sample, DeviceError>,
     },
     /// A lost device was tried again.
@@ -489,8 +490,9 @@ impl State {
                 self.jobs -= 1;
                 self.load_read(operation, outcome);
             }
-            Event::Measured { device, outcome } => {
+            Event::Measured { device, faults, outcome } => {
                 self.jobs -= 1;
+                self.note_faults(&device, &faults);
                 self.measured(&device, outcome);
             }
             Event::Adopted { device, outcome } => {
@@ -584,7 +586,10 @@ impl State {
         for id in idle {
             self.measuring.insert(id.clone(), self.now.tick);
             let device = id.clone();
-            self.spawn(&id, move |on| Event::Measured { device, outcome: on.sample() });
+            self.spawn(&id, move |on| {
+                let faults = on.faults();
+                Event::Measured { device, faults, outcome: on.sample() }
+            });
         }
     }
 
@@ -604,6 +609,17 @@ impl State {
             }
         }
         self.admit();
+    }
+
+    fn note_faults(&mut self, device: &DeviceId, faults: &[Fault]) {
+        for fault in faults {
+            tracing::warn!(%device, %fault, "the driver reports a fault");
+            let Fault { kind, code, .. } = fault;
+            let data = serde_json::json!({
+                "deviceId": device, "kind": kind, "code": code, "reason": fault.to_string(),
+            });
+            self.emit(EventKind::DeviceFault, data);
+        }
     }
 
     fn watch_pressure(&mut self, device: &DeviceId) {

@@ -29,7 +29,7 @@ fn as_a_loader() {
 
 /// A card of the fake driver, which lies in the home of the test.
 #[cfg(unix)]
-fn fake_card(home: &Home) -> cuda::Device {
+fn fake_card(home: &Home) -> (cuda::Device, Installed) {
     let directory = home.path("driver");
     std::fs::create_dir(&directory).expect("a directory");
     let uuid = format!("GPU-{}", uuid::Uuid::now_v7());
@@ -39,7 +39,7 @@ fn fake_card(home: &Home) -> cuda::Device {
     let arguments = ["--exact", "pairs::as_a_loader", "--nocapture"].map(Into::into).to_vec();
     let loader = cuda::LoaderCommand { program: std::env::current_exe().expect("this program"), arguments };
     let options = cuda::Options { limit_bytes: Some(64 * MIB), ..cuda::Options::new(loader) };
-    cuda::Device::open(adapter, options).expect("it opens")
+    (cuda::Device::open(adapter, options).expect("it opens"), driver)
 }
 
 /// The first card that Direct3D 12 has.
@@ -71,7 +71,7 @@ fn start(#[allow(unused, reason = "what is faked lies there")] home: &Home) -> (
         Arc::new(sim::Device::open(sim::Spec::new(0, 64 * MIB)).expect("a device")),
     ];
     #[cfg(unix)]
-    open.push(Arc::new(fake_card(home)));
+    open.push(Arc::new(fake_card(home).0));
     #[cfg(windows)]
     open.extend(direct3d().map(|device| -> Arc<dyn Device> { Arc::new(device) }));
     let others = open.len();
@@ -227,4 +227,29 @@ fn memory_of_a_card_is_attached_by_clients_that_can_import_it() {
         );
         daemon.all_is_back(name);
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_fault_that_the_driver_reports_is_an_event_and_a_fatal_one_loses_the_card() {
+    let home = Home::new();
+    let (card, driver) = fake_card(&home);
+    let mut devices = Devices::default();
+    devices.add(Arc::new(card), 64 * MIB);
+    let daemon = home.start_on(devices, Vec::new());
+    let id = daemon.allocated(&json!({"sizeBytes": 4096}));
+    let mut events = daemon.events(None);
+    driver.report_xid(0, 31).expect("reported");
+    let fault = events.until("device.fault");
+    assert_eq!(
+        (&fault["deviceId"], &fault["kind"], &fault["code"]),
+        (&json!("cuda:0"), &json!("Xid"), &json!(31))
+    );
+    assert_eq!(daemon.get("/api/devices/cuda:0").data(200)["health"], "Healthy");
+    driver.report_xid(0, 79).expect("reported");
+    assert_eq!(events.until("device.fault")["code"], 79);
+    assert!(events.until("device.lost")["reason"].as_str().is_some_and(|reason| reason.contains("Xid 79")));
+    daemon.release(&id).data(200);
+    events.until("device.returned");
+    daemon.all_is_back("cuda:0");
 }

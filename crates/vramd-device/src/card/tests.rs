@@ -150,6 +150,7 @@ fn card() -> (Device<Memory>, Arc<Switch>) {
         device: "vulkan:0".parse().unwrap(),
         uuid: "made up".to_owned(),
         luid: None,
+        pci_address: None,
         name: "made up".to_owned(),
         memory_type: MemoryType::Vram,
         total_bytes: TOTAL,

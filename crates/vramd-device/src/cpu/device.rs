@@ -51,6 +51,7 @@ impl Device {
             device: "cpu:0".parse::<DeviceId>().expect("a literal of the right form"),
             uuid: host.uuid(),
             luid: None,
+            pci_address: None,
             name: host.processor().unwrap_or_else(|| "host memory".to_owned()),
             memory_type: MemoryType::Ram,
             total_bytes,

@@ -1,17 +1,24 @@
 //! What NVML says of each card. Nothing here takes memory on one, or opens it for CUDA.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::mem::ManuallyDrop;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use nvml_wrapper::Nvml;
+use nvml_wrapper::bitmasks::event::EventTypes;
 use nvml_wrapper::enums::device::UsedGpuMemory;
+use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
-use nvml_wrapper_sys::bindings::nvmlDevice_t;
+use nvml_wrapper::{EventSet, Nvml};
+use nvml_wrapper_sys::bindings::{nvmlDevice_t, nvmlEventSet_t};
 use uuid::Uuid;
 
 use super::Libraries;
 use super::driver::{Driver, NoDriver};
-use crate::Process;
+use super::xid;
+use crate::{Fault, Process};
+
+/// What is read of one card at once: the others want their turn.
+const MOST_REPORTS: usize = 16;
 
 /// Why no card can be looked for.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +40,7 @@ pub struct Adapter {
     /// As `nvidia-smi -L` has it.
     pub(super) uuid: String,
     pub(super) id: Uuid,
+    pub(super) pci_address: Option<String>,
     pub(super) name: String,
     pub(super) total_bytes: u64,
 }
@@ -88,6 +96,45 @@ pub fn discover(libraries: &Libraries) -> Result<Vec<Adapter>, NoCuda> {
     Ok(found)
 }
 
+/// What NVML reports of a card by itself.
+pub(super) struct Reports {
+    set: Mutex<EventHandle>,
+    nvml: Arc<Nvml>,
+}
+
+struct EventHandle(nvmlEventSet_t);
+
+// SAFETY: as for `Handle`; one thread uses it at a time.
+unsafe impl Send for EventHandle {}
+
+impl std::fmt::Debug for Reports {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Reports")
+    }
+}
+
+impl Reports {
+    /// Those that have come since the last call.
+    pub fn take(&self) -> Vec<Fault> {
+        let set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: of this NVML, and freed by `drop` alone.
+        let set = ManuallyDrop::new(unsafe { EventSet::new(set.0, &self.nvml) });
+        let next = || match set.wait(0).ok()?.event_data? {
+            XidError::Value(code) => Some(xid::fault(code)),
+            XidError::Unknown => None,
+        };
+        std::iter::from_fn(next).take(MOST_REPORTS).collect()
+    }
+}
+
+impl Drop for Reports {
+    fn drop(&mut self) {
+        let set = self.set.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the last use of it. A failure leaves nothing to do.
+        let _ = unsafe { EventSet::new(set.0, &self.nvml) }.release_events();
+    }
+}
+
 impl Adapter {
     fn of(
         nvml: &Arc<Nvml>,
@@ -109,11 +156,14 @@ impl Adapter {
             }
             Err(error) => return Err(error),
         };
+        // An instance has that of its card, whose other instances are other devices.
+        let pci = (!uuid.starts_with("MIG")).then(|| card.pci_info().ok()).flatten();
+        let pci_address = pci.map(|at| format!("{:04x}:{:02x}:{:02x}.0", at.domain, at.bus, at.device));
         let name = card.name()?.replace(char::is_control, "?");
         // SAFETY: it is used with the NVML that it is from, which the adapter keeps.
         let handle = Handle(unsafe { card.handle() });
         let (nvml, libraries) = (nvml.clone(), libraries.clone());
-        Ok(Some(Self { nvml, handle, libraries, ordinal, uuid, id, name, total_bytes }))
+        Ok(Some(Self { nvml, handle, libraries, ordinal, uuid, id, pci_address, name, total_bytes }))
     }
 
     pub fn name(&self) -> &str {
@@ -127,6 +177,18 @@ impl Adapter {
     /// Whether CUDA can be used with it, which takes nothing of the card.
     pub fn check(&self) -> Result<(), NoDriver> {
         Driver::load(&self.libraries.cuda)?.find(self.id).map(|_| ())
+    }
+
+    /// What NVML reports of the card from now on.
+    pub(super) fn reports(&self) -> Result<Reports, NvmlError> {
+        // SAFETY: as below.
+        let card = unsafe { nvml_wrapper::Device::new(self.handle.0, &self.nvml) };
+        let set = self.nvml.create_event_set()?;
+        let set = card.register_events(EventTypes::CRITICAL_XID_ERROR, set).map_err(|error| error.error)?;
+        // SAFETY: it goes with `Reports`, and NVML after it.
+        let handle = unsafe { set.handle() };
+        std::mem::forget(set);
+        Ok(Reports { set: Mutex::new(EventHandle(handle)), nvml: self.nvml.clone() })
     }
 
     /// The processes with a context there, and what each has; what was only imported is charged to nobody.

@@ -8,15 +8,16 @@ use nvml_wrapper::error::NvmlError;
 use vramd_api::attach::{Handle, HandleType};
 use vramd_api::{DeviceCapabilities, MemoryType};
 
-use super::adapter::Adapter;
+use super::adapter::{Adapter, Reports};
 use super::driver::{Driver, Failed, Memory, NoDriver, Ordinal};
 use super::loader::{Loader, LoaderCommand, Stage, Trouble, lock};
 use super::message::{Request, STAGE_BYTES};
+use super::xid;
 use crate::staged::{self, parts};
 use crate::table::{Extent, Table};
 use crate::{
-    Call, DeviceError, ExportAccess, Exported, Facts, Fill, Process, Range, Sample, SegmentId, Source, Take,
-    Writers,
+    Call, DeviceError, ExportAccess, Exported, Facts, Fault, Fill, Process, Range, Sample, SegmentId, Source,
+    Take, Writers,
 };
 
 /// What a context takes of a card: so much is left for the loader while it is not running.
@@ -64,6 +65,8 @@ pub struct Device {
     /// A loader's context counts among what NVML calls used.
     has_context: AtomicBool,
     segments: Table<Segment>,
+    /// None where NVML has no reports of the card.
+    reports: Option<Reports>,
     /// Segments that were never handed out, and that the driver has not taken back yet.
     left: Mutex<Vec<Segment>>,
 }
@@ -143,6 +146,7 @@ impl Device {
             device: format!("cuda:{}", adapter.ordinal).parse().expect("of the right form"),
             uuid: adapter.uuid.clone(),
             luid: None,
+            pci_address: adapter.pci_address.clone(),
             name: adapter.name.clone(),
             memory_type: MemoryType::Vram,
             total_bytes: options.limit_bytes.map_or(total, |limit| limit.min(total)),
@@ -159,6 +163,8 @@ impl Device {
             },
             notes: Vec::new(),
         };
+        let reports = adapter.reports().inspect_err(|error| tracing::info!(%error, "no reports of a card"));
+        let reports = reports.ok();
         let (ordinal, state, lost, loader, creating) = <(_, _, _, _, _)>::default();
         let (starting, has_context, segments, left) = <(_, _, _, _)>::default();
         Ok(Self {
@@ -174,6 +180,7 @@ impl Device {
             creating,
             has_context,
             segments,
+            reports,
             left,
         })
     }
@@ -506,6 +513,14 @@ impl crate::Device for Device {
         })
     }
 
+    fn faults(&self) -> Vec<Fault> {
+        let found = self.reports.as_ref().map(Reports::take).unwrap_or_default();
+        if let Some(fault) = found.iter().find(|fault| xid::is_fatal(fault.code)) {
+            self.lose(format!("{fault} (NVML)"));
+        }
+        found
+    }
+
     fn processes(&self) -> Result<Option<Vec<Process>>, DeviceError> {
         self.check_lost()?;
         self.adapter.processes().map(Some).map_err(|error| self.explain_nvml(error))
@@ -516,6 +531,8 @@ impl crate::Device for Device {
     }
 
     fn adopt(&self) -> Result<(), DeviceError> {
+        // What came while nobody asked is of the time before.
+        self.faults();
         let Some(reason) = lock(&self.lost).take() else { return Ok(()) };
         crate::works(self).inspect_err(|_| {
             lock(&self.lost).get_or_insert(reason);

@@ -16,6 +16,7 @@ mod device;
 mod driver;
 mod loader;
 mod message;
+mod xid;
 
 use std::path::PathBuf;
 

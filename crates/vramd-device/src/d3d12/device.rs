@@ -46,6 +46,7 @@ impl Device {
             device: format!("d3d12:{}", options.ordinal).parse().expect("of the right form"),
             uuid: adapter.uuid.clone(),
             luid: Some(adapter.luid),
+            pci_address: None,
             name: adapter.name.clone(),
             memory_type,
             total_bytes: options.limit_bytes.map_or(all, |limit| limit.min(all)),

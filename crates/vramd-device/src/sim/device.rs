@@ -45,6 +45,7 @@ impl Device {
             device,
             uuid: format!("sim-{ordinal}"),
             luid: None,
+            pci_address: None,
             name: format!("Simulated {}", Bytes::show(total_bytes)),
             memory_type: MemoryType::Vram,
             total_bytes,

@@ -17,7 +17,7 @@ pub(super) const BUFFER_USAGE: vk::BufferUsageFlags = vk::BufferUsageFlags::from
 pub enum NoVulkan {
     #[error("the Vulkan loader (libvulkan.so.1) is not there: {0}")]
     Loader(#[from] ash::LoadingError),
-    #[error("the Vulkan loader speaks version {0}.{1}; 1.1 is needed")]
+    #[error("the Vulkan loader speaks version {0}.{1}; 1.2 is needed")]
     Old(u32, u32),
     /// No driver, or none that works.
     #[error("no Vulkan driver answers: {0}")]
@@ -48,6 +48,8 @@ pub struct Adapter {
     pub(super) driver_uuid: Uuid,
     /// On Windows.
     pub(super) luid: Option<u64>,
+    /// Where the driver says.
+    pub(super) pci_address: Option<String>,
     pub(super) kind: vk::PhysicalDeviceType,
     pub(super) memory: vk::PhysicalDeviceMemoryProperties,
     /// The family of the queue that copies.
@@ -67,18 +69,18 @@ impl std::fmt::Debug for Adapter {
     }
 }
 
-/// Asks the loader for all adapters, in its order. Those that cannot copy buffers, or are older than Vulkan 1.1, are
+/// Asks the loader for all adapters, in its order. Those that cannot copy buffers, or are older than Vulkan 1.2, are
 /// left out.
 pub fn discover() -> Result<Vec<Adapter>, NoVulkan> {
     // SAFETY: the loader's library runs its initialisers, which we have to trust like any driver.
     let entry = unsafe { ash::Entry::load() }?;
     // SAFETY: a plain question.
     let version = unsafe { entry.try_enumerate_instance_version() }?.unwrap_or(vk::API_VERSION_1_0);
-    if version < vk::API_VERSION_1_1 {
+    if version < vk::API_VERSION_1_2 {
         return Err(NoVulkan::Old(vk::api_version_major(version), vk::api_version_minor(version)));
     }
     let application =
-        vk::ApplicationInfo::default().application_name(c"vramd").api_version(vk::API_VERSION_1_1);
+        vk::ApplicationInfo::default().application_name(c"vramd").api_version(vk::API_VERSION_1_2);
     let create = vk::InstanceCreateInfo::default().application_info(&application);
     // SAFETY: what `create` points to lives until the call returns.
     let raw = unsafe { entry.create_instance(&create, None) }?;
@@ -92,7 +94,7 @@ impl Adapter {
     fn of(instance: &Arc<Instance>, physical: vk::PhysicalDevice) -> Option<Self> {
         // SAFETY: the adapter is of this instance, which lives.
         let base = unsafe { instance.raw.get_physical_device_properties(physical) };
-        if base.api_version < vk::API_VERSION_1_1 {
+        if base.api_version < vk::API_VERSION_1_2 {
             return None;
         }
         let mut ids = vk::PhysicalDeviceIDProperties::default();
@@ -127,6 +129,7 @@ impl Adapter {
             uuid: Uuid::from_bytes(ids.device_uuid),
             driver_uuid: Uuid::from_bytes(ids.driver_uuid),
             luid: (ids.device_luid_valid == vk::TRUE).then(|| u64::from_le_bytes(ids.device_luid)),
+            pci_address: has(ash::ext::pci_bus_info::NAME).then(|| pci_address(&instance.raw, physical)),
             kind: base.device_type,
             memory,
             family: transfer_family(&families)?,
@@ -229,6 +232,15 @@ fn transfer_family(families: &[vk::QueueFamilyProperties]) -> Option<u32> {
         .filter(|(_, family)| family.queue_count > 0)
         .filter_map(|(index, family): (u32, _)| Some((rank(family.queue_flags)?, std::cmp::Reverse(index))));
     ranked.max().map(|(_, index)| index.0)
+}
+
+/// Of an adapter that has `VK_EXT_pci_bus_info`.
+fn pci_address(instance: &ash::Instance, physical: vk::PhysicalDevice) -> String {
+    let mut at = vk::PhysicalDevicePCIBusInfoPropertiesEXT::default();
+    let mut asked = vk::PhysicalDeviceProperties2::default().push_next(&mut at);
+    // SAFETY: the adapter is of this instance, and has the extension.
+    unsafe { instance.get_physical_device_properties2(physical, &mut asked) };
+    format!("{:04x}:{:02x}:{:02x}.{:x}", at.pci_domain, at.pci_bus, at.pci_device, at.pci_function)
 }
 
 /// Whether buffers of ours can be exported as opaque descriptors, by any process that shares pieces of a segment's memory.

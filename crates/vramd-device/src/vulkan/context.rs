@@ -15,7 +15,7 @@ use vramd_api::attach::Handle;
 const IDLE_STAGES: usize = 8;
 /// A card that does nothing for so long will not do it any more.
 const PATIENCE_NS: u64 = 60_000_000_000;
-const WAIT: &str = "vkWaitForFences";
+const WAIT: &str = "vkWaitSemaphores";
 const GET_FD: &str = "vkGetMemoryFdKHR";
 
 /// A failed call of the driver, before it is known what it means.
@@ -55,7 +55,9 @@ impl card::Failed for Failed {
 
 pub struct Context {
     pub raw: ash::Device,
-    queue: Mutex<vk::Queue>,
+    queue: Mutex<Queue>,
+    /// Counts the submissions that have ended.
+    ended: vk::Semaphore,
     family: u32,
     /// Of adapters whose memory can be exported.
     exporter: Option<ash::khr::external_memory_fd::Device>,
@@ -69,11 +71,16 @@ pub struct Context {
     instance: Arc<Instance>,
 }
 
+struct Queue {
+    raw: vk::Queue,
+    /// How many submissions there were.
+    submitted: u64,
+}
+
 /// A buffer that the processor sees, and what a copy through it takes. One thread has it at a time.
 pub struct Stage {
     pool: vk::CommandPool,
     commands: vk::CommandBuffer,
-    fence: vk::Fence,
     buffer: vk::Buffer,
     memory: vk::DeviceMemory,
     mapped: NonNull<u8>,
@@ -226,8 +233,8 @@ impl Context {
         let create = vk::CommandPoolCreateInfo::default()
             .queue_family_index(self.family)
             .flags(vk::CommandPoolCreateFlags::TRANSIENT);
-        // SAFETY: the memory is new, visible to the processor, and mapped once. What an error leaves behind of a pool or
-        // a fence is destroyed here, and nothing has used it.
+        // SAFETY: the memory is new, visible to the processor, and mapped once. What an error leaves behind of a pool is
+        // destroyed here, and nothing has used it.
         unsafe {
             let mapped = self
                 .raw
@@ -242,15 +249,9 @@ impl Context {
                 self.raw.create_command_pool(&create, None).map_err(Failed::at("vkCreateCommandPool"))?;
             let allocate =
                 vk::CommandBufferAllocateInfo::default().command_pool(pool).command_buffer_count(1);
-            let made = self
-                .raw
-                .allocate_command_buffers(&allocate)
-                .map_err(Failed::at("vkAllocateCommandBuffers"))
-                .and_then(|commands| {
-                    let fence = self.raw.create_fence(&vk::FenceCreateInfo::default(), None);
-                    let fence = fence.map_err(Failed::at("vkCreateFence"))?;
-                    Ok(Stage { pool, commands: commands[0], fence, buffer, memory, mapped })
-                });
+            let made = self.raw.allocate_command_buffers(&allocate);
+            let made = made.map(|commands| Stage { pool, commands: commands[0], buffer, memory, mapped });
+            let made = made.map_err(Failed::at("vkAllocateCommandBuffers"));
             made.inspect_err(|_| self.raw.destroy_command_pool(pool, None))
         }
     }
@@ -259,11 +260,8 @@ impl Context {
         if self.abandoned.load(Ordering::Relaxed) {
             return;
         }
-        // SAFETY: whoever had it has waited for its fence, or the device is lost, which ends everything.
-        unsafe {
-            self.raw.destroy_fence(stage.fence, None);
-            self.raw.destroy_command_pool(stage.pool, None);
-        }
+        // SAFETY: whoever had it has waited for what it submitted, or the device is lost, which ends everything.
+        unsafe { self.raw.destroy_command_pool(stage.pool, None) };
         self.release(Block { buffer: stage.buffer, memory: stage.memory });
     }
 }
@@ -279,7 +277,9 @@ impl Driver for Context {
             .queue_family_index(adapter.family)
             .queue_priorities(&[1.0])];
         let extensions = [ash::khr::external_memory_fd::NAME.as_ptr()];
-        let mut create = vk::DeviceCreateInfo::default().queue_create_infos(&queues);
+        // Every driver of Vulkan 1.2 has it.
+        let mut timeline = vk::PhysicalDeviceTimelineSemaphoreFeatures::default().timeline_semaphore(true);
+        let mut create = vk::DeviceCreateInfo::default().queue_create_infos(&queues).push_next(&mut timeline);
         if adapter.exports {
             create = create.enabled_extension_names(&extensions);
         }
@@ -288,12 +288,13 @@ impl Driver for Context {
         let raw = unsafe { instance.create_device(adapter.physical, &create, None) }
             .map_err(Failed::at("vkCreateDevice"))?;
         // SAFETY: one queue of that family was asked for.
-        let queue = unsafe { raw.get_device_queue(adapter.family, 0) };
+        let queue = Queue { raw: unsafe { raw.get_device_queue(adapter.family, 0) }, submitted: 0 };
         let exporter = adapter.exports.then(|| ash::khr::external_memory_fd::Device::new(instance, &raw));
         let mut context = Self {
             raw,
             exporter,
             queue: Mutex::new(queue),
+            ended: vk::Semaphore::null(),
             family: adapter.family,
             segment_type: 0,
             staging_type: 0,
@@ -302,6 +303,13 @@ impl Driver for Context {
             abandoned: AtomicBool::new(false),
             instance: adapter.instance.clone(),
         };
+        let mut kind = vk::SemaphoreTypeCreateInfo::default()
+            .semaphore_type(vk::SemaphoreType::TIMELINE)
+            .initial_value(0);
+        let counter = vk::SemaphoreCreateInfo::default().push_next(&mut kind);
+        // SAFETY: the device was opened for semaphores that count.
+        context.ended = unsafe { context.raw.create_semaphore(&counter, None) }
+            .map_err(Failed::at("vkCreateSemaphore"))?;
         let unfit = || Failed {
             native: "vkGetBufferMemoryRequirements",
             result: vk::Result::ERROR_FEATURE_NOT_PRESENT,
@@ -401,7 +409,10 @@ impl Drop for Context {
         }
         // SAFETY: the last segment is gone, and nobody has a stage: what was submitted has been waited for, and everything
         // that was made from it is destroyed.
-        unsafe { self.raw.destroy_device(None) };
+        unsafe {
+            self.raw.destroy_semaphore(self.ended, None);
+            self.raw.destroy_device(None);
+        }
     }
 }
 
@@ -436,23 +447,32 @@ impl Stage {
         );
         let none = vk::DependencyFlags::empty();
         let commands = [self.commands];
-        let submits = [vk::SubmitInfo::default().command_buffers(&commands)];
-        // SAFETY: the stage is this thread's alone, so its pool, commands and fence are, and what was submitted with them
-        // has ended; the queue is locked for the submission.
+        let ended = [context.ended];
+        // SAFETY: the stage is this thread's alone, so its pool and commands are, and what was submitted with them has ended;
+        // the queue is locked for the submission, so that the counter only grows.
         unsafe {
             raw.reset_command_pool(self.pool, vk::CommandPoolResetFlags::empty())
                 .map_err(Failed::at("vkResetCommandPool"))?;
-            raw.reset_fences(&[self.fence]).map_err(Failed::at("vkResetFences"))?;
             raw.begin_command_buffer(self.commands, &begin).map_err(Failed::at("vkBeginCommandBuffer"))?;
             raw.cmd_pipeline_barrier(self.commands, all, transfer, none, &before, &[], &[]);
             record();
             raw.cmd_pipeline_barrier(self.commands, transfer, host, none, &after, &[], &[]);
             raw.end_command_buffer(self.commands).map_err(Failed::at("vkEndCommandBuffer"))?;
-            {
-                let queue = context.queue.lock().unwrap_or_else(PoisonError::into_inner);
-                raw.queue_submit(*queue, &submits, self.fence).map_err(Failed::at("vkQueueSubmit"))?;
-            }
-            raw.wait_for_fences(&[self.fence], true, PATIENCE_NS).map_err(Failed::at(WAIT))
+            let number = {
+                let mut queue = context.queue.lock().unwrap_or_else(PoisonError::into_inner);
+                let number = [queue.submitted + 1];
+                let mut signal = vk::TimelineSemaphoreSubmitInfo::default().signal_semaphore_values(&number);
+                let submit = vk::SubmitInfo::default()
+                    .command_buffers(&commands)
+                    .signal_semaphores(&ended)
+                    .push_next(&mut signal);
+                raw.queue_submit(queue.raw, &[submit], vk::Fence::null())
+                    .map_err(Failed::at("vkQueueSubmit"))?;
+                queue.submitted = number[0];
+                number
+            };
+            let wait = vk::SemaphoreWaitInfo::default().semaphores(&ended).values(&number);
+            raw.wait_semaphores(&wait, PATIENCE_NS).map_err(Failed::at(WAIT))
         }
     }
 }

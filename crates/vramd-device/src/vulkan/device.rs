@@ -34,6 +34,7 @@ impl Device {
             device,
             uuid: adapter.uuid.to_string(),
             luid: adapter.luid,
+            pci_address: adapter.pci_address.clone(),
             name: adapter.name.clone(),
             memory_type: adapter.memory_type(),
             total_bytes: options.limit_bytes.map_or(heap_bytes, |limit| limit.min(heap_bytes)),

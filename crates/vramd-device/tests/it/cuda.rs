@@ -408,6 +408,47 @@ fn a_lost_card_closes_its_books_and_is_taken_again_when_it_is_back() {
 }
 
 #[test]
+fn a_fault_that_the_driver_reports_is_told_once_and_a_fatal_one_loses_the_card() {
+    let fake = Fake::new(2, 1 << 30);
+    let device = fake.open();
+    let id = create(&device);
+    assert_eq!(device.faults(), []);
+    fake.driver.report_xid(0, 31).unwrap();
+    // Of another card.
+    fake.driver.report_xid(1, 79).unwrap();
+    let told = device.faults();
+    assert_eq!(told.iter().map(|fault| fault.code).collect::<Vec<_>>(), [31]);
+    assert!(told[0].to_string().starts_with("Xid 31: "), "{}", told[0]);
+    assert_eq!(device.faults(), []);
+    device.write(id, 0, b"x").unwrap();
+    fake.driver.report_xid(0, 79).unwrap();
+    assert_eq!(device.faults()[0].code, 79);
+    match device.sample() {
+        Err(DeviceError::Lost { reason }) => assert!(reason.contains("Xid 79"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    device.destroy(id).unwrap();
+    // What it reported before it was back is no news.
+    fake.driver.report_xid(0, 79).unwrap();
+    device.adopt().unwrap();
+    assert_eq!(device.faults(), []);
+    assert_eq!(available(&device), TOTAL);
+}
+
+#[test]
+fn a_card_without_reports_or_an_address_opens() {
+    let fake = Fake::new(1, 1 << 30);
+    assert_eq!(fake.open().facts().pci_address.as_deref(), Some("0000:01:00.0"));
+    fake.fail("nvmlEventSetCreate", 0, UNKNOWN);
+    let device = fake.open();
+    fake.driver.report_xid(0, 79).unwrap();
+    assert_eq!(device.faults(), []);
+    assert_eq!(available(&device), TOTAL);
+    fake.fail("nvmlDeviceGetPciInfo_v3", 0, UNKNOWN);
+    assert_eq!(fake.open().facts().pci_address, None);
+}
+
+#[test]
 fn what_a_driver_lacks_is_named_when_a_card_is_opened() {
     let fake = Fake::new(1, 1 << 30);
     let library = fake.libraries().cuda;
