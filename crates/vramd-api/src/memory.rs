@@ -310,7 +310,7 @@ pub struct DeviceCapabilities {
     pub remap: bool,
     /// Address space can be reserved without memory behind it.
     pub sparse: bool,
-    /// Copies to other devices of its kind without a way through host memory.
+    /// It reaches memory of others of its kind: copies from there take no way through host memory.
     pub peer_copy: bool,
 }
 

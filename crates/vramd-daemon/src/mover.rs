@@ -226,9 +226,13 @@ impl Shared {
 }
 
 impl Job {
+    fn is_on_one_device(&self) -> bool {
+        self.from.0.0.facts().device == self.to.0.0.facts().device
+    }
+
     /// By way of host memory.
     fn is_staged(&self) -> bool {
-        self.from.0.0.facts().device != self.to.0.0.facts().device
+        !self.is_on_one_device() && !self.to.0.0.reaches(&*self.from.0.0)
     }
 
     fn piece_bytes(&self) -> u64 {
@@ -301,10 +305,6 @@ impl Active {
 impl Piece {
     fn copy(&self, buffer: &mut Vec<u8>) -> Outcome {
         let ((from, source), (to, target)) = (&self.job.from, &self.job.to);
-        let on = |device: &Arc<Opened>| {
-            let id = device.0.facts().device.clone();
-            move |error| CopyFailure::Device(id, error)
-        };
         let of = |range: &Range| Range {
             segment: range.segment,
             offset: range.offset + self.offset,
@@ -312,25 +312,57 @@ impl Piece {
         };
         let (source, target) = (of(source), of(target));
         let mut sent = self.job.checksum.then(|| Digest::new(Crc64Nvme));
-        let mut note = |part: &[u8]| sent.iter_mut().for_each(|sum| sum.update(part));
+        if !self.copy_straight(source, target)? {
+            let note = &mut |part: &[u8]| sent.iter_mut().for_each(|sum| sum.update(part));
+            self.copy_staged(source, target, buffer, note)?;
+        } else if let Some(sent) = &mut sent {
+            read(from, source, buffer, sent)?;
+        }
+        let Some(sent) = sent else { return Ok(None) };
+        let mut arrived = Digest::new(Crc64Nvme);
+        read(to, target, buffer, &mut arrived)?;
+        if arrived.finalize() != sent.finalize() {
+            return Err(CopyFailure::Checksum(to.0.facts().device.clone()));
+        }
+        Ok(Some(sent.finalize()))
+    }
+
+    /// With no way through host memory; false if there is none such.
+    fn copy_straight(&self, source: Range, target: Range) -> Result<bool, CopyFailure> {
+        let (from, to) = (&self.job.from.0, &self.job.to.0);
+        if self.job.is_staged() {
+            return Ok(false);
+        }
+        let copied = if self.job.is_on_one_device() {
+            to.0.copy(source, target.segment, target.offset)
+        } else {
+            to.0.copy_from(&*from.0, source, target.segment, target.offset)
+        };
+        match copied {
+            // It turned out to be out of reach.
+            Err(_) if self.job.is_staged() => Ok(false),
+            copied => copied.map(|()| true).map_err(on(to)),
+        }
+    }
+
+    /// By way of host memory, which is shown to `note`.
+    fn copy_staged(
+        &self,
+        source: Range,
+        target: Range,
+        buffer: &mut Vec<u8>,
+        note: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), CopyFailure> {
+        let (from, to) = (&self.job.from.0, &self.job.to.0);
         // Whether the other end failed than the one that was called.
         let mut other_end = false;
-        if !self.job.is_staged() {
-            if self.job.checksum {
-                let take = &mut |_, part: &[u8]| {
-                    note(part);
-                    Ok(())
-                };
-                from.0.read_into(source, buffer, take).map_err(on(from))?;
-            }
-            to.0.copy(source, target.segment, target.offset).map_err(on(to))?;
-        } else if to.0.facts().capabilities.host_access {
+        if to.0.facts().capabilities.host_access {
             let take = &mut |at, part: &[u8]| {
                 note(part);
                 to.0.write(target.segment, target.offset + at, part).inspect_err(|_| other_end = true)
             };
             let copied = from.0.read_into(source, buffer, take);
-            copied.map_err(on(if other_end { to } else { from }))?;
+            copied.map_err(on(if other_end { to } else { from }))
         } else {
             let fill = &mut |at, part: &mut [u8]| {
                 let read = from.0.read(source.segment, source.offset + at, part);
@@ -339,18 +371,26 @@ impl Piece {
                 Ok(())
             };
             let copied = to.0.write_from(target, buffer, fill);
-            copied.map_err(on(if other_end { from } else { to }))?;
+            copied.map_err(on(if other_end { from } else { to }))
         }
-        let Some(sent) = sent else { return Ok(None) };
-        let mut arrived = Digest::new(Crc64Nvme);
-        let take = &mut |_, part: &[u8]| {
-            arrived.update(part);
-            Ok(())
-        };
-        to.0.read_into(target, buffer, take).map_err(on(to))?;
-        if arrived.finalize() != sent.finalize() {
-            return Err(CopyFailure::Checksum(to.0.facts().device.clone()));
-        }
-        Ok(Some(sent.finalize()))
     }
+}
+
+/// Reads what is there into a checksum.
+fn read(
+    device: &Arc<Opened>,
+    range: Range,
+    buffer: &mut Vec<u8>,
+    sum: &mut Digest,
+) -> Result<(), CopyFailure> {
+    let take = &mut |_, part: &[u8]| {
+        sum.update(part);
+        Ok(())
+    };
+    device.0.read_into(range, buffer, take).map_err(on(device))
+}
+
+fn on(device: &Arc<Opened>) -> impl FnOnce(DeviceError) -> CopyFailure {
+    let id = device.0.facts().device.clone();
+    move |error| CopyFailure::Device(id, error)
 }

@@ -31,7 +31,7 @@ pub struct Options {
 }
 
 /// A driver that is open for one adapter.
-pub trait Driver: Sized + Send + Sync {
+pub trait Driver: Sized + Send + Sync + 'static {
     type Adapter: std::fmt::Debug + Send + Sync;
     /// Memory on the card, and whatever it takes to copy there.
     type Block: Send + Sync;

@@ -31,6 +31,8 @@ pub use std::os::fd::OwnedFd as Descriptor;
 #[cfg(windows)]
 pub use std::os::windows::io::OwnedHandle as Descriptor;
 
+use std::any::Any;
+
 pub use error::{Call, DeviceError};
 pub use source::Source;
 use vramd_api::attach::Handle;
@@ -152,6 +154,11 @@ fn works(device: &dyn Device) -> Result<(), DeviceError> {
     device.destroy(PROBE)
 }
 
+fn unreachable_memory(segment: SegmentId) -> Result<(), DeviceError> {
+    let reason = "the device does not reach the other one's memory";
+    Err(DeviceError::Misuse { call: Call::Copy, segment, reason })
+}
+
 /// What goes through a buffer of the caller's at once.
 const BUFFER_BYTES: u64 = 1 << 20;
 
@@ -161,7 +168,7 @@ const BUFFER_BYTES: u64 = 1 << 20;
 ///
 /// On an error nothing has changed, except where a method says otherwise. A [`DeviceError::Lost`] is final for
 /// every segment: `destroy` still succeeds afterwards, so that the books can be closed and the device be adopted again.
-pub trait Device: Send + Sync {
+pub trait Device: Any + Send + Sync {
     fn facts(&self) -> &Facts;
 
     /// Measures the device. Cheap enough to call every 250 ms.
@@ -213,6 +220,23 @@ pub trait Device: Send + Sync {
     /// Copies a range to `to_offset` of segment `to`, on this device, by the straightest way that it has. The two
     /// ranges are disjoint. On an error the target's contents are undefined and the source is as it was.
     fn copy(&self, from: Range, to: SegmentId, to_offset: u64) -> Result<(), DeviceError>;
+
+    /// Whether [`copy_from`](Self::copy_from) works from segments of another device.
+    fn reaches(&self, _other: &dyn Device) -> bool {
+        false
+    }
+
+    /// Copies a range of another device's segment to `to_offset` of this one's segment `to`, with no way through host memory.
+    /// After an error this device may not reach the other one any more. On an error the target's contents are undefined.
+    fn copy_from(
+        &self,
+        _other: &dyn Device,
+        from: Range,
+        _to: SegmentId,
+        _to_offset: u64,
+    ) -> Result<(), DeviceError> {
+        unreachable_memory(from.segment)
+    }
 
     /// Reads `range.bytes` of `source`, from `source_offset` on, into a range, by the straightest way that the
     /// device has. A file that ends early is [`DeviceError::Source`] with `UnexpectedEof`. On an error the

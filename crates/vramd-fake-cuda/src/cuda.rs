@@ -10,6 +10,7 @@ const SUCCESS: u32 = 0;
 const INVALID_VALUE: u32 = 1;
 const OUT_OF_MEMORY: u32 = 2;
 const NO_DEVICE: u32 = 100;
+const INVALID_DEVICE: u32 = 101;
 const INVALID_CONTEXT: u32 = 201;
 const GRANULARITY: usize = 2 << 20;
 
@@ -87,7 +88,7 @@ pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> u32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> u32 {
     faults!("cuDeviceGet");
-    let Some(index) = visible().get(ordinal as usize).copied() else { return 101 };
+    let Some(index) = visible().get(ordinal as usize).copied() else { return INVALID_DEVICE };
     // SAFETY: as above.
     unsafe { *device = index as c_int };
     SUCCESS
@@ -96,11 +97,20 @@ pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> u32 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetUuid_v2(uuid: *mut [u8; 16], device: c_int) -> u32 {
     faults!("cuDeviceGetUuid_v2");
-    let Some(card) = cards().into_iter().nth(device as usize) else { return 101 };
+    let Some(card) = cards().into_iter().nth(device as usize) else { return INVALID_DEVICE };
     let hex: String = card.uuid[4..].chars().filter(char::is_ascii_hexdigit).collect();
     let Ok(number) = u128::from_str_radix(&hex, 16) else { return INVALID_VALUE };
     // SAFETY: as above.
     unsafe { *uuid = number.to_be_bytes() };
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceCanAccessPeer(can: *mut c_int, card: c_int, other: c_int) -> u32 {
+    faults!("cuDeviceCanAccessPeer");
+    let nothing = fault("cuDeviceCanAccessPeer nothing") != SUCCESS;
+    // SAFETY: as above.
+    unsafe { *can = c_int::from(card != other && !nothing) };
     SUCCESS
 }
 
@@ -130,7 +140,7 @@ pub unsafe extern "C" fn cuMemCreate(
         return INVALID_VALUE;
     }
     let cards = cards();
-    let Some(of) = cards.get(card as usize) else { return 101 };
+    let Some(of) = cards.get(card as usize) else { return INVALID_DEVICE };
     let mut state = state();
     if used(card) + of.others + bytes as u64 > of.bytes {
         return OUT_OF_MEMORY;
@@ -201,6 +211,11 @@ pub unsafe extern "C" fn cuMemImportFromShareableHandle(to: *mut u64, from: *mut
     let name = name.to_string_lossy();
     let card = name.strip_suffix(" (deleted)").and_then(|name| name.rsplit(' ').next()?.parse().ok());
     let (Some(card), Some(facts)) = (card, facts(file)) else { return INVALID_VALUE };
+    if !visible().contains(&(card as usize)) {
+        // SAFETY: our own copy of the descriptor.
+        unsafe { libc::close(file) };
+        return INVALID_DEVICE;
+    }
     let mut state = state();
     let id = state.number();
     state.insert(id, Memory { file, inode: facts.st_ino, bytes: facts.st_size as u64, card, uses: 1 });

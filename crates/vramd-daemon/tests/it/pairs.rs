@@ -27,19 +27,19 @@ fn as_a_loader() {
     let _ = cuda::serve(&library, &card, &control);
 }
 
-/// A card of the fake driver, which lies in the home of the test.
+/// Cards of the fake driver, which lies in the home of the test.
 #[cfg(unix)]
-fn fake_card(home: &Home) -> (cuda::Device, Installed) {
+fn fake_cards(home: &Home, count: usize) -> (Vec<cuda::Device>, Installed) {
     let directory = home.path("driver");
     std::fs::create_dir(&directory).expect("a directory");
-    let uuid = format!("GPU-{}", uuid::Uuid::now_v7());
-    let driver = Installed::new(&directory, vec![uuid], 4 << 30).expect("a driver");
+    let uuids = (0..count).map(|_| format!("GPU-{}", uuid::Uuid::now_v7())).collect();
+    let driver = Installed::new(&directory, uuids, 4 << 30).expect("a driver");
     let libraries = cuda::Libraries { cuda: driver.cuda(), nvml: driver.nvml() };
-    let adapter = cuda::discover(&libraries).expect("a driver").remove(0);
     let arguments = ["--exact", "pairs::as_a_loader", "--nocapture"].map(Into::into).to_vec();
     let loader = cuda::LoaderCommand { program: std::env::current_exe().expect("this program"), arguments };
     let options = cuda::Options { limit_bytes: Some(64 * MIB), ..cuda::Options::new(loader) };
-    (cuda::Device::open(adapter, options).expect("it opens"), driver)
+    let cards = cuda::discover(&libraries).expect("a driver").into_iter();
+    (cards.map(|card| cuda::Device::open(card, options.clone()).expect("it opens")).collect(), driver)
 }
 
 /// The first card that Direct3D 12 has.
@@ -63,7 +63,7 @@ fn skipped(what: &str, reason: &str) {
     std::io::stderr().write_all(text.as_bytes()).expect("written");
 }
 
-/// Host memory, a simulated device, a card of the fake CUDA driver or of Direct3D 12, and each Vulkan driver of the
+/// Host memory, a simulated device, two cards of the fake CUDA driver or one of Direct3D 12, and each Vulkan driver of the
 /// machine.
 fn start(#[allow(unused, reason = "what is faked lies there")] home: &Home) -> (Daemon, Vec<String>) {
     let mut open: Vec<Arc<dyn Device>> = vec![
@@ -71,7 +71,7 @@ fn start(#[allow(unused, reason = "what is faked lies there")] home: &Home) -> (
         Arc::new(sim::Device::open(sim::Spec::new(0, 64 * MIB)).expect("a device")),
     ];
     #[cfg(unix)]
-    open.push(Arc::new(fake_card(home).0));
+    open.extend(fake_cards(home, 2).0.into_iter().map(|card| -> Arc<dyn Device> { Arc::new(card) }));
     #[cfg(windows)]
     open.extend(direct3d().map(|device| -> Arc<dyn Device> { Arc::new(device) }));
     let others = open.len();
@@ -233,9 +233,9 @@ fn memory_of_a_card_is_attached_by_clients_that_can_import_it() {
 #[test]
 fn a_fault_that_the_driver_reports_is_an_event_and_a_fatal_one_loses_the_card() {
     let home = Home::new();
-    let (card, driver) = fake_card(&home);
+    let (mut cards, driver) = fake_cards(&home, 1);
     let mut devices = Devices::default();
-    devices.add(Arc::new(card), 64 * MIB);
+    devices.add(Arc::new(cards.remove(0)), 64 * MIB);
     let daemon = home.start_on(devices, Vec::new());
     let id = daemon.allocated(&json!({"sizeBytes": 4096}));
     let mut events = daemon.events(None);
@@ -252,4 +252,27 @@ fn a_fault_that_the_driver_reports_is_an_event_and_a_fatal_one_loses_the_card() 
     daemon.release(&id).data(200);
     events.until("device.returned");
     daemon.all_is_back("cuda:0");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_card_that_cannot_reach_another_after_all_gets_the_bytes_by_way_of_host_memory() {
+    let home = Home::new();
+    let (cards, driver) = fake_cards(&home, 2);
+    let mut devices = Devices::default();
+    for card in cards {
+        devices.add(Arc::new(card), 64 * MIB);
+    }
+    let daemon = home.start_on(devices, Vec::new());
+    let id = allocated_on(&daemon, "cuda:0", &json!({"sizeBytes": 8 * MIB, "leaseSeconds": 600}));
+    let item = json!({"allocationId": id});
+    transfer(&daemon, &item, "cuda:1");
+    // The way straight from card to card fails, and with it the loader that tried; the other way does not use that call.
+    let loaders = driver.contexts().len();
+    driver.fail("cuMemcpyDtoDAsync_v2", 0, 999).expect("set");
+    transfer(&daemon, &item, "cuda:0");
+    assert!(driver.contexts().len() > loaders);
+    daemon.release(&id).data(200);
+    daemon.all_is_back("cuda:0");
+    daemon.all_is_back("cuda:1");
 }

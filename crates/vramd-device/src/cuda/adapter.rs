@@ -41,6 +41,8 @@ pub struct Adapter {
     pub(super) uuid: String,
     pub(super) id: Uuid,
     pub(super) pci_address: Option<String>,
+    /// The uuids of those cards whose memory this one reaches directly.
+    pub(super) peers: Vec<String>,
     pub(super) name: String,
     pub(super) total_bytes: u64,
 }
@@ -93,7 +95,37 @@ pub fn discover(libraries: &Libraries) -> Result<Vec<Adapter>, NoCuda> {
         let visible = Driver::load(&libraries.cuda)?.visible().map_err(NoDriver::from)?;
         found.retain(|adapter| visible.iter().any(|(_, id)| *id == adapter.id));
     }
+    if found.len() > 1
+        && let Err(error) = find_peers(&mut found, libraries)
+    {
+        tracing::info!(%error, "cards are not known to reach each other");
+    }
     Ok(found)
+}
+
+/// Asks the driver which cards reach which. Instances of a split card reach none: a process has one of them.
+fn find_peers(cards: &mut [Adapter], libraries: &Libraries) -> Result<(), NoDriver> {
+    let driver = Driver::load(&libraries.cuda)?;
+    let visible = driver.visible()?;
+    let of = |card: &Adapter| {
+        let ordinal = visible.iter().find(|(_, id)| *id == card.id)?.0;
+        (!card.is_instance()).then(|| (ordinal, card.uuid.clone()))
+    };
+    let known: Vec<_> = cards.iter().filter_map(of).collect();
+    for card in cards {
+        let Some((ordinal, _)) = of(card) else { continue };
+        for (other, uuid) in known.iter().filter(|(other, _)| *other != ordinal) {
+            if driver.reaches(ordinal, *other)? {
+                card.peers.push(uuid.clone());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether it is a part of a card that is split.
+fn is_instance(uuid: &str) -> bool {
+    uuid.starts_with("MIG-")
 }
 
 /// What NVML reports of a card by itself.
@@ -157,17 +189,32 @@ impl Adapter {
             Err(error) => return Err(error),
         };
         // An instance has that of its card, whose other instances are other devices.
-        let pci = (!uuid.starts_with("MIG")).then(|| card.pci_info().ok()).flatten();
+        let pci = (!is_instance(&uuid)).then(|| card.pci_info().ok()).flatten();
         let pci_address = pci.map(|at| format!("{:04x}:{:02x}:{:02x}.0", at.domain, at.bus, at.device));
         let name = card.name()?.replace(char::is_control, "?");
         // SAFETY: it is used with the NVML that it is from, which the adapter keeps.
         let handle = Handle(unsafe { card.handle() });
         let (nvml, libraries) = (nvml.clone(), libraries.clone());
-        Ok(Some(Self { nvml, handle, libraries, ordinal, uuid, id, pci_address, name, total_bytes }))
+        Ok(Some(Self {
+            nvml,
+            handle,
+            libraries,
+            ordinal,
+            uuid,
+            id,
+            pci_address,
+            peers: Vec::new(),
+            name,
+            total_bytes,
+        }))
     }
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    fn is_instance(&self) -> bool {
+        is_instance(&self.uuid)
     }
 
     pub fn uuid(&self) -> &str {

@@ -1,7 +1,8 @@
 //! The devices `cuda:N`: the books of what they hold, and the contract's calls.
 
+use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use nvml_wrapper::error::NvmlError;
@@ -65,6 +66,8 @@ pub struct Device {
     /// A loader's context counts among what NVML calls used.
     has_context: AtomicBool,
     segments: Table<Segment>,
+    /// A card that should reach this one's memory did not.
+    peers_fail: AtomicBool,
     /// None where NVML has no reports of the card.
     reports: Option<Reports>,
     /// Segments that were never handed out, and that the driver has not taken back yet.
@@ -87,6 +90,8 @@ struct Segment {
     memory: Mutex<Option<Memory>>,
     bytes: u64,
     writers: Writers,
+    /// The loaders of other cards that may have it mapped.
+    peers: Mutex<Vec<Weak<Loader>>>,
 }
 
 impl std::fmt::Debug for Segment {
@@ -159,7 +164,7 @@ impl Device {
                 host_access: false,
                 remap: false,
                 sparse: false,
-                peer_copy: false,
+                peer_copy: !adapter.peers.is_empty(),
             },
             notes: Vec::new(),
         };
@@ -180,6 +185,7 @@ impl Device {
             creating,
             has_context,
             segments,
+            peers_fail: AtomicBool::new(false),
             reports,
             left,
         })
@@ -264,7 +270,7 @@ impl Device {
     fn staged(
         &self,
         segments: &[&Segment],
-        work: impl FnOnce(&Loader, &mut Stage) -> Result<(), Trouble>,
+        work: impl FnOnce(&Arc<Loader>, &mut Stage) -> Result<(), Trouble>,
     ) -> Result<(), Trouble> {
         let loader = self.loader()?;
         loader.staged(|stage| {
@@ -348,12 +354,21 @@ impl Device {
         });
     }
 
-    /// Has the loader let go of a segment.
+    /// Has the loaders let go of a segment.
     fn unmap(&self, segment: &Segment) {
-        let loader = lock(&self.loader).clone();
-        if let Some(loader) = loader {
+        let own = lock(&self.loader).clone();
+        let others = std::mem::take(&mut *lock(&segment.peers));
+        for loader in own.into_iter().chain(others.iter().filter_map(Weak::upgrade)) {
             loader.forget(segment.id);
         }
+    }
+
+    /// Another card, if this one reaches its memory.
+    fn peer<'a>(&self, other: &'a dyn crate::Device) -> Option<&'a Self> {
+        let other = (other as &dyn Any).downcast_ref::<Self>()?;
+        let reaches = self.adapter.peers.contains(&other.adapter.uuid);
+        let works = !self.peers_fail.load(Ordering::Relaxed) && other.check_lost().is_ok();
+        (reaches && works).then_some(other)
     }
 
     /// Ends a loader that nobody needs.
@@ -428,7 +443,8 @@ impl crate::Device for Device {
         drop(creating);
         let gone = |_: &DeviceError| lock(&self.state).held -= bytes;
         let memory = Mutex::new(Some(taken.inspect_err(gone)?));
-        let made = Segment { driver: self.driver.clone(), id: segment.0, memory, bytes, writers };
+        let (driver, peers) = (self.driver.clone(), Mutex::default());
+        let made = Segment { driver, id: segment.0, memory, bytes, writers, peers };
         // The driver hands out what another program had.
         let zeroed = self.ask(&[&made], Request::Zero { segment: made.id, offset: 0, bytes });
         if let Err(trouble) = zeroed {
@@ -505,6 +521,47 @@ impl crate::Device for Device {
         let (from_offset, bytes) = (from.offset, from.bytes);
         let request = Request::Copy { from: source.id, from_offset, to: target.id, to_offset, bytes };
         self.ask(&[&source, &target], request).map_err(self.explain(Call::Copy, bytes))
+    }
+
+    fn reaches(&self, other: &dyn crate::Device) -> bool {
+        self.peer(other).is_some()
+    }
+
+    fn copy_from(
+        &self,
+        other: &dyn crate::Device,
+        from: Range,
+        to: SegmentId,
+        to_offset: u64,
+    ) -> Result<(), DeviceError> {
+        let Some(peer) = self.peer(other) else { return crate::unreachable_memory(from.segment) };
+        let (from_offset, bytes) = (from.offset, from.bytes);
+        let source = peer.segments.get_range(Call::Copy, from)?;
+        let target = self.segments.get_range(Call::Copy, Range { segment: to, offset: to_offset, bytes })?;
+        self.check_lost()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        let copied = self.staged(&[&target], |loader, stage| {
+            {
+                let mut peers = lock(&source.peers);
+                let known = Weak::as_ptr(&Arc::downgrade(loader));
+                peers.retain(|peer| peer.strong_count() > 0);
+                if !peers.iter().any(|peer| peer.as_ptr() == known) {
+                    peers.push(Arc::downgrade(loader));
+                }
+            }
+            loader.map(stage, (source.id, source.bytes), || source.export())?;
+            loader.ask(stage, Request::Copy { from: source.id, from_offset, to: target.id, to_offset, bytes })
+        });
+        copied.map_err(|trouble| {
+            let failed = !matches!(&trouble, Trouble::Driver(failed) if failed.is_out_of_memory());
+            if failed && !self.peers_fail.swap(true, Ordering::Relaxed) {
+                let (device, other) = (&self.facts.device, &peer.facts.device);
+                tracing::warn!(%device, %other, "a copy from card to card failed: from now on they go through host memory");
+            }
+            self.explain(Call::Copy, bytes)(trouble)
+        })
     }
 
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError> {

@@ -119,6 +119,7 @@ table! {
     count, "cuDeviceGetCount", (*mut c_int);
     get, "cuDeviceGet", (*mut Ordinal, c_int);
     uuid, "cuDeviceGetUuid_v2", (*mut [u8; 16], Ordinal);
+    reaches, "cuDeviceCanAccessPeer", (*mut c_int, Ordinal, Ordinal);
     granularity, "cuMemGetAllocationGranularity", (*mut usize, *const Properties, u32);
     create, "cuMemCreate", (*mut Memory, usize, *const Properties, c_ulonglong);
     release, "cuMemRelease", (Memory);
@@ -214,6 +215,14 @@ impl Driver {
     pub fn find(&self, card: Uuid) -> Result<Ordinal, NoDriver> {
         let found = self.visible()?.into_iter().find(|(_, id)| *id == card);
         found.map(|(ordinal, _)| ordinal).ok_or(NoDriver::Hidden)
+    }
+
+    /// Whether a card can use memory of another one directly.
+    pub fn reaches(&self, card: Ordinal, other: Ordinal) -> Result<bool, Failed> {
+        let mut can = 0;
+        // SAFETY: the call writes what it is given a pointer to.
+        check(Index::reaches, unsafe { (self.0.reaches)(&raw mut can, card, other) })?;
+        Ok(can != 0)
     }
 
     fn properties(ordinal: Ordinal) -> Properties {

@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -118,8 +119,8 @@ impl Loader {
             .args(&command.arguments)
             .arg(&card.libraries.cuda)
             .arg(card.id.to_string())
-            // Others are none of its business, and each would cost time.
-            .env("CUDA_VISIBLE_DEVICES", &card.uuid)
+            // Others than those that it may copy from are none of its business, and each would cost time.
+            .env("CUDA_VISIBLE_DEVICES", [slice::from_ref(&card.uuid), &card.peers].concat().join(","))
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             // Ctrl-C is for the daemon, which may need it still.

@@ -270,6 +270,82 @@ fn a_card_that_does_not_answer_is_lost_and_its_loader_gone() {
     device.destroy(id).unwrap();
 }
 
+/// Two cards that reach each other, and a segment on each.
+fn peers(fake: &Fake) -> ([cuda::Device; 2], [SegmentId; 2]) {
+    let cards = cuda::discover(&fake.libraries()).unwrap();
+    let devices: [_; 2] =
+        cards.into_iter().map(|card| open(card, Some(TOTAL))).collect::<Vec<_>>().try_into().unwrap();
+    let segments = [create(&devices[0]), create(&devices[1])];
+    devices[0].write(segments[0], 0, &pattern(SIZE as usize)).unwrap();
+    (devices, segments)
+}
+
+fn copied(devices: &[cuda::Device; 2], [from, to]: [SegmentId; 2]) -> Result<(), DeviceError> {
+    let [source, target] = devices;
+    target.copy_from(source, Range { segment: from, offset: 64, bytes: SIZE - 64 }, to, 0)
+}
+
+#[test]
+fn a_card_copies_from_another_that_it_reaches_and_lets_go_of_its_memory() {
+    let fake = Fake::new(2, 1 << 30);
+    let (devices, ids) = peers(&fake);
+    assert!(devices[1].reaches(&devices[0]) && devices[1].facts().capabilities.peer_copy);
+    assert!(!devices[0].reaches(&devices[0]));
+    let pulled = "cuMemcpyDtoHAsync_v2";
+    fake.fail(pulled, 0, UNKNOWN);
+    copied(&devices, ids).unwrap();
+    fake.mend();
+    let mut bytes = vec![0; SIZE as usize];
+    devices[1].read(ids[1], 0, &mut bytes).unwrap();
+    assert!(bytes[..(SIZE - 64) as usize] == pattern(SIZE as usize)[64..]);
+    // What the other card's loader had mapped is free at once.
+    devices[0].destroy(ids[0]).unwrap();
+    assert_eq!(fake.used(), 0);
+    assert_eq!(available(&devices[0]), TOTAL);
+    devices[1].destroy(ids[1]).unwrap();
+    assert_eq!(fake.driver.used_bytes(1), 0);
+}
+
+#[test]
+fn cards_that_do_not_reach_each_other_after_all_are_not_asked_again() {
+    let fake = Fake::new(2, 1 << 30);
+    let (devices, ids) = peers(&fake);
+    let out_of_memory = |call| {
+        fake.fail(call, 0, OUT_OF_MEMORY);
+        let failed = copied(&devices, ids);
+        assert!(matches!(failed, Err(DeviceError::OutOfMemory { .. })), "{failed:?}");
+        assert!(devices[1].reaches(&devices[0]));
+    };
+    out_of_memory("cuMemMap");
+    fake.fail("cuMemSetAccess", 0, UNKNOWN);
+    copied(&devices, ids).unwrap_err();
+    fake.mend();
+    assert!(!devices[1].reaches(&devices[0]));
+    assert!(matches!(copied(&devices, ids), Err(DeviceError::Misuse { .. })));
+    // The other way it was not tried.
+    assert!(devices[0].reaches(&devices[1]));
+    for (device, id) in devices.iter().zip(ids) {
+        device.destroy(id).unwrap();
+    }
+    assert_eq!((fake.used(), fake.driver.used_bytes(1)), (0, 0));
+}
+
+#[test]
+fn only_cards_that_the_driver_lets_reach_each_other_do() {
+    let fake = Fake::new(2, 1 << 30);
+    for code in ["cuDeviceCanAccessPeer nothing", "cuDeviceCanAccessPeer"] {
+        fake.fail(code, 0, UNKNOWN);
+        let (devices, ids) = peers(&fake);
+        assert!(!devices[1].reaches(&devices[0]) && !devices[1].facts().capabilities.peer_copy);
+        assert!(matches!(copied(&devices, ids), Err(DeviceError::Misuse { .. })));
+    }
+    fake.mend();
+    let (devices, _) = peers(&fake);
+    fake.driver.report_xid(0, 79).unwrap();
+    devices[0].faults();
+    assert!(!devices[1].reaches(&devices[0]));
+}
+
 #[test]
 fn more_threads_than_stages_take_turns() {
     let fake = Fake::new(1, 1 << 30);
