@@ -26,6 +26,6 @@ fuzz_target!(|file: &[u8]| {
     for tensor in &layout.tensors {
         let bytes = &block[tensor.offset as usize..][..tensor.bytes as usize];
         let view = library.tensor(&tensor.name).expect("both have the same names");
-        assert_eq!((bytes, tensor.dtype), (view.data(), view.dtype()));
+        assert_eq!((bytes, tensor.dtype), (view.data(), view.dtype().into()));
     }
 });

@@ -103,6 +103,23 @@ def test_torch_has_no_packed_dtypes_but_their_bytes(fake: FakeDaemon) -> None:
         assert model.raw("x").tobytes() == b"\x12\x34"
 
 
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_packed_rows_of_gguf_files_are_rows_of_bytes(fake: FakeDaemon, framework: str) -> None:
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    rows = bytes(range(36)) * 3
+    with attach(
+        fake, [("x", "Q4_0", [3, 64], rows), ("y", "F32", [1], b"\0" * 4)], framework=framework
+    ) as model:
+        assert (tuple(model["x"].shape), model["x"][2].tolist()) == ((3, 36), list(range(36)))
+        assert model.info("x") == ("x", "Q4_0", (3, 64), 0, 108)
+
+
+@pytest.mark.parametrize("shape", [[3, 32], [64, 3], [], [3, 33]])
+def test_packed_rows_of_another_size_are_refused(fake: FakeDaemon, shape: list[int]) -> None:
+    with attach(fake, [("x", "Q4_0", shape, bytes(108))]) as model, pytest.raises(vramd.ProtocolError):
+        model["x"]
+
+
 def test_tensors_without_elements_are_tensors(fake: FakeDaemon) -> None:
     with attach(fake, [("a", "I64", [0, 4], b""), ("x", "U8", [1], b"x"), ("z", "F32", [0], b"")]) as model:
         assert model["a"].shape == (0, 4)

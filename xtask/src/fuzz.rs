@@ -4,7 +4,8 @@ use anyhow::{Context, Result};
 
 use crate::process::{cargo, command, root, run as run_command, succeeds, target_directory};
 
-const TARGETS: &[&str] = &["safetensors_header", "safetensors_index", "attach_frame", "ranges", "trace"];
+const TARGETS: &[&str] =
+    &["safetensors_header", "safetensors_index", "gguf_header", "attach_frame", "ranges", "trace"];
 
 /// Checks that the targets compile. Naming some libFuzzer keeps its own from being built, for which a machine
 /// would need a C++ compiler; nothing is linked.

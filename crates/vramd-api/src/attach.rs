@@ -15,7 +15,8 @@ use uuid::Uuid;
 
 use crate::{AllocationId, ComponentName, DeviceId, LeaseId, ModelName};
 
-pub use safetensors::Dtype;
+pub use crate::dtype::{Dtype, Packed};
+pub use safetensors::Dtype as PlainDtype;
 
 /// The first bytes of every frame. No HTTP method begins so, which lets both share one socket.
 pub const MAGIC: [u8; 4] = *b"VRMD";

@@ -7,6 +7,7 @@
 pub mod attach;
 #[cfg(feature = "client")]
 pub mod client;
+mod dtype;
 mod error;
 mod event;
 mod health;

@@ -174,8 +174,8 @@ fn components_schema() -> openapi::schema::Object {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ComponentSource {
-    /// Absolute, inside a model root: a `.safetensors` file, a `.safetensors.index.json`, or a directory that
-    /// holds exactly one of these.
+    /// Absolute, inside a model root: a `.safetensors` file, a `.safetensors.index.json`, a `.gguf` file (of several the first),
+    /// or a directory that holds exactly one of these.
     #[schema(min_length = 1, max_length = 4096)]
     pub path: String,
 }

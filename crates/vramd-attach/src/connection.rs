@@ -248,11 +248,7 @@ fn check_tensors(attached: &Attached, tensors: &[Tensor]) -> Result<(), AttachEr
         if !inside(tensor.offset, tensor.bytes, attached.block.bytes) {
             return bad(format!("tensor {} lies outside the block", tensor.name));
         }
-        let bits = tensor
-            .shape
-            .iter()
-            .try_fold(tensor.dtype.bitsize() as u64, |bits, dimension| bits.checked_mul(*dimension));
-        if bits != tensor.bytes.checked_mul(8) {
+        if tensor.dtype.bytes(&tensor.shape) != Some(tensor.bytes) {
             return bad(format!("tensor {} has a size that is not that of its shape", tensor.name));
         }
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 use vramd_api::{ApiError, ComponentName, ErrorCode};
-use vramd_core::layout::{self, FileHeader, Index, Layout};
+use vramd_core::layout::{self, FileHeader, GgufError, Index, Layout, Split};
 use vramd_core::models::Plan;
 use vramd_device::Source;
 
@@ -120,18 +120,21 @@ impl Roots {
             file = place.open(&place.shown())?;
         }
         let shown = place.shown();
-        if Path::new(&shown).extension().is_none_or(|extension| extension != "json") {
-            let header = read_header(&file, &shown, place.file_name(), 0)?;
-            let layout = Layout::build(vec![header], None).map_err(|e| bad_file(&shown, &e, e.hint()))?;
-            let files = vec![source(file)];
-            return Prepared::new(path, layout, files);
+        match Path::new(&shown).extension().and_then(|extension| extension.to_str()) {
+            Some("json") => {}
+            Some("gguf") => return prepare_gguf(path, &place, file),
+            _ => {
+                let header = read_header(&file, &shown, place.file_name(), 0)?;
+                let layout = Layout::build(vec![header], None).map_err(|e| bad_file(&shown, &e, e.hint()))?;
+                return Prepared::new(path, layout, vec![source(file)]);
+            }
         }
         let index = read_index(&mut file, &shown)?;
         let mut headers = Vec::new();
         let mut kept_bytes = 0;
         let mut files = Vec::new();
         for name in index.files() {
-            let shard = Place { root: place.root, below: place.below.with_file_name(name) };
+            let shard = place.beside(name);
             let shown = shard.shown();
             let file = shard.open(&shown)?;
             let header = read_header(&file, &shown, name.clone(), kept_bytes)?;
@@ -208,6 +211,11 @@ impl Place<'_> {
         Err(error.detail("path", shown))
     }
 
+    /// Another file of its directory.
+    fn beside(&self, name: &str) -> Self {
+        Self { root: self.root, below: self.below.with_file_name(name) }
+    }
+
     fn shown(&self) -> String {
         self.root.path.join(&self.below).display().to_string()
     }
@@ -222,23 +230,115 @@ fn source(buffered: File) -> Source {
     Source { direct: platform::reopen_direct(&buffered), buffered }
 }
 
-/// The one model file of a directory: an index if there is one, else the only `.safetensors` file.
+/// The first bytes of a GGUF file that are read for its header; more are when it is longer.
+const GGUF_BYTES: u64 = 1 << 20;
+
+/// A GGUF file, or all of those that a model was split into, of which it is the first.
+fn prepare_gguf(path: &str, place: &Place<'_>, file: File) -> Result<Prepared, ApiError> {
+    let shown = place.shown();
+    let (first, split) = read_gguf(&file, &shown, &place.file_name(), 0)?;
+    let mut kept_bytes = first.payload_offset;
+    let (mut headers, mut files) = (vec![first], vec![source(file)]);
+    let bad = |shown: &str, what: String| {
+        ApiError::new(ErrorCode::InvalidModelFile, format!("{shown}: {what}"))
+            .hint("the files are not of one model, or not named as they were written: fetch them again together")
+            .detail("path", shown)
+    };
+    if let Some(split) = split {
+        let Some(first) = split.sibling(&place.file_name(), 0) else {
+            let (number, count) = (split.number + 1, split.count);
+            let what =
+                format!("it is file {number} of {count}, and not named NAME-{number:05}-of-{count:05}.gguf");
+            return Err(bad(&shown, what));
+        };
+        if split.number > 0 {
+            let what = format!("it is file {} of {}", split.number + 1, split.count);
+            return Err(bad(&shown, what).hint(format!("register the first one: {first}")));
+        }
+        for number in 1..split.count {
+            let name = split.sibling(&place.file_name(), number).expect("it was one of a set above");
+            let sibling = place.beside(&name);
+            let shown = sibling.shown();
+            let file = sibling.open(&shown)?;
+            let (header, of) = read_gguf(&file, &shown, &name, kept_bytes)?;
+            if of != Some(Split { number, ..split }) {
+                return Err(bad(
+                    &shown,
+                    format!("it is not file {} of {} of that model", number + 1, split.count),
+                ));
+            }
+            kept_bytes += header.payload_offset;
+            headers.push(header);
+            files.push(source(file));
+        }
+        let found: u64 = headers.iter().map(|file| file.header.tensors.len() as u64).sum();
+        if found != split.tensors {
+            let what = format!("the files have {found} tensors together, and should have {}", split.tensors);
+            return Err(bad(&shown, what));
+        }
+    }
+    let layout = Layout::build(headers, None).map_err(|error| bad_file(&shown, &error, error.hint()))?;
+    Prepared::new(path, layout, files)
+}
+
+fn read_gguf(
+    file: &File,
+    shown: &str,
+    name: &str,
+    kept_bytes: u64,
+) -> Result<(FileHeader, Option<Split>), ApiError> {
+    let metadata = file.metadata().map_err(|error| read_failed(shown, &error))?;
+    if !metadata.is_file() {
+        return Err(not_regular(shown).detail("path", shown));
+    }
+    let most = layout::MAX_HEADER_BYTES.saturating_sub(kept_bytes).min(metadata.len());
+    let mut header = Vec::new();
+    loop {
+        let wanted = (header.len() as u64 * 4).max(GGUF_BYTES).min(most);
+        let have = header.len();
+        header.resize(wanted as usize, 0);
+        let got = read_up_to(file, &mut header[have..], have as u64);
+        header.truncate(have + got.map_err(|error| read_failed(shown, &error))?);
+        match layout::parse_gguf(name, &header, metadata.len()) {
+            Err(GgufError::Short { .. }) if header.len() as u64 == wanted && wanted < most => {}
+            Err(error) => return Err(bad_file(shown, &error, error.hint())),
+            Ok(gguf) => return Ok((gguf.file, gguf.split)),
+        }
+    }
+}
+
+/// The one model file of a directory: an index if there is one, else the only `.safetensors` or `.gguf` file, or the first of
+/// those that one model was split into.
 fn model_file_in(directory: &File, shown: &str) -> Result<String, ApiError> {
     let mut names = platform::names(directory).map_err(|error| read_failed(shown, &error))?;
     names.sort_unstable();
     let indexes: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors.index.json")).collect();
     let files: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
+    let is_gguf = |name: &str| Path::new(name).extension().is_some_and(|extension| extension == "gguf");
+    let ggufs = names.iter().filter(|name| is_gguf(name) && !is_later_split(name));
+    let files = files.into_iter().chain(ggufs).collect();
     let candidates = if indexes.is_empty() { files } else { indexes };
     match candidates.as_slice() {
         [only] => Ok((*only).clone()),
-        [] => Err(ApiError::new(ErrorCode::NotFound, format!("{shown} holds no .safetensors file"))
-            .hint("name a .safetensors file, a .safetensors.index.json, or a directory with exactly one of them")
+        [] => Err(ApiError::new(ErrorCode::NotFound, format!("{shown} holds no model file"))
+            .hint(MODEL_FILES)
             .detail("path", shown)),
         many => Err(ApiError::invalid("path", format!("{shown} holds {} model files", many.len()))
             .hint("name one of them")
             .detail("path", shown)
             .detail("files", many.iter().take(20).map(|name| (*name).clone()).collect::<Vec<_>>())),
     }
+}
+
+const MODEL_FILES: &str = "name a .safetensors file, a .safetensors.index.json, a .gguf file, or a directory with exactly one of them";
+
+/// Whether it is named as a file after the first of a model that was split.
+fn is_later_split(name: &str) -> bool {
+    let mut words = name.trim_end_matches(".gguf").rsplitn(4, '-');
+    let (count, of, number) = (words.next(), words.next(), words.next());
+    let is_number =
+        |word: Option<&str>| word.is_some_and(|word| word.len() == 5 && word.parse::<u32>().is_ok());
+    of == Some("of") && is_number(count) && is_number(number) && number != Some("00001")
 }
 
 fn read_header(file: &File, shown: &str, name: String, kept_bytes: u64) -> Result<FileHeader, ApiError> {
@@ -282,8 +382,7 @@ fn read_up_to(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<usi
 }
 
 fn not_regular(shown: &str) -> ApiError {
-    ApiError::new(ErrorCode::InvalidModelFile, format!("{shown} is not a regular file"))
-        .hint("name a .safetensors file, a .safetensors.index.json, or a directory with exactly one of them")
+    ApiError::new(ErrorCode::InvalidModelFile, format!("{shown} is not a regular file")).hint(MODEL_FILES)
 }
 
 fn bad_file(shown: &str, error: &dyn std::error::Error, hint: &str) -> ApiError {

@@ -349,7 +349,7 @@ pub enum ModelsCommand {
 #[derive(Debug, Args)]
 pub struct AddModelArguments {
     pub model: ModelName,
-    /// A .safetensors file, a .safetensors.index.json, or a directory with one of these
+    /// A .safetensors or .gguf file (the first of several), a .safetensors.index.json, or a directory with one of these
     #[arg(required_unless_present = "component", conflicts_with = "component")]
     pub path: Option<PathBuf>,
     /// A part of the model, as in unet=PATH; may repeat

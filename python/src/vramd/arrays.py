@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import UnsupportedDtype
-from .frames import Row, check_row
+from .frames import BLOCKS, Row, check_row, packed_shape
 
 if TYPE_CHECKING:
     from .attachment import Attached
@@ -135,6 +135,8 @@ def dtype_of(name: str) -> np.dtype[Any] | None:
 def array(attached: Attached, row: Row, buffer: Any, base: int) -> Array:
     """The tensor as a view of ``buffer``, in which its block begins at ``base``."""
     name, dtype_name, shape, offset, size = row
+    if dtype_name in BLOCKS:
+        dtype_name, shape = "U8", packed_shape(dtype_name, shape)
     dtype = dtype_of(dtype_name)
     if dtype is None:
         raise _unsupported(name, dtype_name)

@@ -18,7 +18,7 @@ from ctypes import POINTER, byref, c_int, c_size_t, c_uint, c_ulonglong, c_void_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import ProtocolError, UnsupportedDtype, VramdError
-from .frames import Row, check_row
+from .frames import BLOCKS, Row, check_row, packed_shape
 
 if TYPE_CHECKING:
     from .attachment import Attached
@@ -246,6 +246,8 @@ class Array:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
+        if self.dtype in BLOCKS:
+            return self._interface(tuple(packed_shape(self.dtype, self.shape)), "|u1")
         if self.dtype not in _TYPES:
             raise UnsupportedDtype(
                 f"the array interface has no {self.dtype}, which tensor {self.name!r} has",

@@ -42,6 +42,16 @@ BITS = {
     "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
+#: Elements and bytes of one block, by the dtypes of GGUF files that pack elements into blocks.
+BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q8_1": (32, 36), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "Q8_K": (256, 292), "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66),
+    "IQ2_XS": (256, 74), "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136), "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36),
+    "Q1_0": (128, 18),
+}  # fmt: skip
+
 
 class Header(NamedTuple):
     kind: int
@@ -352,9 +362,20 @@ def check_row(row: Row, block_bytes: int) -> None:
         raise ProtocolError(
             f"tensor {name!r} ends at byte {offset + size}, behind its block of {block_bytes} bytes"
         )
-    count, bits = math.prod(shape), BITS.get(dtype)
-    if bits is not None and count * bits != size * 8:
-        raise ProtocolError(f"tensor {name!r}, {count} times {dtype}, does not have {size} bytes")
+    if dtype in BLOCKS:
+        has = math.prod(packed_shape(dtype, shape)) == size
+    else:
+        has = dtype not in BITS or math.prod(shape) * BITS[dtype] == size * 8
+    if not has:
+        raise ProtocolError(f"tensor {name!r}, {math.prod(shape)} times {dtype}, does not have {size} bytes")
+
+
+def packed_shape(dtype: str, shape: Sequence[int]) -> list[int]:
+    """The shape of a packed tensor as bytes: its last dimension counts those of a row."""
+    elements, size = BLOCKS[dtype]
+    if not shape or shape[-1] % elements:
+        raise ProtocolError(f"a row of {list(shape)} is no number of blocks of {dtype}")
+    return [*shape[:-1], shape[-1] // elements * size]
 
 
 def _natural(value: Any, name: str) -> int:

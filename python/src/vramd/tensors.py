@@ -13,7 +13,7 @@ import torch
 
 from . import cuda
 from .errors import UnsupportedDtype
-from .frames import Row, check_row
+from .frames import BLOCKS, Row, check_row, packed_shape
 
 if TYPE_CHECKING:
     from .attachment import Attached
@@ -30,6 +30,8 @@ def tensor(attached: Attached, row: Row, buffer: Any, base: int) -> Any:
     """The tensor as a view of ``buffer``, in which its block begins at ``base``."""
     name, dtype_name, shape, offset, size = row
     check_row(row, attached.nbytes)
+    if dtype_name in BLOCKS:
+        dtype_name, shape = "U8", packed_shape(dtype_name, shape)
     dtype = getattr(torch, _NAMES.get(dtype_name, ""), None)
     if dtype is None:
         raise UnsupportedDtype(

@@ -12,7 +12,7 @@ use std::fmt;
 
 use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use vramd_api::attach::{Dtype, Tensor};
+use vramd_api::attach::{PlainDtype as Dtype, Tensor};
 
 use super::unique::UniqueMap;
 use super::{MAX_TENSORS, excerpt};
@@ -31,7 +31,7 @@ const MAX_METADATA: usize = 65_536;
 /// What one file says about its payload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
-    /// Sorted by offset, without a gap. An offset counts from the payload's beginning.
+    /// Sorted by offset, without a gap but the padding that a format has. An offset counts from the payload's beginning.
     pub tensors: Vec<Tensor>,
     pub metadata: BTreeMap<String, String>,
     pub payload_bytes: u64,
@@ -146,7 +146,7 @@ pub fn parse_header(header: &[u8], payload_bytes: u64) -> Result<Header, HeaderE
         .into_iter()
         .map(|Entry { name, dtype, shape, data_offsets: (begin, end) }| Tensor {
             name,
-            dtype,
+            dtype: dtype.into(),
             shape,
             offset: begin,
             bytes: end - begin,

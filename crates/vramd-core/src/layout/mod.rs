@@ -4,6 +4,7 @@
 //! file: bytes in, a [`Layout`] or a named fault out. It does not convert anything: a payload goes into the
 //! block as it is, so a tensor is as well aligned in memory as it is in its file.
 
+mod gguf;
 mod header;
 mod index;
 mod unique;
@@ -13,6 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 use vramd_api::Bytes;
 use vramd_api::attach::Tensor;
 
+pub use gguf::{Gguf, GgufError, Split, parse_gguf};
 pub use header::{
     Header, HeaderError, MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_RANK, PREFIX_BYTES, header_length,
     parse_header,
@@ -32,7 +34,7 @@ pub const SPAN_ALIGNMENT: u64 = 4096;
 pub struct FileHeader {
     /// The plain name of the file.
     pub name: String,
-    /// Where the payload begins: the eight bytes of the length and the header itself.
+    /// Where the payload begins.
     pub payload_offset: u64,
     pub header: Header,
 }
@@ -57,13 +59,13 @@ pub struct Span {
 pub struct Layout {
     /// The size of the block, a multiple of [`SPAN_ALIGNMENT`] and never 0.
     pub block_bytes: u64,
-    /// What the tensors hold together.
+    /// What the tensors hold together, with what a format has between them.
     pub payload_bytes: u64,
     /// In order of their place in the block, without overlap. A file without payload has none.
     pub spans: Vec<Span>,
     /// Sorted by offset, which counts from the beginning of the block.
     pub tensors: Vec<Tensor>,
-    /// `__metadata__` of all files; where two differ about a key, the first file's word stands.
+    /// `__metadata__` of all safetensors files, single values and texts of GGUF's; where two differ about a key, the first file's word stands.
     pub metadata: BTreeMap<String, String>,
 }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use vramd_api::attach::{Dtype, Tensor};
+use vramd_api::attach::{PlainDtype as Dtype, Tensor};
 use vramd_core::layout::{
     FileHeader, Header, HeaderError, IndexError, Layout, LayoutError, MAX_HEADER_BYTES, MAX_RANK, MAX_SHARDS,
     SPAN_ALIGNMENT, header_length, parse_header, parse_index,
@@ -178,7 +178,7 @@ proptest! {
         prop_assert_eq!(layout.tensors.len(), expected.len());
         for tensor in &layout.tensors {
             let original = &expected[&tensor.name];
-            prop_assert_eq!(tensor.dtype, original.dtype);
+            prop_assert_eq!(tensor.dtype, original.dtype.into());
             prop_assert!(tensor.shape.iter().map(|n| *n as usize).eq(original.shape.iter().copied()));
             prop_assert_eq!(bytes_of(&block, tensor), original.bytes.as_slice());
         }
@@ -235,7 +235,7 @@ fn every_dtype_of_the_format_is_read() {
         let bits = dtype(name).bitsize();
         let header = format!(r#"{{"t":{{"dtype":"{name}","shape":[2,4],"data_offsets":[0,{bits}]}}}}"#);
         let read = read(&file(header, &vec![7; bits])).unwrap();
-        assert_eq!(read.header.tensors[0].dtype, dtype(name));
+        assert_eq!(read.header.tensors[0].dtype, dtype(name).into());
         assert_eq!(read.header.tensors[0].bytes, bits as u64);
     }
 }
@@ -423,7 +423,7 @@ fn shard(name: &str, tensors: &[&str]) -> FileHeader {
         .zip(0..)
         .map(|(name, at)| Tensor {
             name: (*name).to_owned(),
-            dtype: Dtype::U8,
+            dtype: Dtype::U8.into(),
             shape: vec![10],
             offset: at * 10,
             bytes: 10,

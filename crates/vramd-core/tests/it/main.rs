@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "what a test unwraps, it asserts")]
 
 mod compaction;
+mod gguf;
 mod layout;
 mod ledger;
 mod ranges;

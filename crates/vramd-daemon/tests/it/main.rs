@@ -7,6 +7,7 @@ mod death;
 mod events;
 mod faults;
 mod files;
+mod gguf;
 mod idempotency;
 mod late;
 mod meetings;
