@@ -41,7 +41,7 @@ pub enum EventKind {
     /// One that was lost is in use again, empty.
     #[serde(rename = "device.returned")]
     DeviceReturned,
-    /// The driver reported a fault by itself; if the device does not outlive it, `device.lost` follows.
+    /// The driver reported a fault by itself; if the device does not outlive it, `device.lost` comes with it.
     #[serde(rename = "device.fault")]
     DeviceFault,
     #[serde(rename = "pressure.changed")]

@@ -310,7 +310,8 @@ pub struct DeviceCapabilities {
     pub remap: bool,
     /// Address space can be reserved without memory behind it.
     pub sparse: bool,
-    /// It reaches memory of others of its kind: copies from there take no way through host memory.
+    /// Its driver says that it reaches memory of another of its kind: copies from there take no way through host memory, as long as
+    /// that works.
     pub peer_copy: bool,
 }
 

@@ -339,8 +339,10 @@ impl Piece {
             to.0.copy_from(&*from.0, source, target.segment, target.offset)
         };
         match copied {
-            // It turned out to be out of reach.
-            Err(_) if self.job.is_staged() => Ok(false),
+            Err(error) if !self.job.is_on_one_device() && !matches!(error, DeviceError::Lost { .. }) => {
+                tracing::debug!(?from, ?to, %error, "a copy from card to card goes through host memory instead");
+                Ok(false)
+            }
             copied => copied.map(|()| true).map_err(on(to)),
         }
     }

@@ -38,7 +38,7 @@ pub use source::Source;
 use vramd_api::attach::Handle;
 use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 
-/// Names one segment on one device. Never used twice while a daemon runs.
+/// Names one segment. Never used twice while a daemon runs, whatever the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SegmentId(pub u64);
 
@@ -113,7 +113,7 @@ pub struct Range {
 
 /// What a driver has reported of a device by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fault {
+pub struct Report {
     /// In whose numbering: "Xid".
     pub kind: &'static str,
     pub code: u64,
@@ -121,7 +121,7 @@ pub struct Fault {
     pub meaning: Option<&'static str>,
 }
 
-impl std::fmt::Display for Fault {
+impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { kind, code, meaning } = self;
         write!(f, "{kind} {code}")?;
@@ -174,8 +174,9 @@ pub trait Device: Any + Send + Sync {
     /// Measures the device. Cheap enough to call every 250 ms.
     fn sample(&self) -> Result<Sample, DeviceError>;
 
-    /// What the driver has reported since the last call. After a report that the device does not outlive it is lost.
-    fn faults(&self) -> Vec<Fault> {
+    /// What the driver has reported since the last call, of a lost device too. After a report that the device does not outlive it is
+    /// lost.
+    fn reports(&self) -> Vec<Report> {
         Vec::new()
     }
 
@@ -227,7 +228,8 @@ pub trait Device: Any + Send + Sync {
     }
 
     /// Copies a range of another device's segment to `to_offset` of this one's segment `to`, with no way through host memory.
-    /// After an error this device may not reach the other one any more. On an error the target's contents are undefined.
+    /// An error other than [`DeviceError::Lost`], which is this device's own, says that this way does not work, now or any more: there
+    /// is still that by `read` and `write`. On an error the target's contents are undefined.
     fn copy_from(
         &self,
         _other: &dyn Device,

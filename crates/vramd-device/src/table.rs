@@ -89,6 +89,11 @@ impl<S: Extent> Table<S> {
 }
 
 impl<S> Table<S> {
+    #[cfg(unix)]
+    pub(crate) fn all(&self) -> Vec<Arc<S>> {
+        self.lock().values().cloned().collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<SegmentId, Arc<S>>> {
         // No operation under this lock can leave the map half changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

@@ -12,6 +12,7 @@ const OUT_OF_MEMORY: u32 = 2;
 const NO_DEVICE: u32 = 100;
 const INVALID_DEVICE: u32 = 101;
 const INVALID_CONTEXT: u32 = 201;
+const ILLEGAL_ADDRESS: u32 = 700;
 const GRANULARITY: usize = 2 << 20;
 
 thread_local! {
@@ -250,7 +251,7 @@ pub unsafe extern "C" fn cuMemAddressReserve(at: *mut u64, bytes: usize, _: usiz
     if base == libc::MAP_FAILED {
         return OUT_OF_MEMORY;
     }
-    state().ranges.insert(base.addr() as u64, Range { bytes, memory: None });
+    state().ranges.insert(base.addr() as u64, Range { bytes, memory: None, access: None });
     // SAFETY: as above.
     unsafe { *at = base.addr() as u64 };
     SUCCESS
@@ -301,6 +302,7 @@ pub unsafe extern "C" fn cuMemUnmap(at: u64, bytes: usize) -> u32 {
         return INVALID_VALUE;
     };
     let Some(memory) = range.memory.take() else { return INVALID_VALUE };
+    range.access = None;
     state.unuse(memory);
     // SAFETY: a range of ours, which keeps its place.
     unsafe {
@@ -314,8 +316,11 @@ pub unsafe extern "C" fn cuMemUnmap(at: u64, bytes: usize) -> u32 {
 pub unsafe extern "C" fn cuMemSetAccess(at: u64, bytes: usize, wanted: *const Access, _: usize) -> u32 {
     faults!("cuMemSetAccess");
     needs_context!();
-    if !state().ranges.get(&at).is_some_and(|range| range.bytes == bytes && range.memory.is_some()) {
-        return INVALID_VALUE;
+    // SAFETY: the caller's description can be read.
+    let card = unsafe { (*wanted).location.id };
+    match state().ranges.get_mut(&at).filter(|range| range.bytes == bytes && range.memory.is_some()) {
+        Some(range) => range.access = Some(card),
+        None => return INVALID_VALUE,
     }
     // SAFETY: a mapped range of ours; the caller's description can be read.
     let done = unsafe {
@@ -406,9 +411,23 @@ pub extern "C" fn cuStreamSynchronize(_: usize) -> u32 {
     SUCCESS
 }
 
+/// Whether the card of the current context may use an address, if that is a card's.
+fn allowed(address: usize) -> bool {
+    let state = state();
+    let of = |(at, range): (&u64, &Range)| {
+        (*at as usize..*at as usize + range.bytes).contains(&address).then_some(range.access)
+    };
+    // A context is the number of its card and one.
+    let card = CONTEXT.get() as i32 - 1;
+    state.ranges.iter().find_map(of).is_none_or(|access| access == Some(card))
+}
+
 /// Copies, all of which are done when they return, as may be.
 unsafe fn copy(to: usize, from: usize, bytes: usize) -> u32 {
     needs_context!();
+    if !allowed(to) || !allowed(from) {
+        return ILLEGAL_ADDRESS;
+    }
     // SAFETY: the caller's ranges, like those of the real driver.
     unsafe { ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
     SUCCESS
@@ -431,6 +450,9 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(to: usize, from: usize, bytes: usi
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(to: usize, from: usize, bytes: usize, _: usize) -> u32 {
     faults!("cuMemcpyDtoDAsync_v2");
+    if fault("cuMemcpyDtoDAsync_v2 nothing") != SUCCESS {
+        return SUCCESS;
+    }
     // SAFETY: as above.
     unsafe { copy(to, from, bytes) }
 }

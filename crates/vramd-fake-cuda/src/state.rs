@@ -32,6 +32,8 @@ pub struct Memory {
 pub struct Range {
     pub bytes: usize,
     pub memory: Option<u64>,
+    /// The card that may use it.
+    pub access: Option<i32>,
 }
 
 #[derive(Default)]

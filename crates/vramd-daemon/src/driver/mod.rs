@@ -33,7 +33,7 @@ use vramd_core::ledger::{Ledger, Request, SegmentId};
 use vramd_core::models::{Model, Models, Plan};
 use vramd_core::queue::Queue;
 use vramd_core::usage::Counts;
-use vramd_device::{Device, DeviceError, Fault, Sample};
+use vramd_device::{Device, DeviceError, Report, Sample};
 
 use crate::clock::Clock;
 use crate::devices::Devices;
@@ -202,12 +202,13 @@ pub enum Event {
     },
     Measured {
         device: DeviceId,
-        faults: Vec<Fault>,
+        reports: Vec<Report>,
         outcome: Result<Sample, DeviceError>,
     },
     /// A lost device was tried again.
     Adopted {
         device: DeviceId,
+        reports: Vec<Report>,
         outcome: Result<(), DeviceError>,
     },
     /// The journal wrote, or failed to write, what this was waiting for.
@@ -490,13 +491,14 @@ impl State {
                 self.jobs -= 1;
                 self.load_read(operation, outcome);
             }
-            Event::Measured { device, faults, outcome } => {
+            Event::Measured { device, reports, outcome } => {
                 self.jobs -= 1;
-                self.note_faults(&device, &faults);
+                self.note_reports(&device, &reports);
                 self.measured(&device, outcome);
             }
-            Event::Adopted { device, outcome } => {
+            Event::Adopted { device, reports, outcome } => {
                 self.jobs -= 1;
+                self.note_reports(&device, &reports);
                 self.adopted(&device, &outcome);
             }
             Event::Stored(next, outcome) => {
@@ -558,7 +560,10 @@ impl State {
                 self.tries.insert(id.clone(), (self.now.tick.after_seconds(pause), next));
                 self.measuring.insert(id.clone(), self.now.tick);
                 let device = id.clone();
-                self.spawn(&id, move |on| Event::Adopted { device, outcome: on.adopt() });
+                self.spawn(&id, move |on| {
+                    let reports = on.reports();
+                    Event::Adopted { device, reports, outcome: on.adopt() }
+                });
             }
         }
     }
@@ -587,8 +592,8 @@ impl State {
             self.measuring.insert(id.clone(), self.now.tick);
             let device = id.clone();
             self.spawn(&id, move |on| {
-                let faults = on.faults();
-                Event::Measured { device, faults, outcome: on.sample() }
+                let reports = on.reports();
+                Event::Measured { device, reports, outcome: on.sample() }
             });
         }
     }
@@ -611,12 +616,12 @@ impl State {
         self.admit();
     }
 
-    fn note_faults(&mut self, device: &DeviceId, faults: &[Fault]) {
-        for fault in faults {
-            tracing::warn!(%device, %fault, "the driver reports a fault");
-            let Fault { kind, code, .. } = fault;
+    fn note_reports(&mut self, device: &DeviceId, reports: &[Report]) {
+        for report in reports {
+            tracing::warn!(%device, %report, "the driver reports a fault");
+            let Report { kind, code, .. } = report;
             let data = serde_json::json!({
-                "deviceId": device, "kind": kind, "code": code, "reason": fault.to_string(),
+                "deviceId": device, "kind": kind, "code": code, "reason": report.to_string(),
             });
             self.emit(EventKind::DeviceFault, data);
         }

@@ -256,7 +256,7 @@ fn a_fault_that_the_driver_reports_is_an_event_and_a_fatal_one_loses_the_card() 
 
 #[cfg(unix)]
 #[test]
-fn a_card_that_cannot_reach_another_after_all_gets_the_bytes_by_way_of_host_memory() {
+fn bytes_go_straight_from_card_to_card_or_by_way_of_host_memory() {
     let home = Home::new();
     let (cards, driver) = fake_cards(&home, 2);
     let mut devices = Devices::default();
@@ -264,15 +264,30 @@ fn a_card_that_cannot_reach_another_after_all_gets_the_bytes_by_way_of_host_memo
         devices.add(Arc::new(card), 64 * MIB);
     }
     let daemon = home.start_on(devices, Vec::new());
-    let id = allocated_on(&daemon, "cuda:0", &json!({"sizeBytes": 8 * MIB, "leaseSeconds": 600}));
-    let item = json!({"allocationId": id});
-    transfer(&daemon, &item, "cuda:1");
+    write_model(&home.path("models/tiny.safetensors"), "w", 5_000_000);
+    daemon.register("tiny", "tiny.safetensors");
+    daemon.loaded("tiny", "cuda:0");
+    let transfer = |to: &str, mode: &str| {
+        let body = json!({"items": [{"model": "tiny"}], "targetDeviceId": to, "mode": mode});
+        let ended = daemon.post("/api/memory/transfer?wait=30", &body).data(200);
+        assert_eq!(ended["state"], "Completed", "{ended:#}");
+    };
+    // There and back it is looked whether the bytes arrive; from then on none comes by way of host memory.
+    transfer("cuda:1", "move");
+    transfer("cuda:0", "move");
+    driver.fail("cuMemcpyDtoHAsync_v2", 0, 999).expect("set");
+    transfer("cuda:1", "move");
     // The way straight from card to card fails, and with it the loader that tried; the other way does not use that call.
     let loaders = driver.contexts().len();
     driver.fail("cuMemcpyDtoDAsync_v2", 0, 999).expect("set");
-    transfer(&daemon, &item, "cuda:0");
+    transfer("cuda:0", "move");
     assert!(driver.contexts().len() > loaders);
-    daemon.release(&id).data(200);
+    driver.mend().expect("mended");
+    transfer("cuda:1", "move");
+    // Nor does it where there is no memory to map what the other has.
+    driver.fail("cuMemcpyDtoDAsync_v2", 0, 2).expect("set");
+    transfer("cuda:0", "move");
+    daemon.unloaded("tiny");
     daemon.all_is_back("cuda:0");
     daemon.all_is_back("cuda:1");
 }

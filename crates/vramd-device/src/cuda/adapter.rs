@@ -1,4 +1,4 @@
-//! What NVML says of each card. Nothing here takes memory on one, or opens it for CUDA.
+//! What NVML says of each card, and of several CUDA, which reach each other. Nothing here takes memory on one, or opens a context.
 
 use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::Libraries;
 use super::driver::{Driver, NoDriver};
 use super::xid;
-use crate::{Fault, Process};
+use crate::{Process, Report};
 
 /// What is read of one card at once: the others want their turn.
 const MOST_REPORTS: usize = 16;
@@ -115,8 +115,10 @@ fn find_peers(cards: &mut [Adapter], libraries: &Libraries) -> Result<(), NoDriv
     for card in cards {
         let Some((ordinal, _)) = of(card) else { continue };
         for (other, uuid) in known.iter().filter(|(other, _)| *other != ordinal) {
-            if driver.reaches(ordinal, *other)? {
-                card.peers.push(uuid.clone());
+            match driver.reaches(ordinal, *other) {
+                Ok(true) => card.peers.push(uuid.clone()),
+                Ok(false) => {}
+                Err(error) => tracing::info!(card.uuid, uuid, %error, "a card is not known to reach another"),
             }
         }
     }
@@ -147,15 +149,22 @@ impl std::fmt::Debug for Reports {
 
 impl Reports {
     /// Those that have come since the last call.
-    pub fn take(&self) -> Vec<Fault> {
+    pub fn take(&self) -> Result<Vec<Report>, NvmlError> {
         let set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: of this NVML, and freed by `drop` alone.
         let set = ManuallyDrop::new(unsafe { EventSet::new(set.0, &self.nvml) });
-        let next = || match set.wait(0).ok()?.event_data? {
-            XidError::Value(code) => Some(xid::fault(code)),
-            XidError::Unknown => None,
-        };
-        std::iter::from_fn(next).take(MOST_REPORTS).collect()
+        let mut found = Vec::new();
+        while found.len() < MOST_REPORTS {
+            match set.wait(0) {
+                Ok(event) => found.extend(event.event_data.map(|error| match error {
+                    XidError::Value(code) => xid::report(code),
+                    XidError::Unknown => xid::report(xid::UNKNOWN),
+                })),
+                Err(NvmlError::Timeout) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
     }
 }
 

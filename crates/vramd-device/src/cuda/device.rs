@@ -1,6 +1,7 @@
 //! The devices `cuda:N`: the books of what they hold, and the contract's calls.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
@@ -17,8 +18,8 @@ use super::xid;
 use crate::staged::{self, parts};
 use crate::table::{Extent, Table};
 use crate::{
-    Call, DeviceError, ExportAccess, Exported, Facts, Fault, Fill, Process, Range, Sample, SegmentId, Source,
-    Take, Writers,
+    Call, DeviceError, ExportAccess, Exported, Facts, Fill, Process, Range, Report, Sample, SegmentId,
+    Source, Take, Writers,
 };
 
 /// What a context takes of a card: so much is left for the loader while it is not running.
@@ -66,12 +67,21 @@ pub struct Device {
     /// A loader's context counts among what NVML calls used.
     has_context: AtomicBool,
     segments: Table<Segment>,
-    /// A card that should reach this one's memory did not.
-    peers_fail: AtomicBool,
+    /// By their uuids: what is known of the ways from other cards.
+    ways: Mutex<BTreeMap<String, Way>>,
     /// None where NVML has no reports of the card.
     reports: Option<Reports>,
     /// Segments that were never handed out, and that the driver has not taken back yet.
     left: Mutex<Vec<Segment>>,
+}
+
+/// The way from another card's memory to this one's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Bytes that went there have arrived.
+    Proven,
+    /// The driver said that it works, and it does not.
+    Broken,
 }
 
 #[derive(Debug, Default)]
@@ -135,6 +145,17 @@ impl Segment {
     }
 }
 
+impl Segment {
+    /// Notes that another card's loader may have it mapped from now on.
+    fn note_loader(&self, loader: &Arc<Loader>) {
+        let mut peers = lock(&self.peers);
+        peers.retain(|peer| peer.strong_count() > 0);
+        if !peers.iter().any(|peer| peer.as_ptr() == Arc::as_ptr(loader)) {
+            peers.push(Arc::downgrade(loader));
+        }
+    }
+}
+
 impl Drop for Segment {
     fn drop(&mut self) {
         // Nobody is left to be told.
@@ -185,7 +206,7 @@ impl Device {
             creating,
             has_context,
             segments,
-            peers_fail: AtomicBool::new(false),
+            ways: Mutex::default(),
             reports,
             left,
         })
@@ -300,8 +321,13 @@ impl Device {
 
     fn lose(&self, reason: String) -> DeviceError {
         let reason = lock(&self.lost).get_or_insert(reason).clone();
-        // It is of no more use, and what it has open keeps the card from being reset.
+        // They are of no more use, and what they have open keeps the card from being reset.
         self.end_loader();
+        for segment in self.segments.all() {
+            for loader in std::mem::take(&mut *lock(&segment.peers)).iter().filter_map(Weak::upgrade) {
+                loader.kill();
+            }
+        }
         DeviceError::Lost { reason }
     }
 
@@ -367,8 +393,39 @@ impl Device {
     fn peer<'a>(&self, other: &'a dyn crate::Device) -> Option<&'a Self> {
         let other = (other as &dyn Any).downcast_ref::<Self>()?;
         let reaches = self.adapter.peers.contains(&other.adapter.uuid);
-        let works = !self.peers_fail.load(Ordering::Relaxed) && other.check_lost().is_ok();
+        let works = self.way(other) != Some(Way::Broken) && other.check_lost().is_ok();
         (reaches && works).then_some(other)
+    }
+
+    fn way(&self, other: &Self) -> Option<Way> {
+        lock(&self.ways).get(&other.adapter.uuid).copied()
+    }
+
+    /// The way from another card does not work: what could not go there goes by way of host memory.
+    fn break_way(&self, other: &Self, why: &dyn std::fmt::Display) {
+        let (device, from) = (&self.facts.device, &other.facts.device);
+        tracing::warn!(%device, %from, %why, "copies from card to card fail: from now on they go through host memory");
+        lock(&self.ways).insert(other.adapter.uuid.clone(), Way::Broken);
+    }
+
+    /// Whether what was copied straight has arrived, and was more than zeros, which are there anyway.
+    fn has_arrived(&self, other: &Self, from: Range, to: Range) -> Result<Option<bool>, DeviceError> {
+        use crate::Device as _;
+        let (mut sent, mut arrived) = (Vec::new(), Vec::new());
+        let mut differs = false;
+        let mut proof = false;
+        for (offset, part) in parts(from, STAGE_BYTES as u64) {
+            sent.resize(part.len(), 0);
+            arrived.resize(part.len(), 0);
+            other.read(from.segment, offset, &mut sent).map_err(|error| DeviceError::Interrupted {
+                call: Call::Copy,
+                source: std::io::Error::other(error.to_string()),
+            })?;
+            self.read(to.segment, to.offset + part.start as u64, &mut arrived)?;
+            differs |= sent != arrived;
+            proof |= sent.iter().any(|byte| *byte != 0);
+        }
+        Ok(if differs { Some(false) } else { proof.then_some(true) })
     }
 
     /// Ends a loader that nobody needs.
@@ -376,7 +433,7 @@ impl Device {
         // Somebody needs it who has the lock.
         let Ok(mut slot) = self.loader.try_lock() else { return };
         let unneeded = |loader: &mut Arc<Loader>| {
-            // Under the lock nobody gets another reference.
+            // Under the lock nobody gets another reference but to have it forget a segment, which its end does too.
             Arc::strong_count(loader) == 1 && (loader.is_failed() || loader.is_idle_for(self.options.idle))
         };
         if let Some(loader) = slot.take_if(unneeded) {
@@ -536,32 +593,58 @@ impl crate::Device for Device {
     ) -> Result<(), DeviceError> {
         let Some(peer) = self.peer(other) else { return crate::unreachable_memory(from.segment) };
         let (from_offset, bytes) = (from.offset, from.bytes);
+        if self.segments.get(Call::Copy, from.segment).is_ok() {
+            return crate::unreachable_memory(from.segment);
+        }
         let source = peer.segments.get_range(Call::Copy, from)?;
         let target = self.segments.get_range(Call::Copy, Range { segment: to, offset: to_offset, bytes })?;
         self.check_lost()?;
         if bytes == 0 {
             return Ok(());
         }
+        // Until then it is this card's own trouble.
+        let mut under_way = false;
         let copied = self.staged(&[&target], |loader, stage| {
-            {
-                let mut peers = lock(&source.peers);
-                let known = Weak::as_ptr(&Arc::downgrade(loader));
-                peers.retain(|peer| peer.strong_count() > 0);
-                if !peers.iter().any(|peer| peer.as_ptr() == known) {
-                    peers.push(Arc::downgrade(loader));
-                }
-            }
+            under_way = true;
+            source.note_loader(loader);
             loader.map(stage, (source.id, source.bytes), || source.export())?;
             loader.ask(stage, Request::Copy { from: source.id, from_offset, to: target.id, to_offset, bytes })
         });
-        copied.map_err(|trouble| {
-            let failed = !matches!(&trouble, Trouble::Driver(failed) if failed.is_out_of_memory());
-            if failed && !self.peers_fail.swap(true, Ordering::Relaxed) {
-                let (device, other) = (&self.facts.device, &peer.facts.device);
-                tracing::warn!(%device, %other, "a copy from card to card failed: from now on they go through host memory");
+        if let Err(trouble) = copied {
+            let reason = format!("{trouble:?}");
+            let error = match trouble {
+                Trouble::Driver(failed) if under_way => {
+                    if !failed.is_out_of_memory() {
+                        self.break_way(peer, &reason);
+                    }
+                    DeviceError::Interrupted { call: Call::Copy, source: std::io::Error::other(reason) }
+                }
+                // Nobody knows which of the two it is that does nothing.
+                Trouble::Hangs(_) if under_way => {
+                    self.break_way(peer, &reason);
+                    DeviceError::Interrupted { call: Call::Copy, source: std::io::Error::other(reason) }
+                }
+                trouble => self.explain(Call::Copy, bytes)(trouble),
+            };
+            return Err(error);
+        }
+        if self.way(peer).is_none() {
+            // Machines are known whose driver says that it works, where it does not.
+            let arrived = self.has_arrived(peer, from, Range { segment: to, offset: to_offset, bytes })?;
+            match arrived {
+                Some(true) => {
+                    lock(&self.ways).insert(peer.adapter.uuid.clone(), Way::Proven);
+                }
+                Some(false) => {
+                    let reason = "other bytes arrived than were sent";
+                    self.break_way(peer, &reason);
+                    let source = std::io::Error::other(reason);
+                    return Err(DeviceError::Interrupted { call: Call::Copy, source });
+                }
+                None => {}
             }
-            self.explain(Call::Copy, bytes)(trouble)
-        })
+        }
+        Ok(())
     }
 
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError> {
@@ -570,10 +653,17 @@ impl crate::Device for Device {
         })
     }
 
-    fn faults(&self) -> Vec<Fault> {
-        let found = self.reports.as_ref().map(Reports::take).unwrap_or_default();
-        if let Some(fault) = found.iter().find(|fault| xid::is_fatal(fault.code)) {
-            self.lose(format!("{fault} (NVML)"));
+    fn reports(&self) -> Vec<Report> {
+        let Some(reports) = &self.reports else { return Vec::new() };
+        let found = match reports.take() {
+            Ok(found) => found,
+            Err(error) => {
+                self.explain_nvml(error);
+                return Vec::new();
+            }
+        };
+        if let Some(fatal) = found.iter().find(|report| xid::is_fatal(report.code)) {
+            self.lose(format!("{fatal} (NVML)"));
         }
         found
     }
@@ -588,9 +678,10 @@ impl crate::Device for Device {
     }
 
     fn adopt(&self) -> Result<(), DeviceError> {
-        // What came while nobody asked is of the time before.
-        self.faults();
+        // What it reported is of the time before.
+        while !self.reports().is_empty() {}
         let Some(reason) = lock(&self.lost).take() else { return Ok(()) };
+        lock(&self.ways).clear();
         crate::works(self).inspect_err(|_| {
             lock(&self.lost).get_or_insert(reason);
             self.end_loader();

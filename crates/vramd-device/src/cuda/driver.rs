@@ -77,6 +77,11 @@ impl Failed {
         self.code == OUT_OF_MEMORY
     }
 
+    /// Whether memory could not be given back.
+    pub(super) fn is_of_release(self) -> bool {
+        self.call == Index::release as u32
+    }
+
     pub(super) fn explain(self, call: Call, requested: u64, available: u64) -> DeviceError {
         if self.is_out_of_memory() {
             return DeviceError::OutOfMemory { requested, available };

@@ -5,8 +5,8 @@
 //!    └─ no context: says why, ends
 //! ```
 //!
-//! A context is good for nothing after most errors, so any but a lack of memory ends the process once the error is told; the
-//! next call starts another one. Each stage has a socket and a thread of its own: what one thread of the daemon waits for
+//! A context is good for nothing after most errors, so any but a lack of memory, and but a mapping that cannot be had, ends the process once
+//! the error is told; the next call starts another one. Each stage has a socket and a thread of its own: what one thread of the daemon waits for
 //! holds up no other.
 
 use std::collections::{HashMap, HashSet};
@@ -222,7 +222,7 @@ impl Loader {
             message::ask(&stage.socket, request, descriptors).and_then(|()| message::answered(&stage.socket));
         match answer.map_err(|error| self.broken(error)) {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(failed)) if failed.is_out_of_memory() => Err(failed.into()),
+            Ok(Err(failed)) if request.may_fail(failed) => Err(failed.into()),
             Ok(Err(failed)) => Err(self.fail(failed.into())),
             Err(trouble) => Err(self.fail(trouble)),
         }
@@ -371,7 +371,7 @@ impl Server {
             let outcome = self.carry_out(request, descriptors.first(), &mut thread);
             message::answer(socket, outcome)?;
             if let Err(failed) = outcome
-                && (thread.is_leaking || !failed.is_out_of_memory())
+                && (thread.is_leaking || !request.may_fail(failed))
             {
                 return Err(io::Error::other(failed.to_string()));
             }
@@ -425,8 +425,9 @@ impl Server {
                 // The mapping keeps the memory.
                 let released = driver.release(imported);
                 thread.is_leaking = released.is_err();
+                released?;
                 lock(&self.segments).insert(segment, (mapped?, bytes));
-                released
+                Ok(())
             }
             Request::Forget { segment } => {
                 let (address, bytes) = lock(&self.segments).remove(&segment).ok_or(Failed::UNKNOWN)?;

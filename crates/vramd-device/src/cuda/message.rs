@@ -62,6 +62,11 @@ pub(super) enum Request {
 }
 
 impl Request {
+    /// Whether the context is sound after such an error: for want of memory it is, and without a mapping that could not be had.
+    pub(super) fn may_fail(self, failed: Failed) -> bool {
+        failed.is_out_of_memory() || (matches!(self, Self::Import { .. }) && !failed.is_of_release())
+    }
+
     fn words(self) -> [u64; WORDS] {
         match self {
             Self::Stage => [0; WORDS],

@@ -1,15 +1,18 @@
 //! The numbers by which NVIDIA's driver reports faults of a card. <https://docs.nvidia.com/deploy/xid-errors/>
 
-use crate::Fault;
+use crate::Report;
 
 /// After these a card does nothing more before it was reset.
 const FATAL: [u64; 4] = [79, 95, 119, 120];
+
+/// NVML says that there was one, and not which.
+pub(super) const UNKNOWN: u64 = 999;
 
 pub(super) fn is_fatal(code: u64) -> bool {
     FATAL.contains(&code)
 }
 
-pub(super) fn fault(code: u64) -> Fault {
+pub(super) fn report(code: u64) -> Report {
     let meaning = match code {
         13 => "a program made the card compute what it cannot",
         31 => "a program used memory of the card that is not mapped",
@@ -24,7 +27,7 @@ pub(super) fn fault(code: u64) -> Fault {
         94 => "memory of the card had an error that ended the program which used it",
         95 => "memory of the card had an error that nothing on the card outlives",
         119 | 120 => "the card's own processor does not answer",
-        _ => return Fault { kind: "Xid", code, meaning: None },
+        _ => return Report { kind: "Xid", code, meaning: None },
     };
-    Fault { kind: "Xid", code, meaning: Some(meaning) }
+    Report { kind: "Xid", code, meaning: Some(meaning) }
 }

@@ -95,6 +95,8 @@ impl Adapter {
         // SAFETY: the adapter is of this instance, which lives.
         let base = unsafe { instance.raw.get_physical_device_properties(physical) };
         if base.api_version < vk::API_VERSION_1_2 {
+            let name = base.device_name_as_c_str().unwrap_or(c"unnamed");
+            tracing::info!(?name, "an adapter without Vulkan 1.2 is left out");
             return None;
         }
         let mut ids = vk::PhysicalDeviceIDProperties::default();

@@ -460,7 +460,9 @@ impl Stage {
             raw.end_command_buffer(self.commands).map_err(Failed::at("vkEndCommandBuffer"))?;
             let number = {
                 let mut queue = context.queue.lock().unwrap_or_else(PoisonError::into_inner);
-                let number = [queue.submitted + 1];
+                // A failed submission leaves a gap.
+                queue.submitted += 1;
+                let number = [queue.submitted];
                 let mut signal = vk::TimelineSemaphoreSubmitInfo::default().signal_semaphore_values(&number);
                 let submit = vk::SubmitInfo::default()
                     .command_buffers(&commands)
@@ -468,7 +470,6 @@ impl Stage {
                     .push_next(&mut signal);
                 raw.queue_submit(queue.raw, &[submit], vk::Fence::null())
                     .map_err(Failed::at("vkQueueSubmit"))?;
-                queue.submitted = number[0];
                 number
             };
             let wait = vk::SemaphoreWaitInfo::default().semaphores(&ended).values(&number);

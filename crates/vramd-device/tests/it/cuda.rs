@@ -291,8 +291,9 @@ fn a_card_copies_from_another_that_it_reaches_and_lets_go_of_its_memory() {
     let (devices, ids) = peers(&fake);
     assert!(devices[1].reaches(&devices[0]) && devices[1].facts().capabilities.peer_copy);
     assert!(!devices[0].reaches(&devices[0]));
-    let pulled = "cuMemcpyDtoHAsync_v2";
-    fake.fail(pulled, 0, UNKNOWN);
+    // The first time it is looked whether the bytes have arrived, later no more.
+    copied(&devices, ids).unwrap();
+    fake.fail("cuMemcpyDtoHAsync_v2", 0, UNKNOWN);
     copied(&devices, ids).unwrap();
     fake.mend();
     let mut bytes = vec![0; SIZE as usize];
@@ -310,16 +311,16 @@ fn a_card_copies_from_another_that_it_reaches_and_lets_go_of_its_memory() {
 fn cards_that_do_not_reach_each_other_after_all_are_not_asked_again() {
     let fake = Fake::new(2, 1 << 30);
     let (devices, ids) = peers(&fake);
-    let out_of_memory = |call| {
-        fake.fail(call, 0, OUT_OF_MEMORY);
-        let failed = copied(&devices, ids);
-        assert!(matches!(failed, Err(DeviceError::OutOfMemory { .. })), "{failed:?}");
-        assert!(devices[1].reaches(&devices[0]));
-    };
-    out_of_memory("cuMemMap");
+    // For want of memory now, which may be another time.
+    fake.fail("cuMemMap", 0, OUT_OF_MEMORY);
+    out_of_reach(&copied(&devices, ids));
+    assert!(devices[1].reaches(&devices[0]));
+    let loaders = fake.contexts();
     fake.fail("cuMemSetAccess", 0, UNKNOWN);
-    copied(&devices, ids).unwrap_err();
+    out_of_reach(&copied(&devices, ids));
     fake.mend();
+    // A mapping that cannot be had leaves the loader as it was.
+    assert_eq!(fake.contexts(), loaders);
     assert!(!devices[1].reaches(&devices[0]));
     assert!(matches!(copied(&devices, ids), Err(DeviceError::Misuse { .. })));
     // The other way it was not tried.
@@ -328,6 +329,64 @@ fn cards_that_do_not_reach_each_other_after_all_are_not_asked_again() {
         device.destroy(id).unwrap();
     }
     assert_eq!((fake.used(), fake.driver.used_bytes(1)), (0, 0));
+}
+
+fn out_of_reach(copied: &Result<(), DeviceError>) {
+    assert!(matches!(copied, Err(DeviceError::Interrupted { .. })), "{copied:?}");
+}
+
+#[test]
+fn a_copy_that_does_not_arrive_is_found_out_and_not_tried_again() {
+    let fake = Fake::new(2, 1 << 30);
+    let (devices, ids) = peers(&fake);
+    fake.fail("cuMemcpyDtoDAsync_v2 nothing", 0, UNKNOWN);
+    out_of_reach(&copied(&devices, ids));
+    assert!(!devices[1].reaches(&devices[0]));
+    // Zeros that are there anyway prove nothing.
+    let (devices, ids) = peers(&fake);
+    devices[0].zero(Range { segment: ids[0], offset: 0, bytes: SIZE }).unwrap();
+    copied(&devices, ids).unwrap();
+    devices[0].write(ids[0], 64, b"x").unwrap();
+    out_of_reach(&copied(&devices, ids));
+}
+
+#[test]
+fn a_copy_that_hangs_loses_neither_card() {
+    let fake = Fake::new(2, 1 << 30);
+    let cards = cuda::discover(&fake.libraries()).unwrap();
+    let devices: Vec<_> = cards
+        .into_iter()
+        .map(|card| {
+            let patience = Duration::from_secs(1);
+            cuda::Device::open(card, cuda::Options { patience, ..options(Some(TOTAL)) }).unwrap()
+        })
+        .collect();
+    let devices: [_; 2] = devices.try_into().unwrap();
+    let ids = [create(&devices[0]), create(&devices[1])];
+    fake.driver.hang(true).unwrap();
+    out_of_reach(&copied(&devices, ids));
+    fake.driver.hang(false).unwrap();
+    assert!(!devices[1].reaches(&devices[0]));
+    for device in &devices {
+        device.sample().unwrap();
+    }
+    devices[1].write(ids[1], 0, b"x").unwrap();
+}
+
+#[test]
+fn a_lost_card_is_let_go_of_by_the_loaders_of_others() {
+    let fake = Fake::new(2, 1 << 30);
+    let (devices, ids) = peers(&fake);
+    copied(&devices, ids).unwrap();
+    fake.driver.report_xid(0, 79).unwrap();
+    devices[0].reports();
+    for loader in fake.contexts() {
+        until(|| !is_there(loader));
+    }
+    // The other card goes on with a new one.
+    devices[1].write(ids[1], 0, b"x").unwrap();
+    assert!(!devices[1].reaches(&devices[0]));
+    assert!(matches!(copied(&devices, ids), Err(DeviceError::Misuse { .. })));
 }
 
 #[test]
@@ -342,7 +401,7 @@ fn only_cards_that_the_driver_lets_reach_each_other_do() {
     fake.mend();
     let (devices, _) = peers(&fake);
     fake.driver.report_xid(0, 79).unwrap();
-    devices[0].faults();
+    devices[0].reports();
     assert!(!devices[1].reaches(&devices[0]));
 }
 
@@ -488,17 +547,17 @@ fn a_fault_that_the_driver_reports_is_told_once_and_a_fatal_one_loses_the_card()
     let fake = Fake::new(2, 1 << 30);
     let device = fake.open();
     let id = create(&device);
-    assert_eq!(device.faults(), []);
+    assert_eq!(device.reports(), []);
     fake.driver.report_xid(0, 31).unwrap();
     // Of another card.
     fake.driver.report_xid(1, 79).unwrap();
-    let told = device.faults();
+    let told = device.reports();
     assert_eq!(told.iter().map(|fault| fault.code).collect::<Vec<_>>(), [31]);
     assert!(told[0].to_string().starts_with("Xid 31: "), "{}", told[0]);
-    assert_eq!(device.faults(), []);
+    assert_eq!(device.reports(), []);
     device.write(id, 0, b"x").unwrap();
     fake.driver.report_xid(0, 79).unwrap();
-    assert_eq!(device.faults()[0].code, 79);
+    assert_eq!(device.reports()[0].code, 79);
     match device.sample() {
         Err(DeviceError::Lost { reason }) => assert!(reason.contains("Xid 79"), "{reason}"),
         other => panic!("{other:?}"),
@@ -507,7 +566,7 @@ fn a_fault_that_the_driver_reports_is_told_once_and_a_fatal_one_loses_the_card()
     // What it reported before it was back is no news.
     fake.driver.report_xid(0, 79).unwrap();
     device.adopt().unwrap();
-    assert_eq!(device.faults(), []);
+    assert_eq!(device.reports(), []);
     assert_eq!(available(&device), TOTAL);
 }
 
@@ -518,7 +577,7 @@ fn a_card_without_reports_or_an_address_opens() {
     fake.fail("nvmlEventSetCreate", 0, UNKNOWN);
     let device = fake.open();
     fake.driver.report_xid(0, 79).unwrap();
-    assert_eq!(device.faults(), []);
+    assert_eq!(device.reports(), []);
     assert_eq!(available(&device), TOTAL);
     fake.fail("nvmlDeviceGetPciInfo_v3", 0, UNKNOWN);
     assert_eq!(fake.open().facts().pci_address, None);
