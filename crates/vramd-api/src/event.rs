@@ -28,6 +28,9 @@ pub enum EventKind {
     ModelLoaded,
     #[serde(rename = "model.unloaded")]
     ModelUnloaded,
+    /// Parts of a model go to make room: `for` whom, by what, and what stays though it could have gone.
+    #[serde(rename = "model.evicted")]
+    ModelEvicted,
     #[serde(rename = "model.changed")]
     ModelChanged,
     #[serde(rename = "attachment.opened")]

@@ -31,8 +31,8 @@ pub use memory::{
     SetLimits, TotalStatus,
 };
 pub use model::{
-    Component, ComponentSource, KeepAlive, LoadRequest, Model, ModelPage, RegisterModel, Residency,
-    ResidencyState, TouchRequest, UnloadRequest,
+    Component, ComponentSource, EvictionPolicy, KeepAlive, LoadRequest, Model, ModelPage, RegisterModel,
+    Residency, ResidencyState, TouchRequest, UnloadRequest,
 };
 pub use movement::{
     Checksum, ClearRequest, ClearTarget, Cleared, CopyRequest, DefragmentPlan, DefragmentPlans,

@@ -1,6 +1,7 @@
 //! Devices, allocations, leases, pressure: the bodies of `/api/devices` and `/api/memory`.
 
 use jiff::Timestamp;
+use serde::de::IntoDeserializer as _;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -45,6 +46,20 @@ pub enum Priority {
     Critical,
 }
 
+impl std::fmt::Display for Priority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.serialize(f)
+    }
+}
+
+impl std::str::FromStr for Priority {
+    type Err = serde::de::value::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::deserialize(text.into_deserializer())
+    }
+}
+
 /// What a request wants when there is no room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
@@ -54,6 +69,9 @@ pub enum OnShortage {
     Fail,
     /// Wait up to `timeoutSeconds`, in order of priority, then age.
     Wait,
+    /// Unload idle models until there is room, those whose absence costs least; wait for that, and if it is not enough up to
+    /// `timeoutSeconds`, if these are given.
+    Evict,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
@@ -86,7 +104,7 @@ pub struct AllocateRequest {
     /// Kept until it is deleted, and known again after a restart (its contents are then zero, its generation higher).
     #[serde(default)]
     pub persistent: bool,
-    /// How long to wait for room when `onShortage` is `wait`. Default 30.
+    /// How long to wait for room when `onShortage` is `wait` (default 30), or `evict` and no idle model is in the way (default 0).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 86400)]
     pub timeout_seconds: Option<u64>,

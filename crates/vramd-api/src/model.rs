@@ -5,10 +5,11 @@ use std::fmt;
 use std::str::FromStr;
 
 use jiff::Timestamp;
+use serde::de::IntoDeserializer as _;
 use serde::{Deserialize, Serialize};
 use utoipa::{PartialSchema, ToSchema, openapi};
 
-use crate::{AllocationId, ApiError, ComponentName, DeviceId, ModelName, OperationId};
+use crate::{AllocationId, ApiError, ComponentName, DeviceId, ModelName, OnShortage, OperationId, Priority};
 
 /// How long an idle model stays resident: a duration (`"5m"`, `"1h30m"`, `300` seconds), 0 for not at all,
 /// or −1 for ever.
@@ -157,6 +158,9 @@ pub struct RegisterModel {
     pub keep_alive: Option<KeepAlive>,
     #[serde(default)]
     pub pinned: bool,
+    /// How much its absence costs beside that of others, and whose loads go first.
+    #[serde(default)]
+    pub priority: Priority,
 }
 
 /// The macro has no word for "at least one entry".
@@ -193,6 +197,38 @@ pub struct LoadRequest {
     pub components: Option<Vec<ComponentName>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_alive: Option<KeepAlive>,
+    /// What to do when there is no room. Default `evict`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_shortage: Option<OnShortage>,
+    /// How long to wait for room when `onShortage` is `wait` (default 30), or `evict` and no idle model is in the way (default 0).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 86400)]
+    pub timeout_seconds: Option<u64>,
+}
+
+impl fmt::Display for EvictionPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+impl FromStr for EvictionPolicy {
+    type Err = serde::de::value::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::deserialize(text.into_deserializer())
+    }
+}
+
+/// By what those are chosen that go when room is needed. Models of lower priority always count less.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, ToSchema)]
+pub enum EvictionPolicy {
+    /// What costs least: seconds to load it again, as often as it was used lately.
+    #[default]
+    LowestCost,
+    LeastRecentlyUsed,
+    LeastFrequentlyUsed,
+    LargestFirst,
 }
 
 /// `POST /api/models/{name}/unload`.
@@ -221,6 +257,7 @@ pub struct Model {
     pub size_bytes: u64,
     pub components: Vec<Component>,
     pub pinned: bool,
+    pub priority: Priority,
     pub keep_alive: KeepAlive,
     /// When it is unloaded unless it is used; absent while it is not resident, pinned, attached or kept for ever.
     #[serde(default, skip_serializing_if = "Option::is_none")]

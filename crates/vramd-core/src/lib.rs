@@ -1,11 +1,12 @@
 //! The decisions of vramd: facts in, decisions out.
 //!
-//! Owns the ledger, placement, the planning of moves, the queue of requests that wait, quiet hours, pressure, the registry of models and the reading
+//! Owns the ledger, placement, what goes when room is needed, the planning of moves, the queue of requests that wait, quiet hours, pressure, the registry of models and the reading
 //! of model headers, and the replay of traces. Leaves out everything that touches the world: no IO, no clock, no async, no randomness, no
 //! ids of its own making beyond counters. The same code runs in the daemon and in property tests over random
 //! histories.
 
 pub mod compaction;
+pub mod eviction;
 pub mod layout;
 pub mod ledger;
 pub mod models;

@@ -10,10 +10,11 @@ use imbl::OrdMap;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
 use vramd_api::{
-    AllocationId, ApiError, ComponentName, DeviceId, Holder, KeepAlive, ModelName, OperationId,
+    AllocationId, ApiError, ComponentName, DeviceId, Holder, KeepAlive, ModelName, OperationId, Priority,
     ResidencyState,
 };
 
+use crate::eviction::Popularity;
 use crate::layout::Layout;
 use crate::ledger::Allocations;
 use crate::{Now, Tick};
@@ -41,8 +42,10 @@ pub struct Model {
     pub components: BTreeMap<ComponentName, Component>,
     pub pinned: bool,
     pub keep_alive: KeepAlive,
+    pub priority: Priority,
     pub registered_at: Timestamp,
     pub last_used: Option<Now>,
+    pub popularity: Popularity,
 }
 
 #[derive(Debug, Clone)]
@@ -51,12 +54,14 @@ pub struct Component {
     /// As read last; an error when the file could not be.
     pub plan: Result<Arc<Plan>, Box<ApiError>>,
     pub residency: BTreeMap<DeviceId, Residency>,
+    /// What it took to bring it to a device, the last time.
+    pub load_seconds: BTreeMap<DeviceId, f64>,
 }
 
 #[derive(Debug, Clone)]
 pub enum Residency {
     Loading { allocation: AllocationId, operation: OperationId, plan: Arc<Plan> },
-    Resident { allocation: AllocationId, plan: Arc<Plan> },
+    Resident { allocation: AllocationId, plan: Arc<Plan>, since: Tick },
     Evicting { allocation: AllocationId, operation: OperationId },
 }
 
@@ -140,6 +145,12 @@ impl Models {
 }
 
 impl Model {
+    /// Somebody uses it.
+    pub fn used(&mut self, now: Now) {
+        self.last_used = Some(now);
+        self.popularity.record(now.tick);
+    }
+
     pub fn resident_on(&self) -> BTreeSet<DeviceId> {
         self.components
             .values()
@@ -203,6 +214,7 @@ impl Model {
                 .fold(0, |sum, component| u64::saturating_add(sum, component.size_bytes)),
             components,
             pinned: self.pinned,
+            priority: self.priority,
             keep_alive: self.keep_alive,
             expires_at: self.expires(allocations).map(|(_, at)| at),
             last_used_at: self.last_used.map(|now| now.wall),

@@ -1,7 +1,8 @@
 //! Requests that wait for room: by priority, then by age.
 //!
 //! Among those who wait nobody overtakes for the same memory: while a request cannot be granted, the devices that it
-//! could go to are closed to those behind it. Requests that do not wait are not held up by those that do.
+//! could go to are closed to those behind it. Requests that do not wait are not held up by those that do, except by what these
+//! have claimed ([`Ledger::claim`]).
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,12 +15,20 @@ use crate::{Now, Tick};
 /// The most requests that wait at one time.
 pub const MAX_WAITING: usize = 1000;
 
+/// Blocks that are granted together, on one device, or not at all.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Waiting {
-    pub request: Request,
-    /// The devices it may go to; all if empty.
+    /// One at least; the first one's id names them all.
+    pub requests: Vec<Request>,
+    /// The devices they may go to; all if empty.
     pub on: Vec<DeviceId>,
     pub deadline: Tick,
+}
+
+impl Waiting {
+    pub fn id(&self) -> AllocationId {
+        self.requests[0].id
+    }
 }
 
 #[derive(Debug, Clone, Default)]
@@ -29,13 +38,13 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Lines a request up; false when the queue is full.
+    /// Lines requests up; false when the queue is full.
     pub fn push(&mut self, waiting: Waiting) -> bool {
         if self.entries.len() >= MAX_WAITING {
             return false;
         }
         self.last += 1;
-        self.entries.insert((Reverse(waiting.request.priority), self.last), waiting);
+        self.entries.insert((Reverse(waiting.requests[0].priority), self.last), waiting);
         true
     }
 
@@ -43,8 +52,12 @@ impl Queue {
         self.entries.is_empty()
     }
 
-    /// Grants what can be granted now, in order.
-    pub fn admit(&mut self, ledger: &mut Ledger, now: Now) -> Vec<(AllocationId, Grant)> {
+    /// Grants what can be granted now, in order; what was granted is under the id of its first request.
+    pub fn admit(
+        &mut self,
+        ledger: &mut Ledger,
+        now: Now,
+    ) -> Vec<(AllocationId, Vec<(AllocationId, Grant)>)> {
         let mut granted = Vec::new();
         let mut closed: BTreeSet<DeviceId> = BTreeSet::new();
         self.entries.retain(|_, waiting| {
@@ -52,9 +65,13 @@ impl Queue {
             if open.is_empty() {
                 return true;
             }
-            if let Ok(grant) = ledger.reserve(waiting.request.clone(), &open, now) {
-                granted.push((waiting.request.id, grant));
+            let claim = ledger.give_up_claim(waiting.id());
+            if let Some(grants) = ledger.reserve_all(&waiting.requests, &open, now) {
+                granted.push((waiting.id(), grants));
                 return false;
+            }
+            if let Some((device, bytes)) = claim {
+                ledger.claim(waiting.id(), &device, bytes);
             }
             closed.extend(open);
             true
@@ -63,12 +80,12 @@ impl Queue {
     }
 
     /// Those who are next, and the devices on which they are.
-    pub fn next_on(&self, ledger: &Ledger) -> Vec<(&Request, Vec<DeviceId>)> {
+    pub fn next_on(&self, ledger: &Ledger) -> Vec<(&Waiting, Vec<DeviceId>)> {
         let mut closed = BTreeSet::new();
         let next = |waiting| {
             let open = open_to(waiting, ledger, &closed);
             closed.extend(open.iter().cloned());
-            (!open.is_empty()).then_some((&waiting.request, open))
+            (!open.is_empty()).then_some((waiting, open))
         };
         self.entries.values().filter_map(next).collect()
     }
@@ -81,15 +98,16 @@ impl Queue {
             .collect()
     }
 
-    /// Takes out the requests that nobody waits for any more.
-    pub fn retain(&mut self, mut wanted: impl FnMut(AllocationId) -> bool) {
-        self.entries.retain(|_, waiting| wanted(waiting.request.id));
+    /// Takes out the requests that nobody waits for any more; answers their ids.
+    pub fn retain(&mut self, mut wanted: impl FnMut(AllocationId) -> bool) -> Vec<AllocationId> {
+        let unwanted = self.entries.extract_if(.., |_, waiting| !wanted(waiting.id()));
+        unwanted.map(|(_, waiting)| waiting.id()).collect()
     }
 }
 
-/// The devices that a request may go to and that nobody before it waits for.
+/// The devices that requests may go to and that nobody before them waits for.
 fn open_to(waiting: &Waiting, ledger: &Ledger, closed: &BTreeSet<DeviceId>) -> Vec<DeviceId> {
-    let mut open = ledger.devices_for(&waiting.request, &waiting.on);
+    let mut open = ledger.devices_for(&waiting.requests[0], &waiting.on);
     open.retain(|device| !closed.contains(device) && !ledger.is_lost(device));
     open
 }

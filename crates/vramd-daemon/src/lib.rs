@@ -29,11 +29,11 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use vramd_api::{ComponentName, DeviceId, ModelName, ReadyFile};
+use vramd_api::{ComponentName, DeviceId, EvictionPolicy, ModelName, ReadyFile};
 
 pub use clock::LocalTime;
 pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, directml, vulkan_adapters};
-use driver::{Driver, Event, Load, Schedule};
+use driver::{Driver, Event, Load, OnShortage, Schedule};
 pub use http::openapi_json;
 use platform::LocalListener;
 use server::{RemoveOnDrop, Server};
@@ -70,6 +70,8 @@ pub struct Config {
     pub loader: LoaderCommand,
     /// When devices are defragmented without being asked.
     pub quiet_hours: Option<QuietHours>,
+    /// By what models are chosen that go when room is needed.
+    pub eviction: EvictionPolicy,
     /// Written once the daemon serves.
     pub ready_file: Option<PathBuf>,
 }
@@ -180,7 +182,7 @@ pub async fn serve_on(
     let run = uuid::Uuid::now_v7().simple().to_string();
     let schedule = Schedule::new(config.quiet_hours, local);
     let (driver, mut task) =
-        Driver::start(devices, store, stored, run, schedule).map_err(StartError::Threads)?;
+        Driver::start(devices, store, stored, run, schedule, config.eviction).map_err(StartError::Threads)?;
     let stopping = CancellationToken::new();
     let usage = usage::UsageHistory::default();
     let sampler = tokio::spawn(usage::sample(driver.clone(), usage.clone()));
@@ -233,7 +235,9 @@ type Residents = BTreeMap<(ModelName, DeviceId), Vec<ComponentName>>;
 /// Looks at the files of the models that were known before, and loads again what was resident.
 async fn restore(driver: Driver, roots: Arc<Roots>, known: Vec<ModelName>, residents: Residents) {
     for ((model, device), components) in residents {
-        let load = Load { model, device: Some(device), components: Some(components), keep_alive: None };
+        let shortage = OnShortage { evict: false, wait_seconds: None };
+        let (device, components) = (Some(device), Some(components));
+        let load = Load { model, device, components, keep_alive: None, shortage };
         if let Err(error) = loader::begin(&driver, &roots, &load).await {
             tracing::warn!(model = %load.model, %error, "a model that was resident cannot be loaded again");
         }

@@ -4,7 +4,7 @@ use uuid::Uuid;
 use vramd_api::{AllocateRequest, AllocationId, ApiError, Bytes, DeviceId, OnShortage, OwnerName};
 use vramd_core::ledger::Request;
 
-use crate::driver::{Allocate, Caller};
+use crate::driver::{self, Allocate, Caller};
 
 /// Bytes that any request is aligned to when it names no alignment.
 const DEFAULT_ALIGNMENT: u64 = 256;
@@ -43,22 +43,26 @@ pub fn allocate(
         (true, None) => None,
         (false, seconds) => Some(lease_seconds(seconds.unwrap_or(DEFAULT_LEASE_SECONDS))?),
     };
-    let timeout = body.timeout_seconds.unwrap_or(DEFAULT_WAIT_SECONDS);
-    if timeout > MAX_WAIT_SECONDS {
-        return Err(ApiError::invalid(
-            "timeoutSeconds",
-            format!("timeoutSeconds {timeout} is more than {MAX_WAIT_SECONDS}"),
-        ));
-    }
-    let wait_seconds = match body.on_shortage {
-        OnShortage::Fail => None,
-        OnShortage::Wait => Some(timeout),
-    };
+    let shortage = shortage(body.on_shortage, body.timeout_seconds)?;
     let owner = owner(body.owner.take(), caller)?;
     body.owner = Some(owner.clone());
     body.alignment = Some(alignment);
     let request = request(AllocationId(Uuid::now_v7()), &body, owner);
-    Ok(Allocate { request, on, lease_seconds, wait_seconds, body })
+    Ok(Allocate { request, on, lease_seconds, shortage, body })
+}
+
+/// What becomes of a request without room.
+pub fn shortage(what: OnShortage, timeout_seconds: Option<u64>) -> Result<driver::OnShortage, ApiError> {
+    if let Some(timeout) = timeout_seconds.filter(|timeout| *timeout > MAX_WAIT_SECONDS) {
+        let what = format!("timeoutSeconds {timeout} is more than {MAX_WAIT_SECONDS}");
+        return Err(ApiError::invalid("timeoutSeconds", what));
+    }
+    let wait_seconds = match what {
+        OnShortage::Fail => None,
+        OnShortage::Wait => Some(timeout_seconds.unwrap_or(DEFAULT_WAIT_SECONDS)),
+        OnShortage::Evict => timeout_seconds,
+    };
+    Ok(driver::OnShortage { evict: what == OnShortage::Evict, wait_seconds })
 }
 
 /// The ledger's request for a checked body.

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use rusqlite::{Connection, OptionalExtension, params};
-use vramd_api::{AllocationId, ComponentName, DeviceId, KeepAlive, ModelName};
+use vramd_api::{AllocationId, ComponentName, DeviceId, KeepAlive, ModelName, Priority};
 
-/// The version of the tables below; a newer file is refused, an older one will be migrated.
-const SCHEMA_VERSION: i64 = 1;
+/// The version of the tables below; a newer file is refused, an older one is brought up to it.
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
 CREATE TABLE model (
@@ -20,7 +20,8 @@ CREATE TABLE model (
     components TEXT NOT NULL,
     keep_alive TEXT NOT NULL,
     pinned INTEGER NOT NULL,
-    registered_at TEXT NOT NULL
+    registered_at TEXT NOT NULL,
+    priority TEXT NOT NULL DEFAULT 'Normal'
 ) STRICT;
 CREATE TABLE resident (
     model TEXT NOT NULL REFERENCES model (name) ON DELETE CASCADE,
@@ -39,6 +40,9 @@ CREATE TABLE device_limit (
     bytes INTEGER NOT NULL
 ) STRICT;
 ";
+
+/// What makes a version of the one before it; the first makes version 2.
+const MIGRATIONS: [&str; 1] = ["ALTER TABLE model ADD COLUMN priority TEXT NOT NULL DEFAULT 'Normal';"];
 
 /// One change to the journal.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,6 +67,7 @@ pub struct StoredModel {
     pub components: String,
     pub keep_alive: KeepAlive,
     pub pinned: bool,
+    pub priority: Priority,
     pub registered_at: jiff::Timestamp,
 }
 
@@ -136,6 +141,11 @@ impl Store {
             let first = format!("BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;");
             connection.execute_batch(&first).map_err(open)?;
         }
+        for (version, migration) in (1..).zip(MIGRATIONS).filter(|(from, _)| version > 0 && *from >= version)
+        {
+            let step = format!("BEGIN; {migration} PRAGMA user_version = {}; COMMIT;", version + 1);
+            connection.execute_batch(&step).map_err(open)?;
+        }
         let stored = read(&connection)?;
         if let Some(pages) = max_pages {
             connection.pragma_update(None, "max_page_count", pages).map_err(open)?;
@@ -181,13 +191,14 @@ fn apply(connection: &mut Connection, changes: &[Change]) -> rusqlite::Result<()
     for change in changes {
         match change {
             Change::PutModel(model) => transaction.execute(
-                "INSERT INTO model (name, components, keep_alive, pinned, registered_at) VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO model (name, components, keep_alive, pinned, registered_at, priority) VALUES (?, ?, ?, ?, ?, ?)",
                 params![
                     model.name.as_str(),
                     model.components,
                     model.keep_alive.to_string(),
                     model.pinned,
-                    model.registered_at.to_string()
+                    model.registered_at.to_string(),
+                    model.priority.to_string()
                 ],
             ),
             Change::RemoveModel(name) => {
@@ -236,7 +247,9 @@ fn read(connection: &Connection) -> Result<Stored, StoreError> {
     let bad = |error: rusqlite::Error| StoreError::BadRow { what: error.to_string() };
     let mut stored = Stored::default();
     let mut rows = connection
-        .prepare("SELECT name, components, keep_alive, pinned, registered_at FROM model ORDER BY name")
+        .prepare(
+            "SELECT name, components, keep_alive, pinned, registered_at, priority FROM model ORDER BY name",
+        )
         .map_err(bad)?;
     let mut rows = rows.query([]).map_err(bad)?;
     while let Some(row) = rows.next().map_err(bad)? {
@@ -246,6 +259,7 @@ fn read(connection: &Connection) -> Result<Stored, StoreError> {
             keep_alive: parsed(row, 2)?,
             pinned: row.get(3).map_err(bad)?,
             registered_at: parsed(row, 4)?,
+            priority: parsed(row, 5)?,
         });
     }
     let mut rows = connection.prepare("SELECT model, device, component FROM resident").map_err(bad)?;
@@ -277,4 +291,33 @@ fn parsed<T: std::str::FromStr>(row: &rusqlite::Row<'_>, column: usize) -> Resul
         row.get(column).optional().map_err(|error| StoreError::BadRow { what: error.to_string() })?;
     let text = text.unwrap_or_default();
     text.parse().map_err(|_| StoreError::BadRow { what: format!("{text:?} in column {column}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_journal_of_version_1_is_brought_up_to_date() {
+        let home = tempfile::tempdir().expect("a directory");
+        let old = Connection::open(home.path().join("vramd.db")).expect("a journal");
+        let schema = SCHEMA.replace(",\n    priority TEXT NOT NULL DEFAULT 'Normal'", "");
+        assert_ne!(schema, SCHEMA);
+        old.execute_batch(&format!(
+            "{schema} PRAGMA user_version = 1;
+             INSERT INTO model VALUES ('a', '{{}}', '5m', 1, '2026-01-01T00:00:00Z');"
+        ))
+        .expect("the old tables");
+        drop(old);
+        for _ in 0..2 {
+            let (_store, stored) = Store::open(home.path(), None).expect("it opens");
+            assert_eq!((stored.models[0].pinned, stored.models[0].priority), (true, Priority::Normal));
+        }
+        let new = Connection::open(home.path().join("vramd.db")).expect("a journal");
+        let version: i64 = new.query_row("PRAGMA user_version", [], |row| row.get(0)).expect("a number");
+        assert_eq!(version, SCHEMA_VERSION);
+        new.execute_batch(&format!("PRAGMA user_version = {}", SCHEMA_VERSION + 1)).expect("set");
+        drop(new);
+        assert!(matches!(Store::open(home.path(), None), Err(StoreError::TooNew { .. })));
+    }
 }

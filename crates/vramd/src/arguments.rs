@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ColorChoice, Parser, Subcommand, ValueEnum};
 use vramd_api::{
-    AllocationId, AllocationType, Bytes, ClearTarget, ComponentName, KeepAlive, MemoryType, ModelName,
-    OnShortage, OperationId, OperationState, OwnerName, Priority,
+    AllocationId, AllocationType, Bytes, ClearTarget, ComponentName, EvictionPolicy, KeepAlive, MemoryType,
+    ModelName, OnShortage, OperationId, OperationState, OwnerName, Priority,
 };
 use vramd_core::ledger::BLOCK_QUANTUM;
 use vramd_core::replay::Format;
@@ -241,6 +241,9 @@ pub struct ServeArguments {
     /// When to defragment without being asked, in local time: 02:00-05:00 or 12:00-13:00,22:00-06:00 [default: none]
     #[arg(long, value_name = "HOURS|none")]
     quiet_hours: Option<Switch<QuietHours>>,
+    /// By what idle models are chosen that go when room is needed [default: LowestCost]
+    #[arg(long, value_name = "POLICY", ignore_case = true, value_parser = words(EVICTION_POLICIES))]
+    eviction: Option<EvictionPolicy>,
     /// What to log: a level or a filter [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -261,6 +264,7 @@ impl ServeArguments {
             d3d12: self.d3d12,
             ready_file: self.ready_file,
             quiet_hours: self.quiet_hours,
+            eviction: self.eviction,
             log: self.log,
         }
     }
@@ -299,7 +303,7 @@ pub struct AllocArguments {
     /// What to do when there is no room
     #[arg(long, default_value = "fail", ignore_case = true, value_parser = words(ON_SHORTAGE))]
     pub on_shortage: OnShortage,
-    /// How long to wait for room [default: 30]
+    /// How long to wait for room [default: 30 with wait, and with evict until what goes is gone]
     #[arg(long, value_name = "SECONDS")]
     pub timeout_seconds: Option<u64>,
     /// For whom: a label
@@ -361,6 +365,9 @@ pub struct AddModelArguments {
     /// Once resident, keep it so until it is unpinned
     #[arg(long)]
     pub pin: bool,
+    /// How dear its absence is beside that of others, and whose loads go first
+    #[arg(long, default_value = "Normal", ignore_case = true, value_parser = words(PRIORITIES))]
+    pub priority: Priority,
 }
 
 #[derive(Debug, Args)]
@@ -375,6 +382,12 @@ pub struct LoadArguments {
     /// How long it stays when idle: 90s, 5m, 1h30m, 0, or -1 for ever
     #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub keep_alive: Option<KeepAlive>,
+    /// What to do when there is no room [default: evict]
+    #[arg(long, ignore_case = true, value_parser = words(ON_SHORTAGE))]
+    pub on_shortage: Option<OnShortage>,
+    /// How long to wait for room [default: 30 with wait, and with evict until what goes is gone]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout_seconds: Option<u64>,
     /// Start it and return at once
     #[arg(long)]
     pub no_wait: bool,
@@ -590,7 +603,14 @@ const CLEAR_TARGETS: Words<ClearTarget> = &[
     ("Allocations", ClearTarget::Allocations),
     ("Zero", ClearTarget::Zero),
 ];
-const ON_SHORTAGE: Words<OnShortage> = &[("fail", OnShortage::Fail), ("wait", OnShortage::Wait)];
+const ON_SHORTAGE: Words<OnShortage> =
+    &[("fail", OnShortage::Fail), ("wait", OnShortage::Wait), ("evict", OnShortage::Evict)];
+const EVICTION_POLICIES: Words<EvictionPolicy> = &[
+    ("LowestCost", EvictionPolicy::LowestCost),
+    ("LeastRecentlyUsed", EvictionPolicy::LeastRecentlyUsed),
+    ("LeastFrequentlyUsed", EvictionPolicy::LeastFrequentlyUsed),
+    ("LargestFirst", EvictionPolicy::LargestFirst),
+];
 const TRACE_FORMATS: Words<Format> =
     &[("vramd", Format::Vramd), ("rmm", Format::Rmm), ("pytorch", Format::Pytorch)];
 const OPERATION_STATES: Words<OperationState> = &[

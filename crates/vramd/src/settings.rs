@@ -11,7 +11,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
-use vramd_api::Bytes;
+use vramd_api::{Bytes, EvictionPolicy};
 #[cfg(unix)]
 use vramd_daemon::LoaderCommand;
 use vramd_daemon::{Adapters, CudaCards, QuietHours};
@@ -60,6 +60,8 @@ settings! {
         "A file to write the address, the socket and the pid to, once the daemon serves.";
     QUIET_HOURS = "quiet_hours", "--quiet-hours", "VRAMD_QUIET_HOURS", "none",
         "When devices are defragmented without being asked, in local time: `02:00-05:00`, `12:00-13:00,22:00-06:00`, or `none`.";
+    EVICTION = "eviction", "--eviction", "VRAMD_EVICTION", "LowestCost",
+        "By what idle models are chosen that go when room is needed: `LowestCost`, `LeastRecentlyUsed`, `LeastFrequentlyUsed` or `LargestFirst`.";
     LOG = "log", "--log", "VRAMD_LOG", "info",
         "What to log: a level, or a filter such as `info,vramd_daemon=debug`.";
 }
@@ -170,6 +172,7 @@ pub struct Layer {
     pub d3d12: Option<Adapters>,
     pub ready_file: Option<PathBuf>,
     pub quiet_hours: Option<Switch<QuietHours>>,
+    pub eviction: Option<EvictionPolicy>,
     pub log: Option<String>,
 }
 
@@ -212,6 +215,7 @@ pub struct Settings {
     pub d3d12: Sourced<Adapters>,
     pub ready_file: Sourced<Option<PathBuf>>,
     pub quiet_hours: Sourced<Switch<QuietHours>>,
+    pub eviction: Sourced<EvictionPolicy>,
     pub log: Sourced<String>,
 }
 
@@ -283,6 +287,7 @@ pub fn resolve(
         vulkan: pick.value(&VULKAN, |layer| layer.vulkan).or_default(Adapters::None),
         d3d12: pick.value(&D3D12, |layer| layer.d3d12).or_default(Adapters::Hardware),
         ready_file: pick.value(&READY_FILE, |layer| layer.ready_file.clone().map(Some)).or_default(None),
+        eviction: pick.value(&EVICTION, |layer| layer.eviction).or_default(EvictionPolicy::default()),
         quiet_hours: pick.value(&QUIET_HOURS, |layer| layer.quiet_hours.clone()).or_default(Switch::Off),
         log: pick.value(&LOG, |layer| layer.log.clone()).or_default(LOG.default.to_owned()),
     })
@@ -379,6 +384,7 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
         d3d12: parse(environment, &D3D12)?,
         ready_file: path(&READY_FILE),
         quiet_hours: parse(environment, &QUIET_HOURS)?,
+        eviction: parse(environment, &EVICTION)?,
         log: parse(environment, &LOG)?,
     })
 }
@@ -390,7 +396,7 @@ pub fn set<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsString>
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 12] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 13] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         [
@@ -409,6 +415,7 @@ impl Settings {
                 self.quiet_hours.value.shown(|hours| json!(hours.to_string())),
                 &self.quiet_hours.origin,
             ),
+            (EVICTION.key, json!(self.eviction.value), &self.eviction.origin),
             (LOG.key, json!(self.log.value), &self.log.origin),
         ]
     }
@@ -430,6 +437,7 @@ impl Settings {
             #[cfg(unix)]
             loader: LoaderCommand { program: "/proc/self/exe".into(), arguments: vec!["loader".into()] },
             quiet_hours: self.quiet_hours.value.on(),
+            eviction: self.eviction.value,
             ready_file: absolute(self.ready_file.value)?,
         })
     }

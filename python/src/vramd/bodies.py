@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # annotations are never evaluated at run time, so Python 3.10
 MemoryType = Literal["RAM", "VRAM", "Shared", "Unified", "Unknown"]
 AllocationType = Literal["Buffer", "Weights", "KvCache", "Activation", "Workspace", "Staging"]
 Priority = Literal["Low", "Normal", "High", "Critical"]
-OnShortage = Literal["fail", "wait"]
+OnShortage = Literal["fail", "wait", "evict"]
 AllocationStatus = Literal["Active", "Moving", "Releasing"]
 DeviceHealth = Literal["Healthy", "Lost"]
 PressureLevel = Literal["Normal", "Moderate", "High", "Critical"]
@@ -56,6 +56,7 @@ class DeviceCapabilities(TypedDict):
 class Device(TypedDict):
     deviceId: str
     uuid: str
+    pciAddress: NotRequired[str]
     name: str
     memoryType: MemoryType
     totalBytes: int
@@ -223,6 +224,7 @@ class Model(TypedDict):
     sizeBytes: int
     components: list[Component]
     pinned: bool
+    priority: Priority
     keepAlive: str
     expiresAt: NotRequired[str]
     lastUsedAt: NotRequired[str]

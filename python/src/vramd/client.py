@@ -156,7 +156,11 @@ class Client:
             onShortage=on_shortage,
             owner=owner,
         )
-        wait = (30 if timeout_seconds is None else timeout_seconds) if on_shortage == "wait" else 0
+        # What is evicted may take half a minute to be back.
+        wait = {
+            "wait": 30 if timeout_seconds is None else timeout_seconds,
+            "evict": 30 + (timeout_seconds or 0),
+        }.get(on_shortage or "fail", 0)
         made: bodies.Allocation = self._transport.call(
             "POST", path, body=body, idempotency_key=idempotency_key, wait=wait
         )
@@ -332,6 +336,7 @@ class Client:
         *,
         keep_alive: str | int | None = None,
         pinned: bool | None = None,
+        priority: bodies.Priority | None = None,
         idempotency_key: str | None = None,
     ) -> bodies.Model:
         """Makes a model known. ``path``: a file, a shard index or a directory; or one for each component.
@@ -340,7 +345,9 @@ class Client:
         """
         sources = path if isinstance(path, Mapping) else {"weights": path}
         components = {part: {"path": os.fspath(source)} for part, source in sources.items()}
-        body = _given(name=name, components=components, keepAlive=keep_alive, pinned=pinned)
+        body = _given(
+            name=name, components=components, keepAlive=keep_alive, pinned=pinned, priority=priority
+        )
         made: bodies.Model = self._transport.call(
             "POST", "/api/models", body=body, idempotency_key=idempotency_key
         )
@@ -358,6 +365,8 @@ class Client:
         *,
         components: Iterable[str] | None = None,
         keep_alive: str | int | None = None,
+        on_shortage: bodies.OnShortage | None = None,
+        timeout_seconds: int | None = None,
         wait: bool = True,
         timeout: float | None = None,
         progress: Callable[[bodies.Operation], object] | None = None,
@@ -366,10 +375,15 @@ class Client:
         """Makes a model resident, on ``device`` or on the best one.
 
         Returns when it is, and raises what went wrong; with ``wait=False`` returns at once. ``timeout``
-        bounds the wait, not the load. ``progress`` is called with the operation as it goes on.
+        bounds the wait, not the load. ``progress`` is called with the operation as it goes on. Without room,
+        idle models go for it, unless ``on_shortage`` says otherwise.
         """
         body = _given(
-            deviceId=device, components=None if components is None else list(components), keepAlive=keep_alive
+            deviceId=device,
+            components=None if components is None else list(components),
+            keepAlive=keep_alive,
+            onShortage=on_shortage,
+            timeoutSeconds=timeout_seconds,
         )
         return self._start(f"{_model(name)}/load", body, idempotency_key, wait, timeout, progress)
 

@@ -138,6 +138,8 @@ pub(super) struct Book {
     pub spare: Option<SegmentId>,
     /// Segments on their way back to the device.
     pub destroying: usize,
+    /// The room that is kept for those who wait.
+    pub claimed: u64,
 }
 
 impl Book {
@@ -157,6 +159,7 @@ impl Book {
             allocation_count: 0,
             spare: None,
             destroying: 0,
+            claimed: 0,
         }
     }
 
@@ -181,7 +184,14 @@ impl Book {
         let by_device = self
             .measured
             .map_or(u64::MAX, |measured| measured.available_bytes.saturating_add(measured.held_bytes));
-        self.limit().min(by_device).saturating_sub(held)
+        self.limit().min(by_device).saturating_sub(held.saturating_add(self.claimed))
+    }
+
+    /// The same, once what is on its way back to the device is there.
+    pub fn room_after_returns(&self) -> u64 {
+        let returning = self.segments.values().filter(|one| one.state == SegmentState::Destroying);
+        let returning: u64 = returning.map(|segment| segment.ranges.bytes()).sum();
+        self.room_beside(self.held - self.spare_bytes() - returning)
     }
 
     fn spare_bytes(&self) -> u64 {

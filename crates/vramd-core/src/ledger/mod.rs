@@ -124,6 +124,8 @@ pub struct Ledger {
     leases: BTreeMap<LeaseId, AllocationId>,
     deadlines: BTreeSet<(Tick, LeaseId)>,
     last_segment: u64,
+    /// Room that is kept for those who wait.
+    claims: BTreeMap<AllocationId, (DeviceId, u64)>,
 }
 
 impl Ledger {
@@ -240,23 +242,71 @@ impl Ledger {
         Ok(Grant { device, placement, readiness })
     }
 
-    /// Admits all of `requests` on one device; None, and nothing has changed, if they do not all fit.
+    /// Admits all of `requests` on one device of `on` (all if it is empty); None, and nothing has changed, if they do not all fit
+    /// on any.
     pub fn reserve_all(
         &mut self,
-        requests: Vec<Request>,
-        device: &DeviceId,
+        requests: &[Request],
+        on: &[DeviceId],
         now: Now,
     ) -> Option<Vec<(AllocationId, Grant)>> {
-        let mut trial = self.clone();
-        let grants: Option<Vec<_>> = requests
-            .into_iter()
-            .map(|request| {
-                let id = request.id;
-                Some((id, trial.reserve(request, std::slice::from_ref(device), now).ok()?))
-            })
-            .collect();
-        *self = grants.is_some().then_some(trial)?;
-        grants
+        if let [only] = requests {
+            return Some(vec![(only.id, self.reserve(only.clone(), on, now).ok()?)]);
+        }
+        let whole = whole(requests)?;
+        let mut offers = self.offers(&whole, on);
+        loop {
+            let (device, _) = placement::choose(&offers, whole.allocation_type, whole.memory_type);
+            let device = device?;
+            let mut trial = self.clone();
+            let grants: Option<Vec<_>> = requests
+                .iter()
+                .map(|request| {
+                    let grant = trial.reserve(request.clone(), std::slice::from_ref(&device), now);
+                    Some((request.id, grant.ok()?))
+                })
+                .collect();
+            if grants.is_some() {
+                *self = trial;
+                return grants;
+            }
+            offers.retain(|offer| offer.device != device);
+        }
+    }
+
+    /// How many bytes too few a device has for all of `requests`; None if it could not hold them even empty. What is on its way back
+    /// counts as there; what others have claimed does not.
+    pub fn lacks(&self, requests: &[Request], device: &DeviceId) -> Option<u64> {
+        let needed = self.held_for(requests, device)?;
+        let book = self.books.get(device).filter(|book| !book.lost && needed <= book.limit())?;
+        Some(needed.saturating_sub(book.room_after_returns()))
+    }
+
+    /// What `requests` would hold on a device, each in a segment of its own; None if one is too large for that.
+    pub fn held_for(&self, requests: &[Request], device: &DeviceId) -> Option<u64> {
+        let book = self.books.get(device)?;
+        requests.iter().try_fold(0_u64, |sum, request| {
+            let bytes = segment_bytes(request.size_bytes, book);
+            (bytes <= book.facts.max_segment_bytes).then(|| sum.checked_add(bytes)).flatten()
+        })
+    }
+
+    /// Keeps room on a device for requests that wait there, against those who do not.
+    pub fn claim(&mut self, id: AllocationId, device: &DeviceId, bytes: u64) {
+        self.give_up_claim(id);
+        if let Some(book) = self.books.get_mut(device) {
+            book.claimed += bytes;
+            self.claims.insert(id, (device.clone(), bytes));
+        }
+    }
+
+    /// Ends a claim; answers what it was.
+    pub fn give_up_claim(&mut self, id: AllocationId) -> Option<(DeviceId, u64)> {
+        let (device, bytes) = self.claims.remove(&id)?;
+        if let Some(book) = self.books.get_mut(&device) {
+            book.claimed -= bytes;
+        }
+        Some((device, bytes))
     }
 
     /// Why `request` cannot be admitted now, in figures.
@@ -690,6 +740,13 @@ impl Ledger {
                 }
             }
         }
+        for (device, book) in &self.books {
+            let claimed: u64 =
+                self.claims.values().filter(|(on, _)| on == device).map(|(_, bytes)| bytes).sum();
+            if claimed != book.claimed {
+                return Err(format!("{device}: {claimed} bytes are claimed, {} counted", book.claimed));
+            }
+        }
         if let Some(((device, segment), _)) = blocks.first_key_value() {
             return Err(format!("{device}: blocks lie in {segment:?}, which is not there"));
         }
@@ -702,6 +759,12 @@ impl Ledger {
 enum Place {
     In { segment: SegmentId, offset: u64, block: u64 },
     New { bytes: u64, block: u64, key: Option<Key>, first: Option<SegmentId> },
+}
+
+/// One request for all that several ask for.
+fn whole(requests: &[Request]) -> Option<Request> {
+    let size_bytes = requests.iter().try_fold(0_u64, |sum, request| sum.checked_add(request.size_bytes))?;
+    Some(Request { size_bytes, ..requests.first()?.clone() })
 }
 
 fn segment_bytes(size: u64, book: &Book) -> u64 {

@@ -413,7 +413,7 @@ impl World {
                     })
                     .collect();
                 let before = self.ledger.usage(&device(n));
-                let Some(grants) = self.ledger.reserve_all(requests, &device(n), now(self.tick)) else {
+                let Some(grants) = self.ledger.reserve_all(&requests, &[device(n)], now(self.tick)) else {
                     assert_eq!(self.ledger.usage(&device(n)), before, "a refusal changes nothing");
                     return;
                 };
@@ -634,7 +634,7 @@ fn foreign_memory_is_never_given_out() {
 
 fn waiting(id: u128, size: u64, priority: Priority, deadline: u64) -> Waiting {
     let request = Request { priority, ..request(id, size) };
-    Waiting { request, on: vec![device(0)], deadline: Tick(deadline) }
+    Waiting { requests: vec![request], on: vec![device(0)], deadline: Tick(deadline) }
 }
 
 #[test]
@@ -672,7 +672,7 @@ fn a_request_of_another_memory_type_closes_no_device_to_those_behind_it() {
     let mut world = World::new();
     let mut queue = Queue::default();
     let ram = Request { memory_type: Some(MemoryType::Ram), ..request(1001, MIB) };
-    assert!(queue.push(Waiting { request: ram, on: vec![], deadline: Tick(100) }));
+    assert!(queue.push(Waiting { requests: vec![ram], on: vec![], deadline: Tick(100) }));
     assert!(queue.push(waiting(1002, 2 * MIB, Priority::Normal, 100)));
     assert_eq!(queue.admit(&mut world.ledger, now(0)).len(), 1);
 }
@@ -684,7 +684,7 @@ fn a_limit_below_what_is_held_promises_nothing_of_the_spare() {
     release(&mut world, small);
     world.ledger.set_limit(&device(0), Some(1));
     let part = Request { sealed: true, ..request(98, GRANULARITY) };
-    assert!(world.ledger.reserve_all(vec![part], &device(0), now(0)).is_none());
+    assert!(world.ledger.reserve_all(&[part], &[device(0)], now(0)).is_none());
     assert_eq!(world.ledger.usage(&device(0)).unwrap().available_bytes, 1, "what the limit allows");
     assert!(allocate(&mut world, 5 * MIB).is_none());
     assert!(world.ledger.could_fit(&request(99, 5 * MIB), &[device(0)]), "the limit may be raised");
@@ -707,4 +707,34 @@ fn a_device_whose_pieces_are_bounded_refuses_more_than_one_at_once() {
     }
     assert!(ledger.reserve(request(9, 8 * MIB), &on, now(0)).is_err());
     ledger.check().unwrap();
+}
+
+#[test]
+fn claimed_room_is_for_those_who_wait_for_it_alone() {
+    let mut world = World::new();
+    let all = allocate(&mut world, 32 * MIB).unwrap();
+    let mut queue = Queue::default();
+    let group = vec![request(1001, 12 * MIB), request(1002, 12 * MIB)];
+    assert_eq!(world.ledger.lacks(&group, &device(0)), Some(24 * MIB));
+    assert_eq!(world.ledger.lacks(&[request(1003, 33 * MIB)], &device(0)), None);
+    assert!(queue.push(Waiting { requests: group.clone(), on: vec![device(0)], deadline: Tick(100) }));
+    world.ledger.claim(group[0].id, &device(0), 24 * MIB);
+    release(&mut world, all);
+    world.ledger.check().unwrap();
+    // Who does not wait gets what is left.
+    assert!(world.ledger.reserve(request(99, 9 * MIB), &[device(0)], now(0)).is_err());
+    assert_eq!(world.ledger.usage(&device(0)).unwrap().available_bytes, 8 * MIB);
+    let granted = queue.admit(&mut world.ledger, now(0));
+    assert_eq!(
+        granted.iter().map(|(id, grants)| (*id, grants.len())).collect::<Vec<_>>(),
+        [(group[0].id, 2)]
+    );
+    assert!(world.ledger.give_up_claim(group[0].id).is_none());
+    world.ledger.check().unwrap();
+    assert!(queue.is_empty());
+    // A claim that is given up is free again.
+    world.ledger.claim(request(98, 1).id, &device(0), 8 * MIB);
+    assert_eq!(world.ledger.usage(&device(0)).unwrap().available_bytes, 0);
+    assert_eq!(world.ledger.give_up_claim(request(98, 1).id), Some((device(0), 8 * MIB)));
+    assert_eq!(world.ledger.usage(&device(0)).unwrap().available_bytes, 8 * MIB);
 }

@@ -8,6 +8,7 @@ use vramd_api::{
     AllocationId, ApiError, DeviceId, DeviceLimits, ErrorCode, EventKind, Holder, LeaseId, OperationId,
     OwnerName, Placement, Released,
 };
+use vramd_core::Tick;
 use vramd_core::ledger::{
     Allocation, Grant, Lease, Readiness, Release, SegmentId, Shortage, State as AllocationState, Work,
 };
@@ -15,6 +16,7 @@ use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
 use vramd_device::{Device, DeviceError, Range, SegmentId as Segment, Writers};
 
 use super::copies::CopyId;
+use super::room::timed_out;
 use super::{Allocate, Caller, Event, OnStored, Reply, State};
 use crate::store::{Change, StoredAllocation};
 use crate::{devices, platform};
@@ -32,6 +34,8 @@ pub struct Waiting {
 pub enum OnReady {
     Client(Box<Waiting>),
     Load(OperationId),
+    /// A load that waits for room: all of its blocks, by the first.
+    WaitingLoad(OperationId),
     Copy(CopyId),
     /// A persistent allocation of an earlier run, and whose it is.
     Restore(OwnerName),
@@ -88,11 +92,11 @@ impl State {
         }
         let id = allocate.request.id;
         let on: Vec<DeviceId> = allocate.on.iter().cloned().collect();
-        let wait = allocate.wait_seconds;
+        let wait = allocate.shortage.wait_seconds;
         let others_wait = !self.queue.is_empty() && self.ledger.could_fit(&allocate.request, &on);
         if let Some(seconds) = wait.filter(|_| others_wait) {
             // Who can wait does not overtake those who do.
-            self.line_up(allocate, on, seconds, reply);
+            self.line_up(allocate, on, self.now.tick.after_seconds(seconds), reply);
             return self.admit();
         }
         match self.ledger.reserve(allocate.request.clone(), &on, self.now) {
@@ -106,11 +110,12 @@ impl State {
                     self.counts.entry(device).or_default().refusals += 1;
                 }
                 let packing = self.pack_for(&shortage);
-                match wait {
-                    Some(seconds) if self.ledger.could_fit(&allocate.request, &on) => {
-                        self.line_up(allocate, on, seconds, reply);
-                    }
-                    _ => self.answer(reply, Err(refused(&shortage, packing))),
+                let fits = self.ledger.could_fit(&allocate.request, &on);
+                let (requests, how) = ([allocate.request.clone()], allocate.shortage);
+                let deadline = fits.then(|| self.wait_for_room(&requests, &on, how, None).0).flatten();
+                match deadline {
+                    Some(deadline) => self.line_up(allocate, on, deadline, reply),
+                    None => self.answer(reply, Err(refused(&shortage, packing))),
                 }
             }
         }
@@ -129,9 +134,9 @@ impl State {
         self.looked_for_waiting = self.now.tick;
         let may = |device: &DeviceId| self.defragmenting(device).is_none() && self.may_defragment_for(device);
         let mut shortages = Vec::new();
-        for (request, mut on) in self.queue.next_on(&self.ledger) {
+        for (waiting, mut on) in self.queue.next_on(&self.ledger) {
             on.retain(may);
-            if !on.is_empty() {
+            if let ([request], false) = (waiting.requests.as_slice(), on.is_empty()) {
                 shortages.push(self.ledger.refusal(request, &on));
             }
         }
@@ -144,22 +149,17 @@ impl State {
         &mut self,
         allocate: Allocate,
         on: Vec<DeviceId>,
-        seconds: u64,
+        deadline: Tick,
         reply: Reply<vramd_api::Allocation>,
     ) {
-        let (request, deadline) = (allocate.request.clone(), self.now.tick.after_seconds(seconds));
+        let request = allocate.request.clone();
         let id = request.id;
-        if self.queue.push(Queued { request, on, deadline }) {
+        if self.queue.push(Queued { requests: vec![request], on, deadline }) {
             self.waiting.insert(id, OnReady::Client(Box::new(Waiting { allocate, placement: None, reply })));
             return;
         }
-        let error = ApiError::new(
-            ErrorCode::TooManyRequests,
-            format!("{MAX_WAITING} requests wait for memory already"),
-        )
-        .hint("try again later, or ask with onShortage=fail")
-        .detail("limit", MAX_WAITING);
-        self.answer(reply, Err(error));
+        self.ledger.give_up_claim(id);
+        self.answer(reply, Err(too_many_wait()));
     }
 
     /// Gives waiting requests what there is now.
@@ -167,8 +167,16 @@ impl State {
         if self.queue.is_empty() {
             return;
         }
-        for (id, grant) in self.queue.admit(&mut self.ledger, self.now) {
-            self.granted(id, grant);
+        for (id, grants) in self.queue.admit(&mut self.ledger, self.now) {
+            if let Some(OnReady::WaitingLoad(operation)) = self.waiting.get(&id) {
+                let operation = *operation;
+                self.waiting.remove(&id);
+                self.load_admitted(operation, grants);
+            } else {
+                for (id, grant) in grants {
+                    self.granted(id, grant);
+                }
+            }
         }
     }
 
@@ -177,26 +185,26 @@ impl State {
             return;
         }
         for queued in self.queue.expired(self.now.tick) {
-            let Some(on_ready) = self.waiting.remove(&queued.request.id) else { continue };
-            let shortage = self.ledger.refusal(&queued.request, &queued.on);
-            on_ready.refuse(&mut self.outbox, || {
-                let mut error = refusal(&shortage);
-                if error.code == ErrorCode::InsufficientMemory {
-                    error.code = ErrorCode::Timeout;
-                    error.status = error.code.status();
-                    error.message = format!("no room came up in time: {}", error.message);
-                }
-                error
-            });
+            self.ledger.give_up_claim(queued.id());
+            let Some(on_ready) = self.waiting.remove(&queued.id()) else { continue };
+            if let OnReady::WaitingLoad(operation) = on_ready {
+                self.load_expired(operation, &queued);
+                continue;
+            }
+            let shortage = self.ledger.refusal(&queued.requests[0], &queued.on);
+            on_ready.refuse(&mut self.outbox, || timed_out(refusal(&shortage)));
         }
         let waiting = &mut self.waiting;
-        self.queue.retain(|id| match waiting.get(&id) {
+        let gone = self.queue.retain(|id| match waiting.get(&id) {
             Some(OnReady::Client(client)) if client.reply.is_closed() => {
                 waiting.remove(&id);
                 false
             }
             found => found.is_some(),
         });
+        for id in gone {
+            self.ledger.give_up_claim(id);
+        }
     }
 
     pub(super) fn granted(&mut self, id: AllocationId, grant: Grant) {
@@ -303,6 +311,7 @@ impl State {
             }
             Some(OnReady::Client(waiting)) => self.activated(id, *waiting, Ok(())),
             Some(OnReady::Load(operation)) => self.part_ready(operation, id),
+            Some(OnReady::WaitingLoad(_)) => unreachable!("its blocks are admitted together"),
             Some(OnReady::Copy(copy)) => self.target_ready(copy),
             Some(OnReady::Restore(_)) => {
                 self.ledger.activate(id, LeaseId(Uuid::now_v7()), Lease::Persistent, self.now);
@@ -635,6 +644,13 @@ pub(super) fn owned(id: AllocationId, owner: &OwnerName, caller: Caller) -> Resu
         ErrorCode::PermissionDenied,
         format!("allocation {id} belongs to {owner}, not to {mine}"),
     ))
+}
+
+pub(super) fn too_many_wait() -> ApiError {
+    let what = format!("{MAX_WAITING} requests wait for memory already");
+    ApiError::new(ErrorCode::TooManyRequests, what)
+        .hint("try again later, or ask with onShortage=fail")
+        .detail("limit", MAX_WAITING)
 }
 
 pub(super) fn being_released(id: AllocationId) -> ApiError {

@@ -186,7 +186,7 @@ impl State {
             .iter()
             .filter(|(on, _)| device.is_none_or(|device| device == *on))
             .filter_map(|(on, residency)| match residency {
-                Residency::Resident { allocation, plan } => Some((on, *allocation, plan.clone())),
+                Residency::Resident { allocation, plan, .. } => Some((on, *allocation, plan.clone())),
                 Residency::Loading { .. } | Residency::Evicting { .. } => None,
             })
             .collect();
@@ -257,7 +257,10 @@ impl State {
         let kept = Lease::Connection { holder, access, moves };
         self.ledger.grant(found.allocation, lease, kept, self.now);
         let name = attachment.model.as_ref().map(|(name, _)| name.clone());
-        self.used(name.as_ref());
+        let now = self.now;
+        if let Some(model) = name.as_ref().and_then(|name| self.models.get_mut(name)) {
+            model.used(now);
+        }
         let reader = Reader { allocation: found.allocation, model: name, tell, pending: None };
         self.attachments.insert(lease, reader);
         Ok(attachment)
@@ -282,20 +285,16 @@ impl State {
             .detail("holders", serde_json::json!(holders)))
     }
 
-    fn used(&mut self, name: Option<&ModelName>) {
-        let now = self.now;
-        if let Some(model) = name.and_then(|name| self.models.get_mut(name)) {
-            model.last_used = Some(now);
-        }
-    }
-
     /// A lease has ended; if it was an attachment's, its model was used until now.
     pub(super) fn detached(&mut self, allocation: AllocationId, lease: LeaseId) {
         if let Some(Reader { model: name, pending, .. }) = self.attachments.remove(&lease) {
             if let Some(pending) = pending {
                 self.finish_lease(pending.old);
             }
-            self.used(name.as_ref());
+            let now = self.now;
+            if let Some(model) = name.as_ref().and_then(|name| self.models.get_mut(name)) {
+                model.last_used = Some(now);
+            }
             let data = serde_json::json!({ "leaseId": lease, "allocationId": allocation, "model": name });
             self.emit(EventKind::AttachmentClosed, data);
         }

@@ -14,6 +14,7 @@ mod operations;
 mod plans;
 mod quiet_hours;
 mod restore;
+mod room;
 mod snapshot;
 mod transfers;
 
@@ -25,8 +26,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use vramd_api::attach::{Access, HandleType};
 use vramd_api::{
     AllocateRequest, AllocationId, ApiError, ClearRequest, Cleared, ComponentName, CopyRequest,
-    DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, Holder, KeepAlive,
-    LeaseId, ModelName, Operation, OperationId, OwnerName, PressureLevel, Released, TransferRequest,
+    DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, EvictionPolicy, Holder,
+    KeepAlive, LeaseId, ModelName, Operation, OperationId, OwnerName, PressureLevel, Released,
+    TransferRequest,
 };
 use vramd_core::Now;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
@@ -67,8 +69,7 @@ pub struct Allocate {
     pub on: Option<DeviceId>,
     /// The time to live of its lease; None for persistent ones.
     pub lease_seconds: Option<u64>,
-    /// How long to wait for room; None fails at once.
-    pub wait_seconds: Option<u64>,
+    pub shortage: OnShortage,
     /// As it came, for the journal.
     pub body: AllocateRequest,
 }
@@ -80,6 +81,16 @@ pub struct Load {
     pub device: Option<DeviceId>,
     pub components: Option<Vec<ComponentName>>,
     pub keep_alive: Option<KeepAlive>,
+    pub shortage: OnShortage,
+}
+
+/// What becomes of a request for which there is no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OnShortage {
+    /// Idle models go for it.
+    pub evict: bool,
+    /// How long it waits beyond that; None does not.
+    pub wait_seconds: Option<u64>,
 }
 
 /// The answer to a load.
@@ -257,6 +268,7 @@ impl Driver {
         stored: Stored,
         run: String,
         schedule: Schedule,
+        policy: EvictionPolicy,
     ) -> std::io::Result<(Self, tokio::task::JoinHandle<()>)> {
         let mover = Mover::start()?;
         let (sender, inbox) = mpsc::channel(MAILBOX);
@@ -273,6 +285,9 @@ impl Driver {
             attachments: HashMap::new(),
             copies: HashMap::new(),
             last_copy: 0,
+            waiting_loads: BTreeMap::new(),
+            load_rates: BTreeMap::new(),
+            policy,
             to_go_on: BTreeSet::new(),
             rates: BTreeMap::new(),
             defragmented_at: BTreeMap::new(),
@@ -349,6 +364,11 @@ struct State {
     attachments: HashMap<LeaseId, attachments::Reader>,
     copies: HashMap<copies::CopyId, copies::Copy>,
     last_copy: copies::CopyId,
+    /// Loads that wait for room.
+    waiting_loads: BTreeMap<OperationId, room::WaitingLoad>,
+    /// Bytes per second that loads onto a device came to lately.
+    load_rates: BTreeMap<DeviceId, f64>,
+    policy: EvictionPolicy,
     /// Operations that can take their next step.
     to_go_on: BTreeSet<OperationId>,
     /// Bytes per second that moves on a device were last measured at; before the first, those at which a segment was
@@ -532,6 +552,7 @@ impl State {
         self.expire_waiting();
         self.pack_for_waiting();
         self.expire_models();
+        self.make_room_for_waiting();
         self.operations.prune();
         self.keep_quiet_hours();
         // Readers may have had their time.
@@ -665,6 +686,7 @@ impl State {
         self.operations.cancel_all();
         self.mover.sweep();
         self.queue.retain(|_| false);
+        self.stop_waiting_loads();
         for (_, on_ready) in std::mem::take(&mut self.waiting) {
             on_ready
                 .refuse(&mut self.outbox, || ApiError::new(ErrorCode::Unavailable, "the daemon is stopping"));

@@ -11,11 +11,12 @@ use vramd_api::{
     AllocationId, AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, Holder, KeepAlive,
     LeaseId, ModelName, Operation, OperationId, OperationKind, Priority,
 };
-use vramd_core::ledger::{Lease, Release, Request, State as AllocationState, Task};
+use vramd_core::ledger::{Grant, Lease, Release, Request, State as AllocationState, Task};
 use vramd_core::models::{Busy, MAX_MODELS, Model, Plan, Residency};
 
-use super::allocations::{OnReady, OnReleased, attached, refusal};
+use super::allocations::{OnReady, OnReleased, attached, refusal, too_many_wait};
 use super::operations::{Loading, Running, Unloading};
+use super::room::WaitingLoad;
 use super::{Event, Load, LoadAnswer, LoadFailure, OnStored, Part, Reply, State};
 use crate::loader::{self, Target};
 use crate::source::Prepared;
@@ -73,7 +74,7 @@ impl State {
     pub(super) fn remove(&mut self, name: ModelName, reply: Reply<vramd_api::Model>) {
         let refused = match self.changeable(&name) {
             Err(error) => error,
-            Ok(model) => match model.removable(self.ledger.allocations()) {
+            Ok(model) => match self.removable(model) {
                 Ok(()) => {
                     self.changing.insert(name.clone());
                     return self.store(Change::RemoveModel(name.clone()), OnStored::Remove(name, reply));
@@ -82,6 +83,13 @@ impl State {
             },
         };
         self.answer(reply, Err(refused));
+    }
+
+    fn removable(&self, model: &Model) -> Result<(), Busy> {
+        match self.waiting_load(&model.name) {
+            Some((operation, _)) => Err(Busy::Operation(operation)),
+            None => model.removable(self.ledger.allocations()),
+        }
     }
 
     pub(super) fn removed(
@@ -151,7 +159,7 @@ impl State {
         let answer = stored.and_then(|()| {
             self.change(name, |model| {
                 model.keep_alive = keep_alive.unwrap_or(model.keep_alive);
-                model.last_used = Some(now);
+                model.used(now);
             })
         });
         self.answer(reply, answer);
@@ -208,6 +216,11 @@ impl State {
             if !model.components.contains_key(name) {
                 return Err(no_component(model, name));
             }
+        }
+        if let Some((operation, waiting)) = self.waiting_load(&load.model) {
+            let same = load.device.is_none() || load.device == waiting.load.device;
+            let brings_all = same && wanted.iter().all(|name| waiting.prepared.contains_key(name));
+            return self.join(load, operation, brings_all);
         }
         let on = |name: &ComponentName, device: &DeviceId| model.components[name].residency.get(device);
         let device = load.device.clone().or_else(|| self.most_parts(model, &wanted));
@@ -280,7 +293,7 @@ impl State {
 
     fn set_keep_alive(&mut self, load: &Load) {
         let Some(model) = self.models.get_mut(&load.model) else { return };
-        model.last_used = Some(self.now);
+        model.used(self.now);
         if let Some(keep_alive) = load.keep_alive.filter(|keep_alive| *keep_alive != model.keep_alive) {
             model.keep_alive = keep_alive;
             self.store(Change::SetKeepAlive(load.model.clone(), keep_alive), OnStored::Nothing);
@@ -293,27 +306,82 @@ impl State {
         device: Option<DeviceId>,
         prepared: BTreeMap<ComponentName, Prepared>,
     ) -> Result<LoadAnswer, ApiError> {
-        let sizes: Vec<u64> = prepared.values().map(|prepared| prepared.plan.layout.block_bytes).collect();
-        let whole =
-            Self::weights(load, None, sizes.iter().fold(0, |sum, size| u64::saturating_add(sum, *size)));
-        let device = if let Some(device) = device {
-            device
-        } else {
-            let offers = self.ledger.offers(&whole, &[]);
-            let (chosen, _) = vramd_core::placement::choose(&offers, AllocationType::Weights, None);
-            chosen.ok_or_else(|| self.shortage(&whole, &[]))?
-        };
-        let requests = prepared
+        let priority = self.changeable(&load.model)?.priority;
+        let blocks = |prepared: &Prepared| prepared.plan.layout.block_bytes;
+        let requests: Vec<Request> = prepared
             .iter()
-            .map(|(component, one)| Self::weights(load, Some(component), one.plan.layout.block_bytes))
+            .map(|(component, one)| Self::weights(load, Some(component), blocks(one), priority))
             .collect();
-        let Some(grants) = self.ledger.reserve_all(requests, &device, self.now) else {
-            return Err(self.shortage(&whole, &[device]));
-        };
+        let whole = prepared.values().map(blocks).fold(0, u64::saturating_add);
+        let whole = Self::weights(load, None, whole, priority);
+        let on: Vec<DeviceId> = device.into_iter().collect();
         let payload =
             prepared.values().fold(0, |sum, part| u64::saturating_add(sum, part.plan.layout.payload_bytes));
-        let subject = format!("{} on {device}", load.model);
-        let operation = self.operations.begin(OperationKind::Load, subject, payload, self.now);
+        let fits = self.ledger.could_fit(&whole, &on);
+        let others_wait = !self.queue.is_empty() && fits && load.shortage.wait_seconds.is_some();
+        let grants = if others_wait { None } else { self.ledger.reserve_all(&requests, &on, self.now) };
+        let load = Load { device: on.first().cloned(), ..load.clone() };
+        let operation = |state: &mut Self, waits: bool| {
+            let subject =
+                on.first().map_or_else(|| load.model.to_string(), |on| format!("{} on {on}", load.model));
+            let kind = OperationKind::Load;
+            if waits {
+                state.operations.line_up(kind, subject, payload, state.now)
+            } else {
+                state.operations.begin(kind, subject, payload, state.now)
+            }
+        };
+        let id = if let Some(grants) = grants {
+            let id = operation(self, false);
+            self.set_keep_alive(&load);
+            self.start_load(id, WaitingLoad::new(load, prepared), grants);
+            id
+        } else {
+            let (deadline, evicted) = if fits {
+                self.wait_for_room(&requests, &on, load.shortage, Some(&load.model))
+            } else {
+                (None, Vec::new())
+            };
+            let Some(deadline) = deadline else { return Err(self.shortage(&whole, &on)) };
+            let id = operation(self, true);
+            self.set_keep_alive(&load);
+            let mut waiting = WaitingLoad::new(load, prepared);
+            waiting.evicted = evicted;
+            if !self.line_up_load(id, (requests, on), waiting, deadline) {
+                self.end_operation(id, Err(too_many_wait()));
+                return Err(too_many_wait());
+            }
+            self.admit();
+            id
+        };
+        let shown = self.operations.show(id)?;
+        Ok(LoadAnswer::Operation(Box::new(shown)))
+    }
+
+    /// Begins a load that has its bytes.
+    pub(super) fn start_load(
+        &mut self,
+        operation: OperationId,
+        waiting: WaitingLoad,
+        grants: Vec<(AllocationId, Grant)>,
+    ) {
+        let WaitingLoad { load, prepared, evicted, .. } = waiting;
+        let Some(device) = grants.first().map(|(_, grant)| grant.device.clone()) else { return };
+        // It may have come there otherwise while the load waited.
+        let there = |model: &Model| {
+            prepared.keys().any(|name| {
+                model.components.get(name).is_none_or(|entry| entry.residency.contains_key(&device))
+            })
+        };
+        if self.changeable(&load.model).map_or(true, there) {
+            for (allocation, grant) in grants {
+                self.granted(allocation, grant);
+            }
+            let error = ApiError::new(ErrorCode::Conflict, format!("model {} changed meanwhile", load.model))
+                .hint("load it again: some of it may be there already");
+            return self.end_operation(operation, Err(error));
+        }
+        self.operations.start(operation, format!("{} on {device}", load.model), self.now);
         let mut loading = Loading {
             model: load.model.clone(),
             device: device.clone(),
@@ -322,6 +390,8 @@ impl State {
             unready: prepared.len(),
             releasing: 0,
             failed: None,
+            began: self.now.tick,
+            evicted,
         };
         for ((component, prepared), (allocation, _)) in prepared.into_iter().zip(&grants) {
             let (allocation, plan) = (*allocation, prepared.plan.clone());
@@ -334,19 +404,18 @@ impl State {
             loading.parts.push(Part { component, allocation, plan, writing: LeaseId(Uuid::now_v7()) });
             loading.prepared.push(prepared);
         }
-        self.set_keep_alive(load);
         self.operations.running.insert(operation, Running::Load(loading));
-        let shown = self.operations.show(operation)?;
-        self.emit(EventKind::OperationChanged, serde_json::json!(shown));
+        if let Ok(shown) = self.operations.show(operation) {
+            self.emit(EventKind::OperationChanged, serde_json::json!(shown));
+        }
         for (allocation, grant) in grants {
             self.waiting.insert(allocation, OnReady::Load(operation));
             self.granted(allocation, grant);
         }
-        Ok(LoadAnswer::Operation(Box::new(shown)))
     }
 
     /// A request for the block of one component, or of all of a model together.
-    fn weights(load: &Load, component: Option<&ComponentName>, bytes: u64) -> Request {
+    fn weights(load: &Load, component: Option<&ComponentName>, bytes: u64, priority: Priority) -> Request {
         let purpose = match component {
             Some(component) => format!("{}/{component}", load.model),
             None => load.model.to_string(),
@@ -358,7 +427,7 @@ impl State {
             allocation_type: AllocationType::Weights,
             memory_type: None,
             purpose,
-            priority: Priority::Normal,
+            priority,
             owner: "vramd".parse().expect("a valid owner"),
             persistent: false,
             generation: 1,
@@ -442,16 +511,22 @@ impl State {
             self.finish_lease(part.writing);
         }
         let Some(model) = self.models.get_mut(&loading.model) else { return };
+        let bytes: u64 = loading.parts.iter().map(|part| part.plan.layout.payload_bytes).sum();
+        let seconds = self.now.tick.0.saturating_sub(loading.began.0) as f64 / 1000.0;
         for part in &loading.parts {
             if let Some(component) = model.components.get_mut(&part.component) {
-                let resident = Residency::Resident { allocation: part.allocation, plan: part.plan.clone() };
+                let (allocation, plan) = (part.allocation, part.plan.clone());
+                let share = plan.layout.payload_bytes as f64 / bytes.max(1) as f64;
+                let resident = Residency::Resident { allocation, plan, since: self.now.tick };
                 component.residency.insert(loading.device.clone(), resident);
+                component.load_seconds.insert(loading.device.clone(), seconds * share);
             }
         }
         model.last_used = Some(self.now);
-        let bytes: u64 = loading.parts.iter().map(|part| part.plan.layout.payload_bytes).sum();
+        self.note_load(&loading.device, bytes, seconds);
         let data = serde_json::json!({
             "model": loading.model, "deviceId": loading.device, "bytes": bytes, "loaded": true,
+            "evicted": loading.evicted,
             "components": loading.parts.iter().map(|part| part.component.as_str()).collect::<Vec<_>>(),
         });
         self.emit(EventKind::ModelLoaded, data.clone());
@@ -564,13 +639,15 @@ impl State {
             return Err(ApiError::new(ErrorCode::Conflict, format!("model {name} is pinned"))
                 .hint(format!("unpin it first: `vramd unpin {name}`")));
         }
-        self.begin_unload(name, devices)
+        self.begin_unload(name, devices, None)
     }
 
+    /// Unloads a model, or some components of it, from devices where nobody has them attached.
     pub(super) fn begin_unload(
         &mut self,
         name: &ModelName,
         devices: Vec<DeviceId>,
+        components: Option<&BTreeSet<ComponentName>>,
     ) -> Result<Operation, ApiError> {
         let places: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
         let subject = format!("{name} on {}", places.join(", "));
@@ -580,6 +657,7 @@ impl State {
             .ok_or_else(|| no_model(name))?
             .components
             .iter()
+            .filter(|(component, _)| components.is_none_or(|wanted| wanted.contains(*component)))
             .flat_map(|(component, entry)| {
                 entry.residency.iter().map(move |residency| (component, residency))
             })
@@ -631,7 +709,7 @@ impl State {
             if loading || self.changing.contains(&name) {
                 continue;
             }
-            if let Err(error) = self.begin_unload(&name, devices.into_iter().collect()) {
+            if let Err(error) = self.begin_unload(&name, devices.into_iter().collect(), None) {
                 tracing::warn!(model = %name, %error, "an idle model could not be unloaded");
             }
         }
@@ -689,6 +767,7 @@ fn stored(model: &Model) -> StoredModel {
         components: serde_json::to_string(&sources).expect("names and paths always print"),
         keep_alive: model.keep_alive,
         pinned: model.pinned,
+        priority: model.priority,
         registered_at: model.registered_at,
     }
 }

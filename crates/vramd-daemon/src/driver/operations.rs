@@ -15,11 +15,12 @@ use vramd_api::{
     ApiError, Bytes, ComponentName, DeviceId, ErrorCode, EventKind, Holder, ModelName, Operation,
     OperationId, OperationKind, OperationState, Priority,
 };
-use vramd_core::Now;
+use vramd_core::{Now, Tick};
 
 use super::clear::Clearing;
 use super::copies::flow;
 use super::defragment::Defragmenting;
+use super::room::Evicted;
 use super::transfers::Transferring;
 use super::{Part, Reply, State};
 use crate::clock;
@@ -59,6 +60,9 @@ pub(super) struct Loading {
     /// Parts that are being given back.
     pub releasing: usize,
     pub failed: Option<ApiError>,
+    pub began: Tick,
+    /// What went for it.
+    pub evicted: Vec<Evicted>,
 }
 
 /// An unload under way.
@@ -150,6 +154,30 @@ impl Operations {
         };
         self.entries.insert(id, Arc::new(entry));
         id
+    }
+
+    /// The same, of one that waits for its turn.
+    pub fn line_up(
+        &mut self,
+        kind: OperationKind,
+        subject: String,
+        bytes_total: u64,
+        now: Now,
+    ) -> OperationId {
+        let id = self.begin(kind, subject, bytes_total, now);
+        if let Some(entry) = self.entries.get_mut(&id) {
+            Arc::make_mut(entry).operation.state = OperationState::Queued;
+        }
+        id
+    }
+
+    /// It is its turn. What it waited does not count for its rate.
+    pub fn start(&mut self, id: OperationId, subject: String, now: Now) {
+        if let Some(entry) = self.entries.get_mut(&id).map(Arc::make_mut) {
+            entry.paused_seconds += now.wall.duration_since(entry.operation.started_at).as_secs_f64();
+            entry.operation.state = OperationState::Running;
+            entry.operation.subject = subject;
+        }
     }
 
     pub fn show(&self, id: OperationId) -> Result<Operation, ApiError> {
@@ -288,6 +316,11 @@ impl State {
             if matches!(self.operations.running.get(&id), Some(Running::Unload(_) | Running::Clear(_))) {
                 return Err(ApiError::new(ErrorCode::Conflict, "what gives memory back cannot be cancelled")
                     .hint("it ends in a moment; load the model or allocate again afterwards"));
+            }
+            if self.waiting_loads.contains_key(&id) {
+                let error = ApiError::new(ErrorCode::Cancelled, "the load was cancelled while it waited");
+                self.end_waiting_load(id, error);
+                return self.operations.show(id);
             }
             if let Some(progress) = self.operations.progress(id) {
                 progress.cancelled.store(true, Ordering::Relaxed);

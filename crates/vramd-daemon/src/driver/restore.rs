@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use vramd_api::{AllocateRequest, ApiError, ComponentName, ComponentSource, ErrorCode, EventKind};
+use vramd_core::eviction::Popularity;
 use vramd_core::ledger::Request;
 use vramd_core::models::{Component, Model};
 
@@ -79,8 +80,12 @@ fn restored_model(stored: &StoredModel) -> Result<Model, serde_json::Error> {
     let components = sources
         .into_iter()
         .map(|(name, source)| {
-            let component =
-                Component { path: source.path, plan: Err(Box::new(unread())), residency: BTreeMap::new() };
+            let component = Component {
+                path: source.path,
+                plan: Err(Box::new(unread())),
+                residency: BTreeMap::new(),
+                load_seconds: BTreeMap::new(),
+            };
             (name, component)
         })
         .collect();
@@ -88,6 +93,8 @@ fn restored_model(stored: &StoredModel) -> Result<Model, serde_json::Error> {
         name: stored.name.clone(),
         components,
         pinned: stored.pinned,
+        priority: stored.priority,
+        popularity: Popularity::default(),
         keep_alive: stored.keep_alive,
         registered_at: stored.registered_at,
         last_used: None,

@@ -206,7 +206,9 @@ impl State {
             if item.component.as_ref().is_some_and(|wanted| wanted != component) {
                 continue;
             }
-            let Some(Residency::Resident { allocation, plan }) = entry.residency.get(&from) else { continue };
+            let Some(Residency::Resident { allocation, plan, .. }) = entry.residency.get(&from) else {
+                continue;
+            };
             let component = (name.clone(), component.clone(), plan.clone());
             if entry.residency.contains_key(target) {
                 return Err(same_place(&format!("{name}/{}", component.1), target));
@@ -402,7 +404,7 @@ impl State {
         let Some(entry) = self.models.get_mut(model) else { return };
         entry.last_used = Some(now);
         let Some(entry) = entry.components.get_mut(component) else { return };
-        let resident = Residency::Resident { allocation: item.target, plan: plan.clone() };
+        let resident = Residency::Resident { allocation: item.target, plan: plan.clone(), since: now.tick };
         entry.residency.insert(item.to.clone(), resident);
         if moved && kept {
             entry

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use axum::extract::State;
 use vramd_api::{
-    ApiError, Bytes, LoadRequest, Model, ModelName, ModelPage, Operation, RegisterModel, Success,
+    ApiError, Bytes, LoadRequest, Model, ModelName, ModelPage, OnShortage, Operation, RegisterModel, Success,
     TouchRequest, UnloadRequest,
 };
+use vramd_core::eviction::Popularity;
 use vramd_core::models;
 
 use super::extract::{Body, NoParams, OptionalBody, Params, Path};
@@ -17,6 +18,7 @@ use super::{App, bad_path};
 use crate::clock;
 use crate::driver::{Event, Load};
 use crate::loader;
+use crate::requests;
 
 /// The most components of one model.
 const MAX_COMPONENTS: usize = 64;
@@ -67,13 +69,23 @@ pub async fn register(
         .into_iter()
         .filter_map(|(name, source)| {
             let plan = prepared.remove(&name)?.plan;
-            Some((name, models::Component { path: source.path, plan: Ok(plan), residency: BTreeMap::new() }))
+            Some((
+                name,
+                models::Component {
+                    path: source.path,
+                    plan: Ok(plan),
+                    residency: BTreeMap::new(),
+                    load_seconds: BTreeMap::new(),
+                },
+            ))
         })
         .collect();
     let model = models::Model {
         name: body.name,
         components,
         pinned: body.pinned,
+        priority: body.priority,
+        popularity: Popularity::default(),
         keep_alive: body.keep_alive.unwrap_or_default(),
         registered_at: clock::wall(),
         last_used: None,
@@ -104,7 +116,7 @@ pub async fn remove(State(app): State<App>, Path(text): Path, _: Params<NoParams
 /// Load a model
 ///
 /// All components of it, or those named, are resident when the operation has completed; if it fails or is cancelled,
-/// none of them is. A model that is being loaded answers with that operation; one that is resident with a completed
+/// none of them is. Without room, idle models go for it; while it waits for that, the operation is `Queued`. A model that is being loaded answers with that operation; one that is resident with a completed
 /// one.
 #[utoipa::path(post, path = "/api/models/{name}/load", tag = "models", request_body = Option<LoadRequest>,
     params(("name" = ModelName, Path), WaitParams,
@@ -127,7 +139,9 @@ pub async fn load(
         Some(device) => Some(app.driver.devices.named(device)?.facts().device.clone()),
         None => None,
     };
-    let load = Load { model: name(&text)?, device, components: body.components, keep_alive: body.keep_alive };
+    let shortage = requests::shortage(body.on_shortage.unwrap_or(OnShortage::Evict), body.timeout_seconds)?;
+    let (components, keep_alive) = (body.components, body.keep_alive);
+    let load = Load { model: name(&text)?, device, components, keep_alive, shortage };
     let operation = loader::begin(&app.driver, &app.roots, &load).await?;
     operations::answer(&app, operation, wait).await
 }

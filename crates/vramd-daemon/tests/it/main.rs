@@ -18,6 +18,7 @@ mod parts;
 mod quiet_hours;
 mod restart;
 mod support;
+mod tiers;
 #[cfg(unix)]
 mod unix;
 mod usage;

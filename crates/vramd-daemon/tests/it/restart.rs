@@ -136,6 +136,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         cuda: vramd_daemon::CudaCards::None,
         vulkan: vramd_daemon::Adapters::None,
         d3d12: vramd_daemon::Adapters::None,
+        eviction: vramd_api::EvictionPolicy::default(),
         #[cfg(unix)]
         loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
         quiet_hours: None,

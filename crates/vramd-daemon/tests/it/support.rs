@@ -204,6 +204,7 @@ impl Home {
             cuda: vramd_daemon::CudaCards::None,
             vulkan: vramd_daemon::Adapters::None,
             d3d12: vramd_daemon::Adapters::None,
+            eviction: vramd_api::EvictionPolicy::default(),
             #[cfg(unix)]
             loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
             quiet_hours,

@@ -47,6 +47,7 @@ async fn add(client: &Client, arguments: AddModelArguments, output: Output) -> R
         components,
         keep_alive: arguments.keep_alive,
         pinned: arguments.pin,
+        priority: arguments.priority,
     };
     let model = client.register_model(&request).await?;
     output.data(&model, |model| summary(std::slice::from_ref(model)))
@@ -129,6 +130,7 @@ fn details(model: &Model) -> String {
         ("model", model.name.to_string()),
         ("size", Bytes::show(model.size_bytes)),
         ("kept", kept(model)),
+        ("priority", model.priority.to_string()),
         ("used", model.last_used_at.map_or_else(|| "never".to_owned(), time_since)),
         ("registered", time_since(model.registered_at)),
     ]);

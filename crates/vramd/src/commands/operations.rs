@@ -23,6 +23,8 @@ pub async fn load(client: &Client, arguments: LoadArguments, output: Output) -> 
         device_id: arguments.device,
         components: (!arguments.component.is_empty()).then_some(arguments.component),
         keep_alive: arguments.keep_alive,
+        on_shortage: arguments.on_shortage,
+        timeout_seconds: arguments.timeout_seconds,
     };
     if arguments.no_wait {
         let operation = client.load(&arguments.model, &request, 0).await?;
@@ -158,6 +160,12 @@ fn bar(operation: &Operation) -> ProgressBar {
 }
 
 fn show(bar: &ProgressBar, operation: &Operation) {
+    let waits = operation.state == OperationState::Queued;
+    bar.set_message(if waits {
+        format!("{} waits for room", operation.subject)
+    } else {
+        operation.subject.clone()
+    });
     bar.set_length(operation.bytes_total);
     bar.set_position(operation.bytes_done);
 }
@@ -168,12 +176,26 @@ pub fn ended(operation: &Operation) -> String {
     let speed =
         operation.bytes_per_second.map_or_else(String::new, |speed| format!(", {}/s", Bytes::show(speed)));
     let bytes = Bytes::show(operation.bytes_done);
+    let went = went(operation);
     format!(
-        "{} {} {}: {bytes} in {seconds:.2} s{speed}",
+        "{} {} {}: {bytes} in {seconds:.2} s{speed}{went}",
         word(operation.kind),
         operation.subject,
         word(operation.state)
     )
+}
+
+/// What was unloaded for a load.
+fn went(operation: &Operation) -> String {
+    let evicted = operation.result.as_ref().and_then(|result| result["evicted"].as_array());
+    let names: Vec<_> = evicted
+        .into_iter()
+        .flatten()
+        .map(|one| {
+            format!("{}/{}", one["model"].as_str().unwrap_or("?"), one["component"].as_str().unwrap_or("?"))
+        })
+        .collect();
+    if names.is_empty() { String::new() } else { format!("\nunloaded for it: {}", names.join(", ")) }
 }
 
 fn rows(operations: &[Operation]) -> String {

@@ -1,0 +1,245 @@
+//! Which resident components of models go when room is needed.
+//!
+//! Keeping a component is worth what it would cost to get it back, as often as that is likely to be needed: expected uses a second
+//! × seconds to load it again. Among the sets that free enough, the one whose loss is least goes; not one by one,
+//! since two small components may be dearer than a large one. Which components may go at all is the caller's business.
+
+use vramd_api::{EvictionPolicy, Priority};
+
+use crate::Tick;
+
+/// How long it takes until a use counts half as much.
+const HALF_LIFE_SECONDS: f64 = 600.0;
+/// Up to so many candidates all sets are compared; of more, good ones.
+const EXACT: usize = 12;
+
+/// How often something is used: each use counts, and less the longer ago it was.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Popularity {
+    score: f64,
+    at: Tick,
+}
+
+impl Popularity {
+    pub fn record(&mut self, now: Tick) {
+        *self = Self { score: self.score(now) + 1.0, at: now };
+    }
+
+    fn score(self, now: Tick) -> f64 {
+        let seconds = now.0.saturating_sub(self.at.0) as f64 / 1000.0;
+        self.score * (-seconds / HALF_LIFE_SECONDS).exp2()
+    }
+
+    /// As often as it was used lately.
+    pub fn uses_per_second(self, now: Tick) -> f64 {
+        self.score(now) * std::f64::consts::LN_2 / HALF_LIFE_SECONDS
+    }
+}
+
+/// A component that may go.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Candidate {
+    /// What is free once it is gone.
+    pub bytes: u64,
+    pub priority: Priority,
+    pub idle_seconds: f64,
+    pub uses_per_second: f64,
+    /// What it takes to get it back.
+    pub reload_seconds: f64,
+}
+
+impl Candidate {
+    /// The seconds of loading that its absence costs, per second.
+    pub fn loss(&self) -> f64 {
+        self.uses_per_second * self.reload_seconds * weight(self.priority)
+    }
+}
+
+/// How much dearer a second of waiting is for a model of that priority.
+fn weight(priority: Priority) -> f64 {
+    match priority {
+        Priority::Low => 0.1,
+        Priority::Normal => 1.0,
+        Priority::High => 10.0,
+        Priority::Critical => 100.0,
+    }
+}
+
+/// The candidates, by their indexes, that free `needed` bytes at the least loss; None if all of them do not free as much.
+pub fn choose(candidates: &[Candidate], needed: u64, policy: EvictionPolicy) -> Option<Vec<usize>> {
+    let freed = |set: &[usize]| set.iter().fold(0_u64, |sum, at| sum.saturating_add(candidates[*at].bytes));
+    let all: Vec<usize> = (0..candidates.len()).collect();
+    if freed(&all) < needed {
+        return None;
+    }
+    if needed == 0 {
+        return Some(Vec::new());
+    }
+    if policy == EvictionPolicy::LowestCost {
+        return Some(cheapest(candidates, needed));
+    }
+    let mut order = all;
+    order.sort_by(|a, b| {
+        let (one, other) = (&candidates[*a], &candidates[*b]);
+        let by_policy = match policy {
+            EvictionPolicy::LeastRecentlyUsed => other.idle_seconds.total_cmp(&one.idle_seconds),
+            EvictionPolicy::LeastFrequentlyUsed => one.uses_per_second.total_cmp(&other.uses_per_second),
+            EvictionPolicy::LargestFirst => other.bytes.cmp(&one.bytes),
+            EvictionPolicy::LowestCost => std::cmp::Ordering::Equal,
+        };
+        one.priority.cmp(&other.priority).then(by_policy).then(a.cmp(b))
+    });
+    let mut sum = 0_u64;
+    let enough = order.iter().position(|at| {
+        sum = sum.saturating_add(candidates[*at].bytes);
+        sum >= needed
+    });
+    order.truncate(enough.map_or(order.len(), |last| last + 1));
+    Some(order)
+}
+
+/// Of sets that free enough the one with the least loss, then that which takes least.
+fn cheapest(candidates: &[Candidate], needed: u64) -> Vec<usize> {
+    if candidates.len() <= EXACT {
+        let all = 1_u32..1 << candidates.len();
+        let sums = |set: u32| {
+            let members = (0..candidates.len()).filter(move |at| set & 1 << at != 0);
+            members.fold((0_u64, 0.0), |(bytes, loss), at| {
+                (bytes.saturating_add(candidates[at].bytes), loss + candidates[at].loss())
+            })
+        };
+        let fitting = all.filter_map(|set| {
+            let (bytes, loss) = sums(set);
+            (bytes >= needed).then_some((loss, bytes, set))
+        });
+        let best = fitting.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)));
+        let (.., set) = best.expect("all of them together are enough");
+        return (0..candidates.len()).filter(|at| set & 1 << at != 0).collect();
+    }
+    // By loss a byte, then without those that the others make needless, the dearest first; or the one that is enough alone.
+    let density = |at: usize| candidates[at].loss() / candidates[at].bytes.max(1) as f64;
+    let mut order: Vec<usize> = (0..candidates.len()).collect();
+    order.sort_by(|a, b| density(*a).total_cmp(&density(*b)).then(a.cmp(b)));
+    let mut bytes = 0_u64;
+    let mut taken = Vec::new();
+    for at in order {
+        if bytes >= needed {
+            break;
+        }
+        bytes = bytes.saturating_add(candidates[at].bytes);
+        taken.push(at);
+    }
+    taken.sort_by(|a, b| candidates[*b].loss().total_cmp(&candidates[*a].loss()).then(a.cmp(b)));
+    taken.retain(|at| {
+        let needless = bytes - candidates[*at].bytes >= needed;
+        bytes -= if needless { candidates[*at].bytes } else { 0 };
+        !needless
+    });
+    let loss: f64 = taken.iter().map(|at| candidates[*at].loss()).sum();
+    let alone = (0..candidates.len()).filter(|at| candidates[*at].bytes >= needed);
+    let alone = alone.min_by(|a, b| candidates[*a].loss().total_cmp(&candidates[*b].loss()));
+    match alone {
+        Some(at) if candidates[at].loss() < loss => vec![at],
+        _ => {
+            taken.sort_unstable();
+            taken
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn candidate(bytes: u64, uses: f64, reload_seconds: f64) -> Candidate {
+        Candidate {
+            bytes,
+            priority: Priority::Normal,
+            idle_seconds: 0.0,
+            uses_per_second: uses,
+            reload_seconds,
+        }
+    }
+
+    #[test]
+    fn what_is_seldom_used_and_quickly_back_goes_first() {
+        let all = [candidate(10, 0.5, 10.0), candidate(10, 0.1, 10.0), candidate(10, 0.1, 1.0)];
+        assert_eq!(choose(&all, 10, EvictionPolicy::LowestCost), Some(vec![2]));
+        assert_eq!(choose(&all, 11, EvictionPolicy::LowestCost), Some(vec![1, 2]));
+        assert_eq!(choose(&all, 0, EvictionPolicy::LowestCost), Some(vec![]));
+        assert_eq!(choose(&all, 31, EvictionPolicy::LowestCost), None);
+        assert_eq!(choose(&[], 0, EvictionPolicy::LowestCost), Some(vec![]));
+    }
+
+    #[test]
+    fn one_large_one_may_be_cheaper_than_two_small_ones() {
+        let all = [candidate(5, 1.0, 4.0), candidate(5, 1.0, 4.0), candidate(10, 1.0, 5.0)];
+        assert_eq!(choose(&all, 10, EvictionPolicy::LowestCost), Some(vec![2]));
+    }
+
+    #[test]
+    fn more_important_models_go_last_whatever_the_policy() {
+        let mut all = [candidate(10, 0.0, 1.0), candidate(10, 1.0, 1.0)];
+        all[0].priority = Priority::High;
+        all[0].idle_seconds = 100.0;
+        all[0].bytes = 20;
+        for policy in [
+            EvictionPolicy::LeastRecentlyUsed,
+            EvictionPolicy::LeastFrequentlyUsed,
+            EvictionPolicy::LargestFirst,
+        ] {
+            assert_eq!(choose(&all, 10, policy), Some(vec![1]), "{policy}");
+        }
+        all[0].uses_per_second = 0.2;
+        assert_eq!(choose(&all, 10, EvictionPolicy::LowestCost), Some(vec![1]));
+    }
+
+    #[test]
+    fn policies_go_by_what_their_names_say() {
+        let mut all = [candidate(10, 3.0, 1.0), candidate(20, 2.0, 1.0), candidate(30, 1.0, 100.0)];
+        all[0].idle_seconds = 9.0;
+        assert_eq!(choose(&all, 1, EvictionPolicy::LeastRecentlyUsed), Some(vec![0]));
+        assert_eq!(choose(&all, 1, EvictionPolicy::LeastFrequentlyUsed), Some(vec![2]));
+        assert_eq!(choose(&all, 31, EvictionPolicy::LargestFirst), Some(vec![2, 1]));
+        assert_eq!(choose(&all, 1, EvictionPolicy::LowestCost), Some(vec![1]));
+    }
+
+    #[test]
+    fn a_use_counts_half_after_ten_minutes() {
+        let mut popularity = Popularity::default();
+        assert!(popularity.uses_per_second(Tick(5)) < f64::EPSILON);
+        for _ in 0..8 {
+            popularity.record(Tick(1000));
+        }
+        let (now, later) =
+            (popularity.uses_per_second(Tick(1000)), popularity.uses_per_second(Tick(601_000)));
+        assert!((now / later - 2.0).abs() < 1e-9);
+    }
+
+    proptest! {
+        /// Of many candidates too what goes is enough, nothing in it is needless, and it is no more than twice the best.
+        #[test]
+        fn good_sets_are_near_the_best(
+            all in prop::collection::vec((1u64..50, 1u32..100), EXACT + 1..EXACT + 4),
+            share in 1u64..100,
+        ) {
+            let all: Vec<_> =
+                all.into_iter().map(|(bytes, loss)| candidate(bytes, f64::from(loss), 1.0)).collect();
+            let whole: u64 = all.iter().map(|one| one.bytes).sum();
+            let needed = (whole * share / 100).max(1);
+            let chosen = choose(&all, needed, EvictionPolicy::LowestCost).expect("there is enough");
+            let freed: u64 = chosen.iter().map(|at| all[*at].bytes).sum();
+            prop_assert!(freed >= needed);
+            prop_assert!(chosen.iter().all(|at| freed - all[*at].bytes < needed));
+            let loss: f64 = chosen.iter().map(|at| all[*at].loss()).sum();
+            let sums = (0_u32..1 << all.len()).filter_map(|set| {
+                let members = || (0..all.len()).filter(move |at| set & 1 << at != 0);
+                let bytes: u64 = members().map(|at| all[at].bytes).sum();
+                (bytes >= needed).then(|| members().map(|at| all[at].loss()).sum::<f64>())
+            });
+            let best = sums.min_by(f64::total_cmp).expect("there is enough");
+            prop_assert!(loss <= best * 2.0 + 1e-9, "{loss} against {best}");
+        }
+    }
+}

@@ -1,0 +1,326 @@
+//! Room for those who have to wait for it: what goes for them, and the loads that wait.
+//!
+//! A request that may evict has idle components unloaded until what it lacks is on its way back. It claims that room, so that nobody
+//! who does not wait takes it, and stands in the queue like everybody else. What is attached, at work, pinned, of a higher priority or just
+//! come stays.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+use vramd_api::{
+    AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, EvictionPolicy, ModelName,
+    OperationId,
+};
+use vramd_core::Tick;
+use vramd_core::eviction::{self, Candidate};
+use vramd_core::ledger::{Grant, Request, State as AllocationState};
+use vramd_core::models::Residency;
+use vramd_core::queue::Waiting as Queued;
+
+use super::allocations::{OnReady, refusal};
+use super::{Load, State};
+use crate::source::Prepared;
+
+/// What a load is taken to need, before one was measured.
+const BYTES_PER_SECOND: f64 = 1e9;
+/// How long bytes may take to come back before who waits for them hears of it.
+const RETURN_SECONDS: u64 = 30;
+/// As many of those that stayed are named.
+const NAMED: usize = 5;
+
+/// A load that waits for room.
+#[derive(Debug)]
+pub(super) struct WaitingLoad {
+    pub load: Load,
+    pub prepared: BTreeMap<ComponentName, Prepared>,
+    pub evicted: Vec<Evicted>,
+    /// Its first block.
+    id: AllocationId,
+}
+
+impl WaitingLoad {
+    pub(super) fn new(load: Load, prepared: BTreeMap<ComponentName, Prepared>) -> Self {
+        Self { load, prepared, evicted: Vec::new(), id: AllocationId(uuid::Uuid::nil()) }
+    }
+}
+
+/// A component that could go, and what it is worth.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Evicted {
+    pub model: ModelName,
+    pub component: ComponentName,
+    pub device_id: DeviceId,
+    pub bytes: u64,
+    pub idle_seconds: f64,
+    pub uses_per_hour: f64,
+    /// To get it back.
+    pub load_seconds: f64,
+}
+
+/// Whether there will be room.
+pub(super) enum Room {
+    /// It is on its way back.
+    Coming,
+    /// Idle models have it that have just come, and stay until then.
+    Soon(Tick),
+    No,
+}
+
+/// What could go on one device.
+struct Choice {
+    device: DeviceId,
+    chosen: Vec<Evicted>,
+    stayed: Vec<Evicted>,
+    loss: f64,
+}
+
+impl State {
+    /// Unloads what costs least until `requests` have room on one of `on`, and claims it for them. `model`: whose they are.
+    pub(super) fn make_room(
+        &mut self,
+        requests: &[Request],
+        on: &[DeviceId],
+        model: Option<&ModelName>,
+    ) -> (Room, Vec<Evicted>) {
+        let id = requests[0].id;
+        self.ledger.give_up_claim(id);
+        let mut soon: Option<Tick> = None;
+        let mut best: Option<Choice> = None;
+        for device in self.ledger.devices_for(&requests[0], on) {
+            let Some(lacks) = self.ledger.lacks(requests, &device) else { continue };
+            let (mut old, mut young, mut until) = (Vec::new(), Vec::new(), Tick::default());
+            for (stays, candidate, evicted) in self.candidates(&device, requests[0].priority, model) {
+                if stays <= self.now.tick {
+                    old.push((candidate, evicted));
+                } else {
+                    until = until.max(stays);
+                    young.push(candidate);
+                }
+            }
+            let candidates: Vec<Candidate> = old.iter().map(|(candidate, _)| *candidate).collect();
+            let Some(chosen) = eviction::choose(&candidates, lacks, self.policy) else {
+                young.extend(candidates);
+                if eviction::choose(&young, lacks, EvictionPolicy::LargestFirst).is_some() {
+                    soon = Some(soon.map_or(until, |before| before.min(until)));
+                }
+                continue;
+            };
+            let loss = chosen.iter().map(|at| candidates[*at].loss()).sum();
+            // Of devices where the same goes (mostly nothing) the first.
+            if best.as_ref().is_none_or(|best| loss < best.loss) {
+                let mut stayed: Vec<_> = (0..old.len()).filter(|at| !chosen.contains(at)).collect();
+                stayed.sort_by(|a, b| candidates[*a].loss().total_cmp(&candidates[*b].loss()));
+                let named = |at: usize| old[at].1.clone();
+                best = Some(Choice {
+                    device,
+                    stayed: stayed.into_iter().take(NAMED).map(named).collect(),
+                    chosen: chosen.into_iter().map(named).collect(),
+                    loss,
+                });
+            }
+        }
+        let Some(Choice { device, chosen, stayed, .. }) = best else {
+            return (soon.map_or(Room::No, Room::Soon), Vec::new());
+        };
+        if let Some(bytes) = self.ledger.held_for(requests, &device) {
+            self.ledger.claim(id, &device, bytes);
+        }
+        let purpose = &requests[0].purpose;
+        let whose = model.map_or_else(|| requests[0].owner.to_string(), ToString::to_string);
+        let mut parts: BTreeMap<ModelName, BTreeSet<ComponentName>> = BTreeMap::new();
+        for evicted in &chosen {
+            let data = serde_json::json!({
+                "evicted": evicted, "policy": self.policy, "for": whose, "purpose": purpose, "stayed": stayed,
+            });
+            self.emit(EventKind::ModelEvicted, data);
+            parts.entry(evicted.model.clone()).or_default().insert(evicted.component.clone());
+        }
+        for (name, components) in parts {
+            if let Err(error) = self.begin_unload(&name, vec![device.clone()], Some(&components)) {
+                tracing::warn!(model = %name, %error, "an idle model could not be unloaded");
+            }
+        }
+        (Room::Coming, chosen)
+    }
+
+    /// The idle components on a device, and until when each stays at least.
+    fn candidates(
+        &self,
+        device: &DeviceId,
+        priority: vramd_api::Priority,
+        asking: Option<&ModelName>,
+    ) -> Vec<(Tick, Candidate, Evicted)> {
+        let mut found = Vec::new();
+        let may_go = |name: &ModelName| asking != Some(name) && !self.changing.contains(name);
+        let models = self.models.iter().filter(|model| !model.pinned && model.priority <= priority);
+        for model in models.filter(|model| may_go(&model.name)) {
+            let idle = model.last_used.map_or(0, |used| self.now.tick.0.saturating_sub(used.tick.0));
+            for (component, entry) in &model.components {
+                let Some(Residency::Resident { allocation, since, .. }) = entry.residency.get(device) else {
+                    continue;
+                };
+                let Some(held) = self.ledger.allocation(*allocation) else { continue };
+                let busy = held.state != AllocationState::Active
+                    || held.is_attached()
+                    || held.tasks().next().is_some();
+                // What shares its segment frees nothing that others could use.
+                if busy || self.ledger.segment_bytes(*allocation) != Some(held.block_bytes) {
+                    continue;
+                }
+                let bytes = held.block_bytes;
+                let rate = self.load_rates.get(device).copied().unwrap_or(BYTES_PER_SECOND);
+                let load_seconds =
+                    entry.load_seconds.get(device).copied().unwrap_or_else(|| bytes as f64 / rate);
+                let uses_per_second = model.popularity.uses_per_second(self.now.tick);
+                let candidate = Candidate {
+                    bytes,
+                    priority: model.priority,
+                    idle_seconds: idle as f64 / 1000.0,
+                    uses_per_second,
+                    reload_seconds: load_seconds,
+                };
+                let rounded = |value: f64| (value * 1000.0).round() / 1000.0;
+                let evicted = Evicted {
+                    model: model.name.clone(),
+                    component: component.clone(),
+                    device_id: device.clone(),
+                    bytes,
+                    idle_seconds: rounded(candidate.idle_seconds),
+                    uses_per_hour: rounded(uses_per_second * 3600.0),
+                    load_seconds: rounded(load_seconds),
+                };
+                // Two that take turns spend half of their time working, not all of it loading.
+                let stays = Tick(since.0 + (load_seconds * 1000.0) as u64);
+                found.push((stays, candidate, evicted));
+            }
+        }
+        found
+    }
+
+    /// Makes room for a request that may evict, if that can help; answers how long it waits then, and what went for it.
+    pub(super) fn wait_for_room(
+        &mut self,
+        requests: &[Request],
+        on: &[DeviceId],
+        shortage: super::OnShortage,
+        model: Option<&ModelName>,
+    ) -> (Option<Tick>, Vec<Evicted>) {
+        let patience = |from: Tick, seconds: u64| from.after_seconds(seconds.saturating_add(RETURN_SECONDS));
+        let wait = shortage.wait_seconds;
+        let now = self.now.tick;
+        if !shortage.evict {
+            return (wait.map(|seconds| now.after_seconds(seconds)), Vec::new());
+        }
+        let (room, evicted) = self.make_room(requests, on, model);
+        let deadline = match room {
+            Room::Coming => Some(patience(now, wait.unwrap_or(0))),
+            Room::Soon(then) => Some(patience(then, wait.unwrap_or(0))),
+            Room::No => wait.map(|seconds| now.after_seconds(seconds)),
+        };
+        (deadline, evicted)
+    }
+
+    /// Looks again for room for those who are next: a model may be idle now that was not.
+    pub(super) fn make_room_for_waiting(&mut self) {
+        if self.queue.is_empty() {
+            return;
+        }
+        let next = self.queue.next_on(&self.ledger).into_iter();
+        let next: Vec<_> = next.map(|(waiting, on)| (waiting.requests.clone(), on)).collect();
+        for (requests, on) in next {
+            let id = requests[0].id;
+            let operation = match self.waiting.get(&id) {
+                Some(OnReady::WaitingLoad(operation)) => Some(*operation),
+                Some(OnReady::Client(client)) if client.allocate.shortage.evict => None,
+                _ => continue,
+            };
+            let waiting = operation.and_then(|operation| self.waiting_loads.get(&operation));
+            if waiting.is_some_and(|waiting| !waiting.load.shortage.evict) {
+                continue;
+            }
+            let model = waiting.map(|waiting| waiting.load.model.clone());
+            let (_, evicted) = self.make_room(&requests, &on, model.as_ref());
+            if let Some(waiting) = operation.and_then(|operation| self.waiting_loads.get_mut(&operation)) {
+                waiting.evicted.extend(evicted);
+            }
+        }
+        self.admit();
+    }
+
+    /// Lines a load up; false if too many wait.
+    pub(super) fn line_up_load(
+        &mut self,
+        operation: OperationId,
+        (requests, on): (Vec<Request>, Vec<DeviceId>),
+        waiting: WaitingLoad,
+        deadline: Tick,
+    ) -> bool {
+        let id = requests[0].id;
+        if !self.queue.push(Queued { requests, on, deadline }) {
+            self.ledger.give_up_claim(id);
+            return false;
+        }
+        self.waiting.insert(id, OnReady::WaitingLoad(operation));
+        self.waiting_loads.insert(operation, WaitingLoad { id, ..waiting });
+        true
+    }
+
+    /// The load of a model that waits for room.
+    pub(super) fn waiting_load(&self, name: &ModelName) -> Option<(OperationId, &WaitingLoad)> {
+        let mut all = self.waiting_loads.iter();
+        all.find(|(_, waiting)| waiting.load.model == *name).map(|(id, waiting)| (*id, waiting))
+    }
+
+    /// There is room for a load.
+    pub(super) fn load_admitted(&mut self, operation: OperationId, grants: Vec<(AllocationId, Grant)>) {
+        let Some(waiting) = self.waiting_loads.remove(&operation) else { return };
+        self.start_load(operation, waiting, grants);
+    }
+
+    /// A load waits no more.
+    pub(super) fn end_waiting_load(&mut self, operation: OperationId, error: ApiError) {
+        let Some(waiting) = self.waiting_loads.remove(&operation) else { return };
+        self.waiting.remove(&waiting.id);
+        self.queue.retain(|id| id != waiting.id);
+        self.ledger.give_up_claim(waiting.id);
+        self.end_operation(operation, Err(error));
+    }
+
+    pub(super) fn stop_waiting_loads(&mut self) {
+        for operation in self.waiting_loads.keys().copied().collect::<Vec<_>>() {
+            let error = ApiError::new(ErrorCode::Unavailable, "the daemon is stopping");
+            self.end_waiting_load(operation, error);
+        }
+    }
+
+    /// No room came up in time.
+    pub(super) fn load_expired(&mut self, operation: OperationId, queued: &Queued) {
+        let whole = queued.requests.iter().fold(0_u64, |sum, one| sum.saturating_add(one.size_bytes));
+        let request = Request { size_bytes: whole, ..queued.requests[0].clone() };
+        let error = timed_out(refusal(&self.ledger.refusal(&request, &queued.on)));
+        self.end_waiting_load(operation, error);
+    }
+
+    /// Remembers how long a load took.
+    pub(super) fn note_load(&mut self, device: &DeviceId, bytes: u64, seconds: f64) {
+        // Small ones say more of the disk's first answer than of its speed.
+        if bytes >= 1 << 20 && seconds > 0.0 {
+            let rate = bytes as f64 / seconds;
+            self.load_rates
+                .entry(device.clone())
+                .and_modify(|old| *old += (rate - *old) / 4.0)
+                .or_insert(rate);
+        }
+    }
+}
+
+/// The refusal of one whose time is over.
+pub(super) fn timed_out(mut error: ApiError) -> ApiError {
+    if error.code == ErrorCode::InsufficientMemory {
+        error.code = ErrorCode::Timeout;
+        error.status = error.code.status();
+        error.message = format!("no room came up in time: {}", error.message);
+    }
+    error
+}

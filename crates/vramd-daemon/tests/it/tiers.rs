@@ -1,0 +1,234 @@
+//! Room for models: what goes for a load, in what order loads get it, and what never goes.
+
+use serde_json::{Value, json};
+use vramd_device::Call;
+
+use crate::support::{Daemon, MIB, caught, wait_for, write_model};
+
+/// A daemon with models of 20 MiB, of which three fit onto its device of 64 MiB.
+fn with_models(names: &[&str]) -> Daemon {
+    let daemon = Daemon::start(&[64 * MIB]);
+    for name in names {
+        add(&daemon, name, 20 * MIB, &json!({}));
+    }
+    daemon
+}
+
+fn add(daemon: &Daemon, name: &str, bytes: u64, more: &Value) {
+    let path = daemon.home.path("models").join(format!("{name}.safetensors"));
+    write_model(&path, "w", bytes as usize - 4096);
+    let mut body = json!({"name": name, "components": {"weights": {"path": path}}});
+    body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+    daemon.post("/api/models", &body).data(201);
+}
+
+fn is_resident(daemon: &Daemon, name: &str) -> bool {
+    daemon.residency(name).iter().any(|residency| residency["state"] == "Resident")
+}
+
+fn resident(daemon: &Daemon, names: &[&str]) -> Vec<String> {
+    names.iter().filter(|name| is_resident(daemon, name)).map(ToString::to_string).collect()
+}
+
+fn use_it(daemon: &Daemon, name: &str, times: usize) {
+    for _ in 0..times {
+        daemon.post(&format!("/api/models/{name}/touch"), &json!({})).data(200);
+    }
+}
+
+fn state(daemon: &Daemon, operation: &str) -> Value {
+    daemon.get(&format!("/api/operations/{operation}")).data(200)["state"].clone()
+}
+
+/// What no device has room for, since processes have it all attached.
+fn all_attached(daemon: &Daemon, names: &[&str]) -> Vec<vramd_attach::Attachment> {
+    names
+        .iter()
+        .map(|name| {
+            daemon.loaded(name, "sim:0");
+            daemon.attach(&json!({"model": name})).expect("attached")
+        })
+        .collect()
+}
+
+#[test]
+fn the_model_whose_absence_costs_least_goes_for_one_that_is_loaded() {
+    let names = ["a", "b", "c", "d"];
+    let daemon = with_models(&names);
+    for name in ["a", "b", "c"] {
+        daemon.loaded(name, "sim:0");
+    }
+    // The one used longest ago is not the one used least.
+    use_it(&daemon, "a", 9);
+    use_it(&daemon, "c", 5);
+    let mut events = daemon.events(None);
+    let operation = daemon.ended(&daemon.load("d", &json!({"deviceId": "sim:0"})));
+    assert_eq!(operation["state"], "Completed", "{operation:#}");
+    assert_eq!(resident(&daemon, &names), ["a", "c", "d"]);
+    let [went] = operation["result"]["evicted"].as_array().expect("a list").as_slice() else {
+        panic!("one went: {operation:#}")
+    };
+    assert_eq!(
+        (&went["model"], &went["component"], &went["deviceId"]),
+        (&json!("b"), &json!("weights"), &json!("sim:0"))
+    );
+    assert!(went["bytes"].as_u64() >= Some(20 * MIB - 4096) && went["usesPerHour"].is_number());
+    let told = events.until("model.evicted");
+    assert_eq!(
+        (&told["evicted"]["model"], &told["for"], &told["policy"]),
+        (&json!("b"), &json!("d"), &json!("LowestCost"))
+    );
+    // The one that has just come may not be among those that could have gone.
+    let stayed = told["stayed"].as_array().expect("a list");
+    assert!(
+        stayed.iter().any(|one| one["model"] == "a") && stayed.iter().all(|one| one["model"] != "b"),
+        "{told:#}"
+    );
+    assert_eq!(events.until("model.unloaded")["model"], "b");
+    // What is not needed does not go.
+    daemon.unloaded("d");
+    daemon.loaded("b", "sim:0");
+    assert_eq!(resident(&daemon, &names), ["a", "b", "c"]);
+    names.iter().filter(|name| is_resident(&daemon, name)).for_each(|name| daemon.unloaded(name));
+    daemon.all_is_back("sim:0");
+}
+
+#[test]
+fn what_is_attached_pinned_or_more_important_never_goes() {
+    let daemon = with_models(&["a", "b", "d"]);
+    add(&daemon, "dear", 20 * MIB, &json!({"priority": "High"}));
+    for name in ["a", "b", "dear"] {
+        daemon.loaded(name, "sim:0");
+    }
+    let reader = daemon.attach(&json!({"model": "a"})).expect("attached");
+    daemon.post("/api/models/b/pin", &json!({})).data(200);
+    let refused =
+        daemon.post("/api/models/d/load", &json!({"deviceId": "sim:0"})).error("INSUFFICIENT_MEMORY");
+    assert_eq!(refused["details"]["requestedBytes"].as_u64().map(|bytes| bytes / MIB), Some(20));
+    assert_eq!(resident(&daemon, &["a", "b", "dear"]).len(), 3);
+    // One as important may.
+    add(&daemon, "dearer", 20 * MIB, &json!({"priority": "High"}));
+    daemon.loaded("dearer", "sim:0");
+    assert_eq!(resident(&daemon, &["a", "b", "dear", "dearer"]), ["a", "b", "dearer"]);
+    drop(reader);
+    wait_for("the reader to be gone", || (daemon.residency("a")[0]["attachedCount"] == 0).then_some(()));
+    daemon.loaded("d", "sim:0");
+    assert!(!is_resident(&daemon, "a"));
+}
+
+#[test]
+fn a_load_waits_for_what_processes_have_attached_as_long_as_it_was_told() {
+    let daemon = with_models(&["a", "b", "c", "d", "e"]);
+    let mut readers = all_attached(&daemon, &["a", "b", "c"]);
+    let late = daemon.load("e", &json!({"deviceId": "sim:0", "timeoutSeconds": 1}));
+    let waits = daemon.load("d", &json!({"deviceId": "sim:0", "timeoutSeconds": 60}));
+    assert_eq!(state(&daemon, &waits), "Queued");
+    // Whoever asks for the same waits with it.
+    assert_eq!(daemon.load("d", &json!({})), waits);
+    daemon.delete("/api/models/d").error("CONFLICT");
+    let ended = daemon.ended(&late);
+    assert_eq!((&ended["state"], &ended["error"]["code"]), (&json!("Failed"), &json!("TIMEOUT")));
+    drop(readers.remove(1));
+    let ended = daemon.ended(&waits);
+    assert_eq!(ended["state"], "Completed", "{ended:#}");
+    assert_eq!(ended["result"]["evicted"][0]["model"], "b");
+    drop(readers);
+}
+
+#[test]
+fn a_load_that_waits_can_be_cancelled_and_leaves_nothing() {
+    let daemon = with_models(&["a", "b", "c", "d"]);
+    let readers = all_attached(&daemon, &["a", "b", "c"]);
+    let waits = daemon.load("d", &json!({"deviceId": "sim:0", "onShortage": "wait", "timeoutSeconds": 600}));
+    let cancelled = daemon.delete(&format!("/api/operations/{waits}"));
+    assert!(matches!(cancelled.status, 200 | 202), "{cancelled:?}");
+    assert_eq!(state(&daemon, &waits), "Cancelled");
+    drop(readers);
+    for name in ["a", "b", "c"] {
+        wait_for("the reader to be gone", || (daemon.residency(name)[0]["attachedCount"] == 0).then_some(()));
+        daemon.unloaded(name);
+    }
+    daemon.all_is_back("sim:0");
+    daemon.delete("/api/models/d").data(200);
+}
+
+#[test]
+fn nobody_takes_the_room_that_is_made_for_another() {
+    let daemon = with_models(&["a", "b", "c", "d"]);
+    for name in ["a", "b", "c"] {
+        daemon.loaded(name, "sim:0");
+    }
+    let held = daemon.faults[0].hold(Call::Destroy);
+    let load = daemon.load("d", &json!({"deviceId": "sim:0"}));
+    caught(&held, Call::Destroy);
+    assert_eq!(state(&daemon, &load), "Queued");
+    drop(held);
+    // Who asks at every moment from then on gets nothing of it.
+    while state(&daemon, &load) == "Queued" {
+        let refused = daemon.allocate(&json!({"sizeBytes": 20 * MIB}));
+        assert_eq!(refused.status, 507, "{refused:?}");
+    }
+    assert_eq!(daemon.ended(&load)["state"], "Completed");
+}
+
+#[test]
+fn a_hundred_loads_of_one_model_are_one() {
+    let daemon = with_models(&["a", "b", "c", "d"]);
+    for name in ["a", "b", "c"] {
+        daemon.loaded(name, "sim:0");
+    }
+    let held = daemon.faults[0].hold(Call::FillFromFile);
+    let first = daemon.load("d", &json!({"deviceId": "sim:0"}));
+    for _ in 0..99 {
+        assert_eq!(daemon.load("d", &json!({"deviceId": "sim:0"})), first);
+    }
+    drop(held);
+    assert_eq!(daemon.ended(&first)["state"], "Completed");
+    assert_eq!(resident(&daemon, &["a", "b", "c"]).len(), 2);
+}
+
+#[test]
+fn an_allocation_may_have_idle_models_go_for_it() {
+    let daemon = with_models(&["a", "b", "c"]);
+    for name in ["a", "b", "c"] {
+        daemon.loaded(name, "sim:0");
+    }
+    let body = |how: &str| json!({"sizeBytes": 30 * MIB, "onShortage": how, "purpose": "cache"});
+    let refused = daemon.allocate(&body("fail")).error("INSUFFICIENT_MEMORY");
+    assert!(refused["hint"].as_str().is_some_and(|hint| hint.contains("idle models")), "{refused:#}");
+    let id = daemon.allocated(&body("evict"));
+    assert_eq!(resident(&daemon, &["a", "b", "c"]).len(), 1);
+    // What no model is in the way of is refused at once.
+    daemon.allocate(&json!({"sizeBytes": 50 * MIB, "onShortage": "evict"})).error("INSUFFICIENT_MEMORY");
+    assert_eq!(resident(&daemon, &["a", "b", "c"]).len(), 1);
+    daemon.release(&id).data(200);
+}
+
+#[test]
+fn what_no_device_could_hold_evicts_nothing() {
+    let daemon = with_models(&["a"]);
+    add(&daemon, "huge", 80 * MIB, &json!({}));
+    daemon.loaded("a", "sim:0");
+    for how in ["evict", "wait", "fail"] {
+        let body = json!({"deviceId": "sim:0", "onShortage": how});
+        daemon.post("/api/models/huge/load", &body).error("INSUFFICIENT_MEMORY");
+    }
+    assert!(is_resident(&daemon, "a"));
+    for (field, wrong) in
+        [("onShortage", json!("spill")), ("timeoutSeconds", json!(86401)), ("timeoutSeconds", json!(-1))]
+    {
+        daemon.post("/api/models/a/load", &json!({field: wrong})).refuses(field);
+    }
+}
+
+#[test]
+fn a_load_that_waits_when_the_daemon_stops_is_forgotten() {
+    let daemon = with_models(&["a", "b", "c", "d"]);
+    let readers = all_attached(&daemon, &["a", "b", "c"]);
+    daemon.load("d", &json!({"deviceId": "sim:0", "timeoutSeconds": 600}));
+    let home = daemon.stop();
+    drop(readers);
+    let daemon = home.start(&[64 * MIB]);
+    wait_for("the others to be back", || (resident(&daemon, &["a", "b", "c"]).len() == 3).then_some(()));
+    assert_eq!(daemon.residency("d"), Vec::<Value>::new());
+}
