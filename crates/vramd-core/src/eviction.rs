@@ -8,31 +8,41 @@ use vramd_api::{EvictionPolicy, Priority};
 
 use crate::Tick;
 
-/// How long it takes until a use counts half as much.
-const HALF_LIFE_SECONDS: f64 = 600.0;
+/// Whoever has just asked for something gets to it before it may go.
+pub const GRACE_SECONDS: f64 = 1.0;
+/// As many uses are remembered.
+const REMEMBERED: usize = 16;
+/// What is not used for so long is not used often, however few uses are known.
+const FEW_SECONDS: f64 = 600.0;
 /// Up to so many candidates all sets are compared; of more, good ones.
 const EXACT: usize = 12;
 
-/// How often something is used: each use counts, and less the longer ago it was.
+/// When something was used, the last times.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Popularity {
-    score: f64,
-    at: Tick,
+    /// The oldest first.
+    times: [Tick; REMEMBERED],
+    count: usize,
 }
 
 impl Popularity {
     pub fn record(&mut self, now: Tick) {
-        *self = Self { score: self.score(now) + 1.0, at: now };
+        if self.count == REMEMBERED {
+            self.times.rotate_left(1);
+            self.times[REMEMBERED - 1] = now;
+        } else {
+            self.times[self.count] = now;
+            self.count += 1;
+        }
     }
 
-    fn score(self, now: Tick) -> f64 {
-        let seconds = now.0.saturating_sub(self.at.0) as f64 / 1000.0;
-        self.score * (-seconds / HALF_LIFE_SECONDS).exp2()
-    }
-
-    /// As often as it was used lately.
-    pub fn uses_per_second(self, now: Tick) -> f64 {
-        self.score(now) * std::f64::consts::LN_2 / HALF_LIFE_SECONDS
+    /// As often as it was used lately; once it has been idle for longer than there was between its uses, less by as much.
+    pub fn uses_per_second(&self, now: Tick) -> f64 {
+        let Some(last) = self.times[..self.count].last() else { return 0.0 };
+        let seconds = |since: Tick| now.0.saturating_sub(since.0) as f64 / 1000.0;
+        let rate = self.count as f64 / (seconds(self.times[0]) + FEW_SECONDS);
+        let gaps = seconds(*last) * rate;
+        rate / gaps.max(1.0)
     }
 }
 
@@ -116,35 +126,35 @@ fn cheapest(candidates: &[Candidate], needed: u64) -> Vec<usize> {
         let (.., set) = best.expect("all of them together are enough");
         return (0..candidates.len()).filter(|at| set & 1 << at != 0).collect();
     }
-    // By loss a byte, then without those that the others make needless, the dearest first; or the one that is enough alone.
+    // By loss a byte; each that would complete the set is tried as its last, and not kept: the best of these costs twice the least
+    // at most.
     let density = |at: usize| candidates[at].loss() / candidates[at].bytes.max(1) as f64;
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     order.sort_by(|a, b| density(*a).total_cmp(&density(*b)).then(a.cmp(b)));
-    let mut bytes = 0_u64;
+    let (mut bytes, mut loss) = (0_u64, 0.0);
     let mut taken = Vec::new();
+    let mut best: Option<(f64, Vec<usize>)> = None;
     for at in order {
-        if bytes >= needed {
-            break;
+        let one = &candidates[at];
+        if bytes.saturating_add(one.bytes) < needed {
+            bytes += one.bytes;
+            loss += one.loss();
+            taken.push(at);
+        } else if best.as_ref().is_none_or(|(least, _)| loss + one.loss() < *least) {
+            best = Some((loss + one.loss(), taken.iter().copied().chain([at]).collect()));
         }
-        bytes = bytes.saturating_add(candidates[at].bytes);
-        taken.push(at);
     }
-    taken.sort_by(|a, b| candidates[*b].loss().total_cmp(&candidates[*a].loss()).then(a.cmp(b)));
-    taken.retain(|at| {
-        let needless = bytes - candidates[*at].bytes >= needed;
-        bytes -= if needless { candidates[*at].bytes } else { 0 };
+    let (_, mut chosen) = best.expect("all of them together are enough");
+    let mut freed = chosen.iter().fold(0_u64, |sum, at| sum.saturating_add(candidates[*at].bytes));
+    // Without those that the others make needless, the dearest first.
+    chosen.sort_by(|a, b| candidates[*b].loss().total_cmp(&candidates[*a].loss()).then(a.cmp(b)));
+    chosen.retain(|at| {
+        let needless = freed - candidates[*at].bytes >= needed;
+        freed -= if needless { candidates[*at].bytes } else { 0 };
         !needless
     });
-    let loss: f64 = taken.iter().map(|at| candidates[*at].loss()).sum();
-    let alone = (0..candidates.len()).filter(|at| candidates[*at].bytes >= needed);
-    let alone = alone.min_by(|a, b| candidates[*a].loss().total_cmp(&candidates[*b].loss()));
-    match alone {
-        Some(at) if candidates[at].loss() < loss => vec![at],
-        _ => {
-            taken.sort_unstable();
-            taken
-        }
-    }
+    chosen.sort_unstable();
+    chosen
 }
 
 #[cfg(test)]
@@ -206,15 +216,31 @@ mod tests {
     }
 
     #[test]
-    fn a_use_counts_half_after_ten_minutes() {
+    fn what_is_used_often_counts_until_it_is_idle_for_longer_than_between_its_uses() {
         let mut popularity = Popularity::default();
-        assert!(popularity.uses_per_second(Tick(5)) < f64::EPSILON);
-        for _ in 0..8 {
-            popularity.record(Tick(1000));
+        let rate = |popularity: &Popularity, seconds: u64| popularity.uses_per_second(Tick(seconds * 1000));
+        assert!(rate(&popularity, 5) < f64::EPSILON);
+        // Every hundred seconds, more often than is remembered.
+        for number in 0..40 {
+            popularity.record(Tick(number * 100_000));
         }
-        let (now, later) =
-            (popularity.uses_per_second(Tick(1000)), popularity.uses_per_second(Tick(601_000)));
-        assert!((now / later - 2.0).abs() < 1e-9);
+        let steady = rate(&popularity, 3900);
+        assert!((steady - 16.0 / 2100.0).abs() < 1e-9, "{steady}");
+        assert!(rate(&popularity, 4000) > steady * 0.9);
+        assert!(rate(&popularity, 4900) < steady * 0.15);
+        // One use alone is no habit, and none that ends.
+        let mut once = Popularity::default();
+        once.record(Tick(0));
+        assert!((rate(&once, 600) - 1.0 / 1200.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn one_that_completes_the_set_is_not_kept_for_the_next() {
+        let mut all = vec![candidate(10, 1.0, 1.0), candidate(49, 90.0, 1.0)];
+        all.extend(vec![candidate(1, 2.0, 1.0); 11]);
+        let chosen = choose(&all, 11, EvictionPolicy::LowestCost).expect("there is enough");
+        let loss: f64 = chosen.iter().map(|at| all[*at].loss()).sum();
+        assert!((loss - 3.0).abs() < 1e-9, "{chosen:?}");
     }
 
     proptest! {
@@ -232,6 +258,7 @@ mod tests {
             let freed: u64 = chosen.iter().map(|at| all[*at].bytes).sum();
             prop_assert!(freed >= needed);
             prop_assert!(chosen.iter().all(|at| freed - all[*at].bytes < needed));
+            prop_assert!(chosen.is_sorted());
             let loss: f64 = chosen.iter().map(|at| all[*at].loss()).sum();
             let sums = (0_u32..1 << all.len()).filter_map(|set| {
                 let members = || (0..all.len()).filter(move |at| set & 1 << at != 0);

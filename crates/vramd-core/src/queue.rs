@@ -1,8 +1,8 @@
 //! Requests that wait for room: by priority, then by age.
 //!
 //! Among those who wait nobody overtakes for the same memory: while a request cannot be granted, the devices that it
-//! could go to are closed to those behind it. Requests that do not wait are not held up by those that do, except by what these
-//! have claimed ([`Ledger::claim`]).
+//! could go to are closed to those behind it, but for the room that these have made themselves and claimed ([`Ledger::claim`]). Requests that
+//! do not wait are not held up by those that do, and cannot have what is claimed.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,7 +40,7 @@ pub struct Queue {
 impl Queue {
     /// Lines requests up; false when the queue is full.
     pub fn push(&mut self, waiting: Waiting) -> bool {
-        if self.entries.len() >= MAX_WAITING {
+        if self.is_full() {
             return false;
         }
         self.last += 1;
@@ -65,6 +65,7 @@ impl Queue {
             if open.is_empty() {
                 return true;
             }
+            // Its own is not in its way.
             let claim = ledger.give_up_claim(waiting.id());
             if let Some(grants) = ledger.reserve_all(&waiting.requests, &open, now) {
                 granted.push((waiting.id(), grants));
@@ -79,6 +80,10 @@ impl Queue {
         granted
     }
 
+    pub fn is_full(&self) -> bool {
+        self.entries.len() >= MAX_WAITING
+    }
+
     /// Those who are next, and the devices on which they are.
     pub fn next_on(&self, ledger: &Ledger) -> Vec<(&Waiting, Vec<DeviceId>)> {
         let mut closed = BTreeSet::new();
@@ -88,6 +93,13 @@ impl Queue {
             (!open.is_empty()).then_some((waiting, open))
         };
         self.entries.values().filter_map(next).collect()
+    }
+
+    /// Lets one wait longer.
+    pub fn extend(&mut self, id: AllocationId, deadline: Tick) {
+        if let Some(waiting) = self.entries.values_mut().find(|waiting| waiting.id() == id) {
+            waiting.deadline = waiting.deadline.max(deadline);
+        }
     }
 
     /// Takes out the requests whose time is over.
@@ -105,9 +117,11 @@ impl Queue {
     }
 }
 
-/// The devices that requests may go to and that nobody before them waits for.
+/// The devices that requests may go to and that nobody before them waits for, or where room was made for them: nobody would
+/// have that otherwise.
 fn open_to(waiting: &Waiting, ledger: &Ledger, closed: &BTreeSet<DeviceId>) -> Vec<DeviceId> {
     let mut open = ledger.devices_for(&waiting.requests[0], &waiting.on);
-    open.retain(|device| !closed.contains(device) && !ledger.is_lost(device));
+    let claimed = ledger.claimed_on(waiting.id());
+    open.retain(|device| (!closed.contains(device) || claimed == Some(device)) && !ledger.is_lost(device));
     open
 }

@@ -3,15 +3,18 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use vramd_api::{ApiError, ComponentName, ErrorCode, Operation};
 use vramd_device::{Device, DeviceError, Range, SegmentId};
 
-use crate::driver::{Driver, Event, Load, LoadAnswer, Progress};
+use crate::driver::{Driver, Event, Load, LoadAnswer, Progress, Snapshot};
 use crate::source::{Prepared, Roots};
 
 /// Bytes in one piece: what one thread reads before it looks at the cancel flag and the next piece.
 const PIECE_BYTES: u64 = 4 << 20;
+/// How long a load waits for what is on its way out.
+const GOING: Duration = Duration::from_secs(10);
 /// Reads in flight. More do not help a disk that two can keep busy, and pages are faulted in before.
 const THREADS: usize = 4;
 
@@ -38,6 +41,19 @@ pub async fn begin(driver: &Driver, roots: &Arc<Roots>, load: &Load) -> Result<O
         match driver.ask(|reply| Event::Load(load.clone(), prepared.take(), reply)).await? {
             LoadAnswer::Operation(operation) => return Ok(*operation),
             LoadAnswer::Prepare(sources) => prepared = Some(prepare(roots, sources).await?),
+            LoadAnswer::After(operation) => {
+                let mut snapshots = driver.snapshots();
+                let ended = |snapshot: &Arc<Snapshot>| {
+                    snapshot.operations.get(&operation).is_none_or(|entry| entry.state().ended())
+                };
+                let gone = tokio::time::timeout(GOING, snapshots.wait_for(ended)).await;
+                if !matches!(gone, Ok(Ok(_))) {
+                    let what = format!("some of model {} is still being unloaded", load.model);
+                    return Err(ApiError::new(ErrorCode::Conflict, what)
+                        .hint("wait for that operation, then load again")
+                        .detail("operationId", operation.to_string()));
+                }
+            }
         }
     }
 }

@@ -301,6 +301,10 @@ fn read_gguf(
         header.truncate(have + got.map_err(|error| read_failed(shown, &error))?);
         match layout::parse_gguf(name, &header, metadata.len()) {
             Err(GgufError::Short { .. }) if header.len() as u64 == wanted && wanted < most => {}
+            Err(GgufError::Short { .. }) if header.len() as u64 == most && most < metadata.len() => {
+                let error = GgufError::TooLong { most };
+                return Err(bad_file(shown, &error, error.hint()));
+            }
             Err(error) => return Err(bad_file(shown, &error, error.hint())),
             Ok(gguf) => return Ok((gguf.file, gguf.split)),
         }

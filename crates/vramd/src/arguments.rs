@@ -56,6 +56,8 @@ pub enum Command {
     },
     /// Run a trace of allocations through a pool, with no daemon and no device
     Replay(ReplayArguments),
+    /// Serve a trace of requests on a machine that need not be there: what each policy loads and waits for
+    Simulate(SimulateArguments),
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
     /// Print a reference page of the documentation
@@ -533,6 +535,21 @@ pub struct ReplayArguments {
 }
 
 #[derive(Debug, Args)]
+pub struct SimulateArguments {
+    /// The trace: lines of `time,model,seconds`
+    pub trace: PathBuf,
+    /// The machine: JSON with its devices and models
+    #[arg(long, value_name = "FILE")]
+    pub machine: PathBuf,
+    /// By what models are chosen that go [default: all, side by side]
+    #[arg(long, value_name = "POLICY", ignore_case = true, value_parser = words(EVICTION_POLICIES))]
+    pub policy: Option<EvictionPolicy>,
+    /// Draw when which model was where into this file, for the first policy
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 pub struct AttachArguments {
     /// The model, with /COMPONENT when it has more than one
     #[arg(value_name = "MODEL[/COMPONENT]", value_parser = parse_target)]
@@ -575,7 +592,7 @@ pub enum Limit {
     Bytes(Bytes),
 }
 
-type Words<T> = &'static [(&'static str, T)];
+pub type Words<T> = &'static [(&'static str, T)];
 
 const ALLOCATION_TYPES: Words<AllocationType> = &[
     ("Buffer", AllocationType::Buffer),
@@ -605,7 +622,7 @@ const CLEAR_TARGETS: Words<ClearTarget> = &[
 ];
 const ON_SHORTAGE: Words<OnShortage> =
     &[("fail", OnShortage::Fail), ("wait", OnShortage::Wait), ("evict", OnShortage::Evict)];
-const EVICTION_POLICIES: Words<EvictionPolicy> = &[
+pub const EVICTION_POLICIES: Words<EvictionPolicy> = &[
     ("LowestCost", EvictionPolicy::LowestCost),
     ("LeastRecentlyUsed", EvictionPolicy::LeastRecentlyUsed),
     ("LeastFrequentlyUsed", EvictionPolicy::LeastFrequentlyUsed),

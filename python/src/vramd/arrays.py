@@ -136,6 +136,7 @@ def array(attached: Attached, row: Row, buffer: Any, base: int) -> Array:
     """The tensor as a view of ``buffer``, in which its block begins at ``base``."""
     name, dtype_name, shape, offset, size = row
     if dtype_name in BLOCKS:
+        check_row(row, attached.nbytes)
         dtype_name, shape = "U8", packed_shape(dtype_name, shape)
     dtype = dtype_of(dtype_name)
     if dtype is None:

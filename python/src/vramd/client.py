@@ -156,10 +156,10 @@ class Client:
             onShortage=on_shortage,
             owner=owner,
         )
-        # What is evicted may take half a minute to be back.
+        # What has just come stays for as long as it took to load, and what goes may take half a minute to be back.
         wait = {
             "wait": 30 if timeout_seconds is None else timeout_seconds,
-            "evict": 30 + (timeout_seconds or 0),
+            "evict": 600 + (timeout_seconds or 0),
         }.get(on_shortage or "fail", 0)
         made: bodies.Allocation = self._transport.call(
             "POST", path, body=body, idempotency_key=idempotency_key, wait=wait

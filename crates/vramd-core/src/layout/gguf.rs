@@ -5,13 +5,13 @@
 //!
 //! Of the pairs, texts and single values become metadata; lists (vocabularies, mostly) are passed over. Accepted is what llama.cpp accepts:
 //! tensors one after another, each at the next multiple of the alignment. Every count is held to what is really there before anything is
-//! taken for it.
+//! taken for it, and what is kept has a bound, since all who attach get it.
 
 use std::collections::BTreeMap;
 
 use vramd_api::attach::{Dtype, Packed, PlainDtype, Tensor};
 
-use super::{FileHeader, Header, MAX_NAME_BYTES, MAX_RANK, MAX_TENSORS, excerpt};
+use super::{FileHeader, Header, MAX_NAME_BYTES, MAX_TENSORS, excerpt};
 
 /// The first bytes of a file.
 const MAGIC: [u8; 4] = *b"GGUF";
@@ -21,8 +21,10 @@ const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_ALIGNMENT: u64 = 1 << 20;
 /// The most key-value pairs.
 const MAX_PAIRS: u64 = 65_536;
-/// The longest text that becomes metadata: a chat template has a few thousand bytes.
-const MAX_TEXT_BYTES: usize = 1 << 20;
+/// The most dimensions that GGML has.
+const MAX_RANK: u64 = 4;
+/// What metadata may come to as JSON, which everybody who attaches gets: a chat template has a few thousand bytes.
+const MAX_METADATA_BYTES: usize = 16 << 20;
 
 /// One file of a model, and its place among several.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +49,10 @@ pub enum GgufError {
     /// Not a fault while there is more of the file.
     #[error("the header does not end within {have} bytes")]
     Short { have: u64 },
+    #[error(
+        "the header is longer than {most} bytes, which are left of those that all files of a model may have"
+    )]
+    TooLong { most: u64 },
     #[error("the file does not begin with \"GGUF\"")]
     Magic,
     #[error("it is of GGUF version {version}; {} and {} can be read", VERSIONS[0], VERSIONS[1])]
@@ -86,6 +92,7 @@ impl GgufError {
             Self::Version { .. } | Self::BigEndian => {
                 "convert the model again with a current llama.cpp, on a little-endian machine"
             }
+            Self::TooLong { .. } => "register the parts of the model as components of their own",
             Self::Type { .. } => "convert the model to a type that llama.cpp has today",
             Self::TooMany { .. }
             | Self::Pair { .. }
@@ -150,6 +157,16 @@ fn check(tensors: &[Tensor], alignment: u64, payload_bytes: u64) -> Result<u64, 
     Ok(end)
 }
 
+/// What a text takes in JSON.
+fn printed_bytes(text: &str) -> usize {
+    let more = |byte: u8| match byte {
+        b'"' | b'\\' => 1,
+        byte if byte < 0x20 => 5,
+        _ => 0,
+    };
+    text.len() + text.bytes().map(more).sum::<usize>()
+}
+
 fn bounded(what: &'static str, count: u64, most: u64) -> Result<(), GgufError> {
     if count > most { Err(GgufError::TooMany { what, count, most }) } else { Ok(()) }
 }
@@ -175,7 +192,7 @@ struct Pairs {
 impl Pairs {
     fn read(reader: &mut Reader<'_>, count: u64) -> Result<Self, GgufError> {
         let mut pairs = Self::default();
-        let mut keys = std::collections::BTreeSet::new();
+        let (mut keys, mut printed) = (std::collections::BTreeSet::new(), 0);
         for _ in 0..count {
             let key = reader.name()?;
             let value = reader.value(&key)?;
@@ -183,7 +200,10 @@ impl Pairs {
                 return Err(bad_pair(&key, "it is there twice"));
             }
             if let Some(value) = value {
-                pairs.texts.insert(key, value);
+                printed += key.len() + printed_bytes(&value);
+                if printed <= MAX_METADATA_BYTES {
+                    pairs.texts.insert(key, value);
+                }
             }
         }
         Ok(pairs)
@@ -247,7 +267,11 @@ impl<'a> Reader<'a> {
             return Err(GgufError::Name { reason: "it is longer than 4096 bytes" });
         }
         let text = std::str::from_utf8(self.take(length)?);
-        text.map(ToOwned::to_owned).map_err(|_| GgufError::Name { reason: "it is not UTF-8" })
+        let text = text.map_err(|_| GgufError::Name { reason: "it is not UTF-8" })?;
+        if text.chars().any(char::is_control) {
+            return Err(GgufError::Name { reason: "it has control characters" });
+        }
+        Ok(text.to_owned())
     }
 
     /// A value as text; None of what is passed over.
@@ -263,9 +287,8 @@ impl<'a> Reader<'a> {
             7 => (self.array::<1>()? != [0]).to_string(),
             TEXT => {
                 let text = self.text()?;
-                // What is no UTF-8, or a book, is for those who read the file themselves.
-                let short = std::str::from_utf8(text).ok().filter(|text| text.len() <= MAX_TEXT_BYTES);
-                return Ok(short.map(ToOwned::to_owned));
+                // What is no UTF-8 is for those who read the file themselves.
+                return Ok(std::str::from_utf8(text).ok().map(ToOwned::to_owned));
             }
             LIST => {
                 self.pass_list(key)?;
@@ -302,7 +325,7 @@ impl<'a> Reader<'a> {
     fn tensor(&mut self) -> Result<Tensor, GgufError> {
         let name = self.name()?;
         let rank = self.u32()?;
-        bounded("dimensions", rank.into(), MAX_RANK as u64)?;
+        bounded("dimensions", rank.into(), MAX_RANK)?;
         let mut shape = (0..rank).map(|_| self.u64()).collect::<Result<Vec<_>, _>>()?;
         // The file has the fastest first, everybody else has it last.
         shape.reverse();

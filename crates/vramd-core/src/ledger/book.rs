@@ -178,20 +178,23 @@ impl Book {
     }
 
     fn room_beside(&self, held: u64) -> u64 {
-        if self.lost {
-            return 0;
-        }
+        if self.lost { 0 } else { self.most().saturating_sub(held.saturating_add(self.claimed)) }
+    }
+
+    /// What may be held, by the limit and the last measurement.
+    fn most(&self) -> u64 {
         let by_device = self
             .measured
             .map_or(u64::MAX, |measured| measured.available_bytes.saturating_add(measured.held_bytes));
-        self.limit().min(by_device).saturating_sub(held.saturating_add(self.claimed))
+        self.limit().min(by_device)
     }
 
-    /// The same, once what is on its way back to the device is there.
-    pub fn room_after_returns(&self) -> u64 {
+    /// How many bytes have to go before `needed` more can be held, once what is on its way back is there.
+    pub fn lacks(&self, needed: u64) -> u64 {
         let returning = self.segments.values().filter(|one| one.state == SegmentState::Destroying);
         let returning: u64 = returning.map(|segment| segment.ranges.bytes()).sum();
-        self.room_beside(self.held - self.spare_bytes() - returning)
+        let held = self.held - self.spare_bytes() - returning;
+        needed.saturating_add(held).saturating_add(self.claimed).saturating_sub(self.most())
     }
 
     fn spare_bytes(&self) -> u64 {

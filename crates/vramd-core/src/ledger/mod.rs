@@ -253,22 +253,26 @@ impl Ledger {
         if let [only] = requests {
             return Some(vec![(only.id, self.reserve(only.clone(), on, now).ok()?)]);
         }
-        let whole = whole(requests)?;
-        let mut offers = self.offers(&whole, on);
+        // Whatever has to have a segment of its own first: the small ones find their places beside it.
+        let mut order: Vec<&Request> = requests.iter().collect();
+        order.sort_by_key(|request| std::cmp::Reverse(request.size_bytes));
+        let largest = *order.first()?;
+        let mut offers = self.offers(largest, on);
         loop {
-            let (device, _) = placement::choose(&offers, whole.allocation_type, whole.memory_type);
+            let (device, _) = placement::choose(&offers, largest.allocation_type, largest.memory_type);
             let device = device?;
             let mut trial = self.clone();
-            let grants: Option<Vec<_>> = requests
+            let grants: Option<BTreeMap<_, _>> = order
                 .iter()
                 .map(|request| {
-                    let grant = trial.reserve(request.clone(), std::slice::from_ref(&device), now);
+                    let grant = trial.reserve((*request).clone(), std::slice::from_ref(&device), now);
                     Some((request.id, grant.ok()?))
                 })
                 .collect();
-            if grants.is_some() {
+            if let Some(mut grants) = grants {
                 *self = trial;
-                return grants;
+                let granted = |request: &Request| Some((request.id, grants.remove(&request.id)?));
+                return requests.iter().map(granted).collect();
             }
             offers.retain(|offer| offer.device != device);
         }
@@ -279,16 +283,45 @@ impl Ledger {
     pub fn lacks(&self, requests: &[Request], device: &DeviceId) -> Option<u64> {
         let needed = self.held_for(requests, device)?;
         let book = self.books.get(device).filter(|book| !book.lost && needed <= book.limit())?;
-        Some(needed.saturating_sub(book.room_after_returns()))
+        Some(book.lacks(needed))
     }
 
-    /// What `requests` would hold on a device, each in a segment of its own; None if one is too large for that.
+    /// What `requests` would hold on a device, at most; None if one is too large for a segment of it.
     pub fn held_for(&self, requests: &[Request], device: &DeviceId) -> Option<u64> {
         let book = self.books.get(device)?;
-        requests.iter().try_fold(0_u64, |sum, request| {
+        let mut shared: BTreeMap<Key, u64> = BTreeMap::new();
+        let mut sum = 0_u64;
+        for request in requests {
             let bytes = segment_bytes(request.size_bytes, book);
-            (bytes <= book.facts.max_segment_bytes).then(|| sum.checked_add(bytes)).flatten()
+            if bytes > book.facts.max_segment_bytes {
+                return None;
+            }
+            match Key::of(request) {
+                Some(key) => *shared.entry(key).or_default() += request.size_bytes,
+                None => sum = sum.checked_add(bytes)?,
+            }
+        }
+        // Before a block that does not fit any more, less than one is left free.
+        let filled = SHARED_SEGMENT_BYTES - MEDIUM_BYTES;
+        let segment = SHARED_SEGMENT_BYTES.next_multiple_of(book.facts.granularity_bytes);
+        shared.values().try_fold(sum, |sum, bytes| sum.checked_add(bytes.div_ceil(filled) * segment))
+    }
+
+    /// Whether waiting can help all of `requests`: see [`could_fit`](Self::could_fit).
+    pub fn could_fit_all(&self, requests: &[Request], on: &[DeviceId]) -> bool {
+        if let [only] = requests {
+            return self.could_fit(only, on);
+        }
+        self.devices_for(&requests[0], on).iter().any(|device| {
+            let total =
+                self.books.get(device).map_or(0, |book| if book.lost { 0 } else { book.facts.total_bytes });
+            self.held_for(requests, device).is_some_and(|bytes| bytes <= total)
         })
+    }
+
+    /// Where room is kept for requests that wait.
+    pub fn claimed_on(&self, id: AllocationId) -> Option<&DeviceId> {
+        self.claims.get(&id).map(|(device, _)| device)
     }
 
     /// Keeps room on a device for requests that wait there, against those who do not.
@@ -759,12 +792,6 @@ impl Ledger {
 enum Place {
     In { segment: SegmentId, offset: u64, block: u64 },
     New { bytes: u64, block: u64, key: Option<Key>, first: Option<SegmentId> },
-}
-
-/// One request for all that several ask for.
-fn whole(requests: &[Request]) -> Option<Request> {
-    let size_bytes = requests.iter().try_fold(0_u64, |sum, request| sum.checked_add(request.size_bytes))?;
-    Some(Request { size_bytes, ..requests.first()?.clone() })
 }
 
 fn segment_bytes(size: u64, book: &Book) -> u64 {

@@ -250,13 +250,24 @@ fn what_is_no_gguf_of_today_is_told_why() {
     assert!(matches!(twice.refused(), GgufError::Pair { .. }));
     let kind = File::default().pair("a", 13, &[]);
     assert!(matches!(kind.refused(), GgufError::Pair { .. }));
-    let name = File::default().pair("\u{7f}", 0, &[1]);
-    assert!(name.read().is_ok());
+    let name = File::default().pair("a\n", 0, &[1]);
+    assert!(matches!(name.refused(), GgufError::Name { .. }));
     let broken = File { pairs: vec![[1_u64.to_le_bytes().to_vec(), vec![0xff]].concat()], ..File::default() };
     assert!(matches!(broken.refused(), GgufError::Name { .. }));
     // A text that is none is passed over, as its file's reader would have it.
     let odd = File::default().pair("a", 8, &[1_u64.to_le_bytes().to_vec(), vec![0xff]].concat());
     assert!(odd.read().unwrap().file.header.metadata.is_empty());
+}
+
+#[test]
+fn texts_that_would_fill_every_answer_are_left_out() {
+    let long = "\u{1}".repeat(1 << 20);
+    let mut file = File::default().number("z", 1);
+    for key in ["a", "b", "c", "d"] {
+        file = file.pair(key, 8, &text(&long));
+    }
+    let kept = file.read().unwrap().file.header.metadata;
+    assert_eq!(kept.keys().collect::<Vec<_>>(), ["a", "b", "z"]);
 }
 
 proptest! {

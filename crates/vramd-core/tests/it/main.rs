@@ -8,3 +8,4 @@ mod layout;
 mod ledger;
 mod ranges;
 mod replay;
+mod simulation;

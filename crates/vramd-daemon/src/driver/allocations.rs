@@ -16,7 +16,7 @@ use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
 use vramd_device::{Device, DeviceError, Range, SegmentId as Segment, Writers};
 
 use super::copies::CopyId;
-use super::room::timed_out;
+use super::room::{nothing_to_evict, timed_out};
 use super::{Allocate, Caller, Event, OnStored, Reply, State};
 use crate::store::{Change, StoredAllocation};
 use crate::{devices, platform};
@@ -94,7 +94,7 @@ impl State {
         let on: Vec<DeviceId> = allocate.on.iter().cloned().collect();
         let wait = allocate.shortage.wait_seconds;
         let others_wait = !self.queue.is_empty() && self.ledger.could_fit(&allocate.request, &on);
-        if let Some(seconds) = wait.filter(|_| others_wait) {
+        if let Some(seconds) = wait.filter(|_| others_wait && !allocate.shortage.evict) {
             // Who can wait does not overtake those who do.
             self.line_up(allocate, on, self.now.tick.after_seconds(seconds), reply);
             return self.admit();
@@ -113,10 +113,12 @@ impl State {
                 let fits = self.ledger.could_fit(&allocate.request, &on);
                 let (requests, how) = ([allocate.request.clone()], allocate.shortage);
                 let deadline = fits.then(|| self.wait_for_room(&requests, &on, how, None).0).flatten();
-                match deadline {
-                    Some(deadline) => self.line_up(allocate, on, deadline, reply),
-                    None => self.answer(reply, Err(refused(&shortage, packing))),
+                if let Some(deadline) = deadline {
+                    return self.line_up(allocate, on, deadline, reply);
                 }
+                let error = refused(&shortage, packing);
+                let evicted = how.evict && packing.is_none();
+                self.answer(reply, Err(if evicted { nothing_to_evict(error) } else { error }));
             }
         }
     }

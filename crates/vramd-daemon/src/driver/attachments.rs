@@ -261,6 +261,9 @@ impl State {
         if let Some(model) = name.as_ref().and_then(|name| self.models.get_mut(name)) {
             model.used(now);
         }
+        if let Some(name) = &name {
+            self.try_policies(name, &attachment.device);
+        }
         let reader = Reader { allocation: found.allocation, model: name, tell, pending: None };
         self.attachments.insert(lease, reader);
         Ok(attachment)

@@ -171,7 +171,7 @@ impl State {
     fn choose_models(&self, chosen: &mut Chosen) {
         let allocations = self.ledger.allocations();
         for model in self.models.iter() {
-            if model.operation(None).is_some() || self.changing.contains(&model.name) {
+            if self.is_on_its_way(model) || self.changing.contains(&model.name) {
                 continue;
             }
             let residencies = model.components.values().flat_map(|component| &component.residency);

@@ -34,6 +34,7 @@ use vramd_core::Now;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
 use vramd_core::models::{Model, Models, Plan};
 use vramd_core::queue::Queue;
+use vramd_core::trial::Trial;
 use vramd_core::usage::Counts;
 use vramd_device::{Device, DeviceError, Report, Sample};
 
@@ -99,6 +100,8 @@ pub enum LoadAnswer {
     Operation(Box<Operation>),
     /// Read these files' headers, then ask again with them.
     Prepare(BTreeMap<ComponentName, String>),
+    /// Some of it is on its way out by this operation: ask again once that has ended.
+    After(OperationId),
 }
 
 /// What an attach names.
@@ -287,6 +290,7 @@ impl Driver {
             last_copy: 0,
             waiting_loads: BTreeMap::new(),
             load_rates: BTreeMap::new(),
+            trials: BTreeMap::new(),
             policy,
             to_go_on: BTreeSet::new(),
             rates: BTreeMap::new(),
@@ -369,6 +373,8 @@ struct State {
     /// Bytes per second that loads onto a device came to lately.
     load_rates: BTreeMap<DeviceId, f64>,
     policy: EvictionPolicy,
+    /// By device: what the policies would have loaded.
+    trials: BTreeMap<DeviceId, Trial<ModelName>>,
     /// Operations that can take their next step.
     to_go_on: BTreeSet<OperationId>,
     /// Bytes per second that moves on a device were last measured at; before the first, those at which a segment was

@@ -11,12 +11,12 @@ use vramd_api::{
     AllocationId, AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, Holder, KeepAlive,
     LeaseId, ModelName, Operation, OperationId, OperationKind, Priority,
 };
-use vramd_core::ledger::{Grant, Lease, Release, Request, State as AllocationState, Task};
+use vramd_core::ledger::{Grant, Lease, Release, Request, Shortage, State as AllocationState, Task};
 use vramd_core::models::{Busy, MAX_MODELS, Model, Plan, Residency};
 
 use super::allocations::{OnReady, OnReleased, attached, refusal, too_many_wait};
 use super::operations::{Loading, Running, Unloading};
-use super::room::WaitingLoad;
+use super::room::{WaitingLoad, nothing_to_evict};
 use super::{Event, Load, LoadAnswer, LoadFailure, OnStored, Part, Reply, State};
 use crate::loader::{self, Target};
 use crate::source::Prepared;
@@ -102,6 +102,7 @@ impl State {
         let shown = self.models.get(name).map(|model| model.to_api(self.ledger.allocations()));
         let answer = stored.and_then(|()| {
             self.models.remove(name);
+            self.trials.values_mut().for_each(|trial| trial.forget(name));
             self.emit(EventKind::ModelRemoved, serde_json::json!({ "name": name }));
             shown.ok_or_else(|| no_model(name))
         });
@@ -217,13 +218,20 @@ impl State {
                 return Err(no_component(model, name));
             }
         }
-        if let Some((operation, waiting)) = self.waiting_load(&load.model) {
-            let same = load.device.is_none() || load.device == waiting.load.device;
-            let brings_all = same && wanted.iter().all(|name| waiting.prepared.contains_key(name));
-            return self.join(load, operation, brings_all);
-        }
         let on = |name: &ComponentName, device: &DeviceId| model.components[name].residency.get(device);
         let device = load.device.clone().or_else(|| self.most_parts(model, &wanted));
+        // What is on its way out there, or wherever it may go, is loaded again once it is gone.
+        let going =
+            wanted.iter().flat_map(|name| &model.components[name].residency).find_map(|(on, residency)| {
+                let here = device.as_ref().is_none_or(|device| device == on);
+                match residency {
+                    Residency::Evicting { operation, .. } if here => Some(*operation),
+                    _ => None,
+                }
+            });
+        if let Some(going) = going {
+            return Ok(LoadAnswer::After(going));
+        }
         if let Some(device) = &device {
             let here: Vec<_> = wanted.iter().map(|name| on(name, device)).collect();
             if let Some(operation) = here.iter().flatten().find_map(|residency| residency.operation()) {
@@ -234,6 +242,16 @@ impl State {
                 let device = device.clone();
                 return self.loaded_already(load, &device);
             }
+        }
+        if let Some((operation, waiting)) = self.waiting_load(&load.model) {
+            let same = load.device.is_none() || load.device == waiting.load.device;
+            let there = |name: &ComponentName| {
+                let device = waiting.load.device.as_ref();
+                device.is_some_and(|device| matches!(on(name, device), Some(Residency::Resident { .. })))
+            };
+            let brings_all =
+                same && wanted.iter().all(|name| waiting.prepared.contains_key(name) || there(name));
+            return self.join(load, operation, brings_all);
         }
         let missing: BTreeMap<ComponentName, String> = wanted
             .iter()
@@ -246,7 +264,7 @@ impl State {
                 && prepared.iter().all(|(name, file)| missing.get(name) == Some(&file.path))
         });
         match fitting {
-            Some(prepared) => self.begin_load(load, device, prepared),
+            Some(prepared) => self.begin_load(load, device, prepared, wanted),
             None => Ok(LoadAnswer::Prepare(missing)),
         }
     }
@@ -254,7 +272,9 @@ impl State {
     /// The device, not a lost one, that most of the wanted components are on, or on the way to.
     fn most_parts(&self, model: &Model, wanted: &[ComponentName]) -> Option<DeviceId> {
         let mut counts: BTreeMap<&DeviceId, usize> = BTreeMap::new();
-        for device in wanted.iter().flat_map(|name| model.components[name].residency.keys()) {
+        let residencies = wanted.iter().flat_map(|name| &model.components[name].residency);
+        let staying = residencies.filter(|(_, residency)| !matches!(residency, Residency::Evicting { .. }));
+        for (device, _) in staying {
             *counts.entry(device).or_default() += usize::from(!self.ledger.is_lost(device));
         }
         let most = counts.into_iter().max_by_key(|(_, count)| *count);
@@ -282,6 +302,7 @@ impl State {
 
     fn loaded_already(&mut self, load: &Load, device: &DeviceId) -> Result<LoadAnswer, ApiError> {
         self.set_keep_alive(load);
+        self.try_policies(&load.model, device);
         let subject = format!("{} on {device}", load.model);
         let id = self.operations.begin(OperationKind::Load, subject, 0, self.now);
         self.end_operation(
@@ -305,6 +326,7 @@ impl State {
         load: &Load,
         device: Option<DeviceId>,
         prepared: BTreeMap<ComponentName, Prepared>,
+        wanted: Vec<ComponentName>,
     ) -> Result<LoadAnswer, ApiError> {
         let priority = self.changeable(&load.model)?.priority;
         let blocks = |prepared: &Prepared| prepared.plan.layout.block_bytes;
@@ -317,8 +339,9 @@ impl State {
         let on: Vec<DeviceId> = device.into_iter().collect();
         let payload =
             prepared.values().fold(0, |sum, part| u64::saturating_add(sum, part.plan.layout.payload_bytes));
-        let fits = self.ledger.could_fit(&whole, &on);
-        let others_wait = !self.queue.is_empty() && fits && load.shortage.wait_seconds.is_some();
+        let fits = self.ledger.could_fit_all(&requests, &on);
+        let waits = load.shortage.wait_seconds.is_some() && !load.shortage.evict;
+        let others_wait = !self.queue.is_empty() && fits && waits;
         let grants = if others_wait { None } else { self.ledger.reserve_all(&requests, &on, self.now) };
         let load = Load { device: on.first().cloned(), ..load.clone() };
         let operation = |state: &mut Self, waits: bool| {
@@ -334,7 +357,7 @@ impl State {
         let id = if let Some(grants) = grants {
             let id = operation(self, false);
             self.set_keep_alive(&load);
-            self.start_load(id, WaitingLoad::new(load, prepared), grants);
+            self.start_load(id, WaitingLoad::new(load, prepared, wanted), grants);
             id
         } else {
             let (deadline, evicted) = if fits {
@@ -342,14 +365,21 @@ impl State {
             } else {
                 (None, Vec::new())
             };
-            let Some(deadline) = deadline else { return Err(self.shortage(&whole, &on)) };
+            let Some(deadline) = deadline else {
+                let shortage = Shortage { could_fit: fits, ..self.ledger.refusal(&whole, &on) };
+                let error = refusal(&shortage);
+                return Err(if load.shortage.evict { nothing_to_evict(error) } else { error });
+            };
             let id = operation(self, true);
             self.set_keep_alive(&load);
-            let mut waiting = WaitingLoad::new(load, prepared);
+            let mut waiting = WaitingLoad::new(load, prepared, wanted);
             waiting.evicted = evicted;
             if !self.line_up_load(id, (requests, on), waiting, deadline) {
                 self.end_operation(id, Err(too_many_wait()));
                 return Err(too_many_wait());
+            }
+            if let Ok(shown) = self.operations.show(id) {
+                self.emit(EventKind::OperationChanged, serde_json::json!(shown));
             }
             self.admit();
             id
@@ -365,15 +395,20 @@ impl State {
         waiting: WaitingLoad,
         grants: Vec<(AllocationId, Grant)>,
     ) {
-        let WaitingLoad { load, prepared, evicted, .. } = waiting;
+        let WaitingLoad { load, prepared, evicted, wanted, .. } = waiting;
         let Some(device) = grants.first().map(|(_, grant)| grant.device.clone()) else { return };
-        // It may have come there otherwise while the load waited.
-        let there = |model: &Model| {
-            prepared.keys().any(|name| {
-                model.components.get(name).is_none_or(|entry| entry.residency.contains_key(&device))
+        // It may have come there otherwise while the load waited, or the rest of it may have gone.
+        let changed = |model: &Model| {
+            wanted.iter().any(|name| {
+                let there = model.components.get(name).and_then(|entry| entry.residency.get(&device));
+                match there {
+                    None => !prepared.contains_key(name),
+                    Some(Residency::Resident { .. }) => prepared.contains_key(name),
+                    Some(_) => true,
+                }
             })
         };
-        if self.changeable(&load.model).map_or(true, there) {
+        if self.changeable(&load.model).map_or(true, changed) {
             for (allocation, grant) in grants {
                 self.granted(allocation, grant);
             }
@@ -405,6 +440,7 @@ impl State {
             loading.prepared.push(prepared);
         }
         self.operations.running.insert(operation, Running::Load(loading));
+        self.try_policies(&load.model, &device);
         if let Ok(shown) = self.operations.show(operation) {
             self.emit(EventKind::OperationChanged, serde_json::json!(shown));
         }
@@ -433,10 +469,6 @@ impl State {
             generation: 1,
             sealed: true,
         }
-    }
-
-    fn shortage(&self, request: &Request, on: &[DeviceId]) -> ApiError {
-        refusal(&self.ledger.refusal(request, on))
     }
 
     /// The segment of one part is there.
@@ -625,7 +657,8 @@ impl State {
         if !holders.is_empty() {
             return Err(attached(&format!("model {name}"), &holders));
         }
-        if let Some(operation) = model.operation(device) {
+        let waiting = self.waiting_load(name).map(|(operation, _)| operation);
+        if let Some(operation) = model.operation(device).or(waiting) {
             return Err(refuse(name, Busy::Operation(operation)));
         }
         let devices: Vec<DeviceId> =
@@ -705,7 +738,7 @@ impl State {
     /// Unloads what was kept alive long enough.
     pub(super) fn expire_models(&mut self) {
         for (name, devices) in self.models.expired(self.now.tick, self.ledger.allocations()) {
-            let loading = self.models.get(&name).and_then(|model| model.operation(None)).is_some();
+            let loading = self.models.get(&name).is_some_and(|model| self.is_on_its_way(model));
             if loading || self.changing.contains(&name) {
                 continue;
             }

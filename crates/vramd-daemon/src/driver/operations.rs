@@ -265,7 +265,8 @@ impl Operations {
         let oldest = clock::wall().as_second() - KEPT_SECONDS;
         while let Some((id, entry)) = self.entries.iter().find(|(_, entry)| entry.operation.state.ended()) {
             let too_old = entry.operation.finished_at.is_some_and(|at| at.as_second() < oldest);
-            if !too_old && self.entries.len() <= KEPT {
+            let ended = self.entries.values().filter(|entry| entry.operation.state.ended()).count();
+            if !too_old && ended <= KEPT {
                 break;
             }
             let id = *id;

@@ -14,8 +14,9 @@ use vramd_api::{
 use vramd_core::Tick;
 use vramd_core::eviction::{self, Candidate};
 use vramd_core::ledger::{Grant, Request, State as AllocationState};
-use vramd_core::models::Residency;
+use vramd_core::models::{Model, Residency};
 use vramd_core::queue::Waiting as Queued;
+use vramd_core::trial::{Trial, Use};
 
 use super::allocations::{OnReady, refusal};
 use super::{Load, State};
@@ -27,20 +28,32 @@ const BYTES_PER_SECOND: f64 = 1e9;
 const RETURN_SECONDS: u64 = 30;
 /// As many of those that stayed are named.
 const NAMED: usize = 5;
+/// The most files that loads keep open while they wait.
+const WAITING_FILES: usize = 256;
 
 /// A load that waits for room.
 #[derive(Debug)]
 pub(super) struct WaitingLoad {
     pub load: Load,
     pub prepared: BTreeMap<ComponentName, Prepared>,
+    /// All that is to be there in the end.
+    pub wanted: Vec<ComponentName>,
     pub evicted: Vec<Evicted>,
     /// Its first block.
     id: AllocationId,
 }
 
 impl WaitingLoad {
-    pub(super) fn new(load: Load, prepared: BTreeMap<ComponentName, Prepared>) -> Self {
-        Self { load, prepared, evicted: Vec::new(), id: AllocationId(uuid::Uuid::nil()) }
+    pub(super) fn new(
+        load: Load,
+        prepared: BTreeMap<ComponentName, Prepared>,
+        wanted: Vec<ComponentName>,
+    ) -> Self {
+        Self { load, prepared, wanted, evicted: Vec::new(), id: AllocationId(uuid::Uuid::nil()) }
+    }
+
+    fn files(&self) -> usize {
+        self.prepared.values().map(|prepared| prepared.files.len()).sum()
     }
 }
 
@@ -99,7 +112,7 @@ impl State {
                 }
             }
             let candidates: Vec<Candidate> = old.iter().map(|(candidate, _)| *candidate).collect();
-            let Some(chosen) = eviction::choose(&candidates, lacks, self.policy) else {
+            let Some(chosen) = eviction::choose(&candidates, lacks, self.policy_on(&device)) else {
                 young.extend(candidates);
                 if eviction::choose(&young, lacks, EvictionPolicy::LargestFirst).is_some() {
                     soon = Some(soon.map_or(until, |before| before.min(until)));
@@ -131,7 +144,7 @@ impl State {
         let mut parts: BTreeMap<ModelName, BTreeSet<ComponentName>> = BTreeMap::new();
         for evicted in &chosen {
             let data = serde_json::json!({
-                "evicted": evicted, "policy": self.policy, "for": whose, "purpose": purpose, "stayed": stayed,
+                "evicted": evicted, "policy": self.policy_on(&device), "for": whose, "purpose": purpose, "stayed": stayed,
             });
             self.emit(EventKind::ModelEvicted, data);
             parts.entry(evicted.model.clone()).or_default().insert(evicted.component.clone());
@@ -144,6 +157,33 @@ impl State {
         (Room::Coming, chosen)
     }
 
+    /// By what is chosen there now.
+    fn policy_on(&self, device: &DeviceId) -> EvictionPolicy {
+        match self.policy {
+            EvictionPolicy::LowestCost => self.trials.get(device).map_or(self.policy, Trial::better),
+            other => other,
+        }
+    }
+
+    /// A model is used on a device: what would each policy have loaded for it?
+    pub(super) fn try_policies(&mut self, name: &ModelName, device: &DeviceId) {
+        let Some(model) = self.models.get(name) else { return };
+        let rate = self.load_rates.get(device).copied().unwrap_or(BYTES_PER_SECOND);
+        let mut used = Use { bytes: 0, load_seconds: 0.0, priority: model.priority };
+        for entry in model.components.values().filter(|entry| entry.residency.contains_key(device)) {
+            let bytes = entry.plan.as_ref().map_or(0, |plan| plan.layout.block_bytes);
+            used.bytes = used.bytes.saturating_add(bytes);
+            used.load_seconds += entry.load_seconds.get(device).copied().unwrap_or(bytes as f64 / rate);
+        }
+        let (limit, _) = self.ledger.limit(device).unwrap_or_default();
+        self.trials.entry(device.clone()).or_default().used(name, used, limit, self.now.tick);
+    }
+
+    /// A load of it waits, or some of it comes or goes.
+    pub(super) fn is_on_its_way(&self, model: &Model) -> bool {
+        model.operation(None).is_some() || self.waiting_load(&model.name).is_some()
+    }
+
     /// The idle components on a device, and until when each stays at least.
     fn candidates(
         &self,
@@ -152,9 +192,15 @@ impl State {
         asking: Option<&ModelName>,
     ) -> Vec<(Tick, Candidate, Evicted)> {
         let mut found = Vec::new();
-        let may_go = |name: &ModelName| asking != Some(name) && !self.changing.contains(name);
-        let models = self.models.iter().filter(|model| !model.pinned && model.priority <= priority);
-        for model in models.filter(|model| may_go(&model.name)) {
+        // What is being loaded is to be there as a whole.
+        let may_go = |model: &Model| {
+            !(model.pinned
+                || model.priority > priority
+                || asking == Some(&model.name)
+                || self.changing.contains(&model.name)
+                || self.is_on_its_way(model))
+        };
+        for model in self.models.iter().filter(|model| may_go(model)) {
             let idle = model.last_used.map_or(0, |used| self.now.tick.0.saturating_sub(used.tick.0));
             for (component, entry) in &model.components {
                 let Some(Residency::Resident { allocation, since, .. }) = entry.residency.get(device) else {
@@ -191,8 +237,10 @@ impl State {
                     load_seconds: rounded(load_seconds),
                 };
                 // Two that take turns spend half of their time working, not all of it loading.
-                let stays = Tick(since.0 + (load_seconds * 1000.0) as u64);
-                found.push((stays, candidate, evicted));
+                let stays = since.0 + (load_seconds * 1000.0) as u64;
+                let grace = (eviction::GRACE_SECONDS * 1000.0) as u64;
+                let stays = stays.max(model.last_used.map_or(0, |used| used.tick.0 + grace));
+                found.push((Tick(stays), candidate, evicted));
             }
         }
         found
@@ -209,7 +257,8 @@ impl State {
         let patience = |from: Tick, seconds: u64| from.after_seconds(seconds.saturating_add(RETURN_SECONDS));
         let wait = shortage.wait_seconds;
         let now = self.now.tick;
-        if !shortage.evict {
+        // Who finds no place in the line has nothing go for it.
+        if !shortage.evict || self.queue.is_full() {
             return (wait.map(|seconds| now.after_seconds(seconds)), Vec::new());
         }
         let (room, evicted) = self.make_room(requests, on, model);
@@ -241,6 +290,9 @@ impl State {
             }
             let model = waiting.map(|waiting| waiting.load.model.clone());
             let (_, evicted) = self.make_room(&requests, &on, model.as_ref());
+            if !evicted.is_empty() {
+                self.queue.extend(id, self.now.tick.after_seconds(RETURN_SECONDS));
+            }
             if let Some(waiting) = operation.and_then(|operation| self.waiting_loads.get_mut(&operation)) {
                 waiting.evicted.extend(evicted);
             }
@@ -257,7 +309,9 @@ impl State {
         deadline: Tick,
     ) -> bool {
         let id = requests[0].id;
-        if !self.queue.push(Queued { requests, on, deadline }) {
+        let files = self.waiting_loads.values().map(WaitingLoad::files).sum::<usize>() + waiting.files();
+        let too_many = files > WAITING_FILES && !self.waiting_loads.is_empty();
+        if too_many || !self.queue.push(Queued { requests, on, deadline }) {
             self.ledger.give_up_claim(id);
             return false;
         }
@@ -279,8 +333,11 @@ impl State {
     }
 
     /// A load waits no more.
-    pub(super) fn end_waiting_load(&mut self, operation: OperationId, error: ApiError) {
+    pub(super) fn end_waiting_load(&mut self, operation: OperationId, mut error: ApiError) {
         let Some(waiting) = self.waiting_loads.remove(&operation) else { return };
+        if !waiting.evicted.is_empty() {
+            error = error.detail("evicted", serde_json::json!(waiting.evicted));
+        }
         self.waiting.remove(&waiting.id);
         self.queue.retain(|id| id != waiting.id);
         self.ledger.give_up_claim(waiting.id);
@@ -313,6 +370,14 @@ impl State {
                 .or_insert(rate);
         }
     }
+}
+
+/// The refusal of one that had no idle model in its way.
+pub(super) fn nothing_to_evict(error: ApiError) -> ApiError {
+    if error.code != ErrorCode::InsufficientMemory || !error.retryable {
+        return error;
+    }
+    error.hint("no idle models that may go are enough: `vramd ps` shows who holds memory; ask for less, or wait with timeoutSeconds")
 }
 
 /// The refusal of one whose time is over.

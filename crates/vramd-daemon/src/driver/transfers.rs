@@ -174,7 +174,8 @@ impl State {
         if let Some(component) = item.component.as_ref().filter(|one| !model.components.contains_key(*one)) {
             return Err(no_component(model, component));
         }
-        if let Some(operation) = model.operation(None) {
+        let waiting = self.waiting_load(name).map(|(operation, _)| operation);
+        if let Some(operation) = model.operation(None).or(waiting) {
             return Err(ApiError::new(
                 ErrorCode::Conflict,
                 format!("model {name} is being loaded, unloaded or moved"),

@@ -13,6 +13,7 @@ mod operations;
 mod record;
 mod replay;
 mod serve;
+mod simulate;
 mod usage;
 
 use std::future::Future;
@@ -31,6 +32,7 @@ pub fn run(arguments: Arguments, output: Output) -> Result<ExitCode, CommandErro
         Command::Doctor(arguments) => return block_on(doctor::doctor(&server, arguments, output)),
         Command::Config { command: ConfigCommand::Show(arguments) } => config::show(arguments, output)?,
         Command::Replay(arguments) => replay::replay(&arguments, output)?,
+        Command::Simulate(arguments) => simulate::simulate(&arguments, output)?,
         Command::Completions { shell } => generate::completions(shell)?,
         Command::Generate { page } => generate::page(page)?,
         #[cfg(unix)]

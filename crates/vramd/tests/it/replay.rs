@@ -47,6 +47,35 @@ fn a_smaller_pool_refuses_and_the_picture_shows_it() {
 }
 
 #[test]
+fn a_machine_is_simulated_by_every_policy_with_no_daemon() {
+    let home = Home::new();
+    let models: Vec<_> = ["a", "b", "c"].map(|name| json!({"name": name, "bytes": "6GB"})).to_vec();
+    let machine = json!({"devices": [{"deviceId": "cuda:0", "bytes": "13GB"}], "bytesPerSecond": "2GB", "models": models});
+    std::fs::write(home.path("machine.json"), machine.to_string()).expect("written");
+    let lines =
+        (0..60).map(|at| format!("{},{},1\n", at * 20, if at % 5 == 4 { ["b", "c"][at % 2] } else { "a" }));
+    std::fs::write(home.path("trace.csv"), lines.collect::<String>()).expect("written");
+    let run =
+        |more: &[&str]| home.run(&[&["simulate", "trace.csv", "--machine", "machine.json"], more].concat());
+    let all = run(&["--json", "--svg", "a.svg"]).expect(0).json();
+    let policies: Vec<_> =
+        all["policies"].as_array().expect("a list").iter().map(|it| it["policy"].clone()).collect();
+    assert_eq!(policies, ["LowestCost", "LeastRecentlyUsed", "LeastFrequentlyUsed", "LargestFirst"]);
+    assert_eq!((&all["policies"][0]["requests"], &all["policies"][0]["loads"]), (&json!(60), &json!(13)));
+    let svg = std::fs::read_to_string(home.path("a.svg")).expect("a picture");
+    assert!(svg.contains("LowestCost: 60 requests"), "{svg}");
+    let said = run(&["--policy", "largestfirst"]).expect(0).stdout;
+    assert!(said.contains("LargestFirst") && !said.contains("LowestCost"), "{said}");
+    std::fs::write(home.path("trace.csv"), "0,z,1\n").expect("written");
+    let refused = run(&[]).expect(2);
+    assert!(refused.stderr.contains("no model \"z\"") && refused.stderr.contains("hint"), "{refused:?}");
+    std::fs::write(home.path("machine.json"), "{}").expect("written");
+    assert!(run(&[]).expect(2).stderr.contains("machine is malformed"));
+    std::fs::remove_file(home.path("trace.csv")).expect("removed");
+    home.run(&["simulate", "none.csv", "--machine", "none.json"]).expect(2);
+}
+
+#[test]
 fn what_cannot_be_replayed_says_why_and_what_to_do() {
     let home = Home::new();
     for (name, text) in [
