@@ -17,6 +17,7 @@ mod restore;
 mod room;
 mod snapshot;
 mod transfers;
+mod unloads;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;

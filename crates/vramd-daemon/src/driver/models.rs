@@ -1,17 +1,17 @@
-//! Models: registered, loaded in parts, unloaded, kept alive.
+//! Models: registered, loaded in parts, kept alive.
 //!
 //! A load reserves the blocks of all its parts at once, has them made, reads the files into them on a thread of
 //! its own, and then either all parts are resident or none is.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use uuid::Uuid;
 use vramd_api::{
     AllocationId, AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, Holder, KeepAlive,
-    LeaseId, ModelName, Operation, OperationId, OperationKind, Priority,
+    LeaseId, ModelName, OperationId, OperationKind, Priority,
 };
-use vramd_core::ledger::{Grant, Lease, Release, Request, Shortage, State as AllocationState, Task};
+use vramd_core::ledger::{Grant, Lease, Request, Shortage, Task};
 use vramd_core::models::{Busy, MAX_MODELS, Model, Plan, Residency};
 
 use super::allocations::{OnReady, OnReleased, attached, refusal, too_many_wait};
@@ -181,7 +181,7 @@ impl State {
         Ok(shown)
     }
 
-    fn changeable(&self, name: &ModelName) -> Result<&Model, ApiError> {
+    pub(super) fn changeable(&self, name: &ModelName) -> Result<&Model, ApiError> {
         let model = self.models.get(name).ok_or_else(|| no_model(name))?;
         if self.changing.contains(name) {
             return Err(ApiError::new(ErrorCode::Conflict, format!("model {name} is being removed"))
@@ -645,108 +645,6 @@ impl State {
             }
         }
     }
-
-    pub(super) fn unload(&mut self, name: &ModelName, device: Option<&DeviceId>, reply: Reply<Operation>) {
-        let answer = self.try_unload(name, device);
-        self.answer(reply, answer);
-    }
-
-    fn try_unload(&mut self, name: &ModelName, device: Option<&DeviceId>) -> Result<Operation, ApiError> {
-        let model = self.changeable(name)?;
-        let holders = model.holders(device, self.ledger.allocations());
-        if !holders.is_empty() {
-            return Err(attached(&format!("model {name}"), &holders));
-        }
-        let waiting = self.waiting_load(name).map(|(operation, _)| operation);
-        if let Some(operation) = model.operation(device).or(waiting) {
-            return Err(refuse(name, Busy::Operation(operation)));
-        }
-        let devices: Vec<DeviceId> =
-            model.resident_on().into_iter().filter(|on| device.is_none_or(|device| device == on)).collect();
-        if devices.is_empty() {
-            let place = device.map_or_else(|| "any device".to_owned(), ToString::to_string);
-            return Err(not_resident(name, &place)
-                .hint("there is nothing to unload: `vramd models` shows where it is"));
-        }
-        if model.pinned {
-            return Err(ApiError::new(ErrorCode::Conflict, format!("model {name} is pinned"))
-                .hint(format!("unpin it first: `vramd unpin {name}`")));
-        }
-        self.begin_unload(name, devices, None)
-    }
-
-    /// Unloads a model, or some components of it, from devices where nobody has them attached.
-    pub(super) fn begin_unload(
-        &mut self,
-        name: &ModelName,
-        devices: Vec<DeviceId>,
-        components: Option<&BTreeSet<ComponentName>>,
-    ) -> Result<Operation, ApiError> {
-        let places: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
-        let subject = format!("{name} on {}", places.join(", "));
-        let parts: Vec<(ComponentName, DeviceId, AllocationId)> = self
-            .models
-            .get(name)
-            .ok_or_else(|| no_model(name))?
-            .components
-            .iter()
-            .filter(|(component, _)| components.is_none_or(|wanted| wanted.contains(*component)))
-            .flat_map(|(component, entry)| {
-                entry.residency.iter().map(move |residency| (component, residency))
-            })
-            .filter(|(_, (device, residency))| {
-                devices.contains(device) && matches!(residency, Residency::Resident { .. })
-            })
-            .map(|(component, (device, residency))| {
-                (component.clone(), device.clone(), residency.allocation())
-            })
-            .collect();
-        let bytes = parts
-            .iter()
-            .filter_map(|(_, _, allocation)| self.ledger.allocation(*allocation))
-            .filter(|allocation| allocation.state == AllocationState::Active)
-            .map(|allocation| allocation.block_bytes)
-            .sum();
-        let operation = self.operations.begin(OperationKind::Unload, subject, bytes, self.now);
-        let unloading = Unloading {
-            model: name.clone(),
-            devices,
-            parts: parts.iter().map(|(component, device, _)| (component.clone(), device.clone())).collect(),
-            releasing: parts.len(),
-            bytes,
-            held_by: BTreeSet::new(),
-        };
-        self.operations.running.insert(operation, Running::Unload(unloading));
-        for (component, device, allocation) in parts {
-            if let Some(entry) =
-                self.models.get_mut(name).and_then(|model| model.components.get_mut(&component))
-            {
-                entry.residency.insert(device, Residency::Evicting { allocation, operation });
-            }
-            let work = self.ledger.release(allocation, self.now).expect("nobody is attached, as was checked");
-            self.releasing.insert(allocation, OnReleased::Operation(operation));
-            match work {
-                Release::Work(work) => self.perform(work),
-                // What an operation still reads goes when that has ended.
-                Release::Later => self.cancel_copies_of(allocation),
-                Release::NotActive => {}
-            }
-        }
-        self.operations.show(operation)
-    }
-
-    /// Unloads what was kept alive long enough.
-    pub(super) fn expire_models(&mut self) {
-        for (name, devices) in self.models.expired(self.now.tick, self.ledger.allocations()) {
-            let loading = self.models.get(&name).is_some_and(|model| self.is_on_its_way(model));
-            if loading || self.changing.contains(&name) {
-                continue;
-            }
-            if let Err(error) = self.begin_unload(&name, devices.into_iter().collect(), None) {
-                tracing::warn!(model = %name, %error, "an idle model could not be unloaded");
-            }
-        }
-    }
 }
 
 /// Whether all that is wanted is resident, or on the way by `operation`.
@@ -773,7 +671,7 @@ pub(super) fn not_resident(name: &ModelName, place: &str) -> ApiError {
         .hint(format!("load it first: `vramd load {name}`"))
 }
 
-fn refuse(name: &ModelName, busy: Busy) -> ApiError {
+pub(super) fn refuse(name: &ModelName, busy: Busy) -> ApiError {
     match busy {
         Busy::Attached(holders) => attached(&format!("model {name}"), &holders),
         Busy::Operation(operation) => {
