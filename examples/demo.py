@@ -1,7 +1,8 @@
 """The demonstration: one model, held once, used by many.
 
 Starts a daemon of its own, loads all-MiniLM-L6-v2 into it, lets two processes attach the model and compute
-with it, lets a third load the plain file, and compares: the vectors, the time, and the memory.
+with it, lets a third load the plain file, and compares: the vectors, the time, and the memory. Then three
+models take turns on a simulated device that holds two.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ SENTENCES = [
     "The graphics card has run out of VRAM.",
 ]
 MIB = 1 << 20
+#: Requests of a client for models by their names.
+REQUESTS = ["chat", "search", "chat", "draw", "chat", "search", "chat", "draw", "chat"]
 
 
 class Failed(Exception):
@@ -107,7 +110,7 @@ def load(client: vramd.Client) -> None:
 
     client.register_model(MODEL, minilm.directory() / "model.safetensors")
     start = time.perf_counter()
-    client.load(MODEL, keep_alive=-1, progress=progress)
+    client.load(MODEL, device="cpu:0", keep_alive=-1, progress=progress)
     seconds = time.perf_counter() - start
     if sys.stdout.isatty():
         print("\r\033[K", end="")
@@ -175,7 +178,8 @@ def show(binary: str) -> None:
     """The whole demonstration."""
     with tempfile.TemporaryDirectory(prefix="vramd-demo-") as sockets, ExitStack() as stack:
         socket = f"{sockets}/vramd.sock"
-        running = stack.enter_context(daemon(binary, ["--listen", "127.0.0.1:0", "--socket", socket]))
+        arguments = ["--listen", "127.0.0.1:0", "--socket", socket, "--sim", "200MiB"]
+        running = stack.enter_context(daemon(binary, arguments))
         print(f"  daemon   pid {running.process.pid}, {running.url}, {running.socket}")
         load(running.client)
         path = str(minilm.directory() / "model.safetensors")
@@ -190,6 +194,7 @@ def show(binary: str) -> None:
         print(f"  attached by {count} processes at once\n")
         compare_memory(reports)
         compare_vectors(reports)
+        switch(running)
     print("\n  the daemon has stopped, and nothing is left behind")
 
 
@@ -232,6 +237,31 @@ def compare_vectors(reports: dict[str, dict[str, Any]]) -> None:
         raise Failed(
             "sentences that mean the same are not closer than others: the model was not computed well"
         )
+
+
+def switch(running: Daemon) -> None:
+    """Three models on a device that holds two: who asks for one gets it, and what is needed least goes."""
+    client, file = running.client, minilm.directory() / "model.safetensors"
+    print("\n  three models of 86.7 MiB take turns on sim:0, which has 200 MiB\n")
+    for name in sorted(set(REQUESTS)):
+        client.register_model(name, file)
+    end = file.read_bytes()[-64:]
+    went: list[str] = []
+    for name in REQUESTS:
+        start = time.perf_counter()
+        result = client.load(name, device="sim:0")["result"]
+        with vramd.attach(name, device="sim:0", socket=running.socket) as weights:
+            seconds = time.perf_counter() - start
+            last = max((weights.info(tensor) for tensor in weights), key=lambda tensor: tensor.offset)
+            if bytes(weights.raw(last.name)[-64:]) != end:
+                raise Failed(f"{name}: the last bytes are not those of the file")
+        how = "was there" if not result["loaded"] else "loaded"
+        evicted = [one["model"] for one in result.get("evicted", [])]
+        went += evicted
+        text = f", and {', '.join(evicted)} went" if evicted else ""
+        print(f"  {name:8}{seconds * 1e3:8.1f} ms   {how}{text}")
+    if not went or "chat" in went:
+        raise Failed(f"the model that is used most should stay, and others go: {went} went")
 
 
 def keep(binary: str) -> None:

@@ -8,8 +8,6 @@ use vramd_api::{EvictionPolicy, Priority};
 
 use crate::Tick;
 
-/// Whoever has just asked for something gets to it before it may go.
-pub const GRACE_SECONDS: f64 = 1.0;
 /// As many uses are remembered.
 const REMEMBERED: usize = 16;
 /// What is not used for so long is not used often, however few uses are known.

@@ -46,6 +46,8 @@ pub struct Model {
     pub registered_at: Timestamp,
     pub last_used: Option<Now>,
     pub popularity: Popularity,
+    /// Somebody had it loaded, then, and nobody has attached it since.
+    pub awaits: Option<Tick>,
 }
 
 #[derive(Debug, Clone)]
@@ -61,7 +63,7 @@ pub struct Component {
 #[derive(Debug, Clone)]
 pub enum Residency {
     Loading { allocation: AllocationId, operation: OperationId, plan: Arc<Plan> },
-    Resident { allocation: AllocationId, plan: Arc<Plan>, since: Tick },
+    Resident { allocation: AllocationId, plan: Arc<Plan> },
     Evicting { allocation: AllocationId, operation: OperationId },
 }
 

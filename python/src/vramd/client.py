@@ -156,7 +156,7 @@ class Client:
             onShortage=on_shortage,
             owner=owner,
         )
-        # What has just come stays as long as it took to load, and what goes takes a while to be back.
+        # What others had loaded stays until they come, for a while, and what goes takes a while to be back.
         wait = {
             "wait": 30 if timeout_seconds is None else timeout_seconds,
             "evict": 600 + (timeout_seconds or 0),

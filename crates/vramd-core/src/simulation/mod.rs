@@ -1,7 +1,6 @@
 //! A machine that serves a trace of requests: what would have been loaded, gone and waited for, by each policy.
 //!
-//! Owns the description of a machine, the trace, the run and its picture. The choice of what goes, how use is counted, how long a model
-//! stays at least, and the order of those who wait are the daemon's own ([`crate::eviction`]). Simpler than there: a model is one
+//! Owns the description of a machine, the trace, the run and its picture. The choice of what goes, how use is counted, and the order of those who wait are the daemon's own ([`crate::eviction`]). Simpler than there: a model is one
 //! component; a load takes its seconds whatever else is loaded; bytes that go are free at once.
 
 mod picture;

@@ -35,8 +35,6 @@ enum What {
     Loaded(usize),
     /// A model may have been idle for as long as it is kept.
     Expires(usize),
-    /// One that has just come may go.
-    Look,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -96,7 +94,6 @@ struct Simulator {
     trials: Vec<Trial<usize>>,
     queue: BTreeMap<(Reverse<Priority>, u64), usize>,
     queued: u64,
-    looks_at: Option<f64>,
     waits: Vec<f32>,
     hits: u64,
     loads: u64,
@@ -133,7 +130,6 @@ pub fn run(machine: &Machine, trace: &[Request], policy: EvictionPolicy) -> Run 
         trials: vec![Trial::default(); machine.devices.len()],
         queue: BTreeMap::new(),
         queued: 0,
-        looks_at: None,
         waits: Vec::with_capacity(trace.len()),
         hits: 0,
         loads: 0,
@@ -164,10 +160,6 @@ impl Simulator {
                 What::Done(model) => self.done(model),
                 What::Loaded(model) => self.loaded(model),
                 What::Expires(model) => self.expire(model),
-                What::Look => {
-                    self.looks_at = None;
-                    self.admit();
-                }
             }
         }
     }
@@ -284,7 +276,6 @@ impl Simulator {
         }
         let tick = self.tick();
         let mut cheapest: Option<(f64, usize, Vec<usize>)> = None;
-        let mut look: Option<f64> = None;
         for device in 0..self.devices.len() {
             let (free, of) = self.devices[device];
             if of < bytes {
@@ -293,12 +284,7 @@ impl Simulator {
             let (mut idle, mut candidates) = (Vec::new(), Vec::new());
             for other in self.residents[device].iter().copied() {
                 let model = &self.models[other];
-                let stays = (model.since + model.load_seconds).max(model.last_used + eviction::GRACE_SECONDS);
                 if model.busy > 0 || model.priority > self.models[at].priority {
-                    continue;
-                }
-                if stays > self.now {
-                    look = Some(look.map_or(stays, |before: f64| before.min(stays)));
                     continue;
                 }
                 idle.push(other);
@@ -320,13 +306,7 @@ impl Simulator {
                 cheapest = Some((loss, device, chosen.into_iter().map(|one| idle[one]).collect()));
             }
         }
-        let Some((_, device, chosen)) = cheapest else {
-            if let Some(time) = look.filter(|time| self.looks_at.is_none_or(|at| *time < at)) {
-                self.looks_at = Some(time);
-                self.at(time, What::Look);
-            }
-            return None;
-        };
+        let (_, device, chosen) = cheapest?;
         for other in chosen {
             self.evictions += 1;
             self.unload(other, device);

@@ -260,6 +260,7 @@ impl State {
         let now = self.now;
         if let Some(model) = name.as_ref().and_then(|name| self.models.get_mut(name)) {
             model.used(now);
+            model.awaits = None;
         }
         if let Some(name) = &name {
             self.try_policies(name, &attachment.device);

@@ -315,6 +315,7 @@ impl State {
     fn set_keep_alive(&mut self, load: &Load) {
         let Some(model) = self.models.get_mut(&load.model) else { return };
         model.used(self.now);
+        model.awaits = Some(self.now.tick);
         if let Some(keep_alive) = load.keep_alive.filter(|keep_alive| *keep_alive != model.keep_alive) {
             model.keep_alive = keep_alive;
             self.store(Change::SetKeepAlive(load.model.clone(), keep_alive), OnStored::Nothing);
@@ -549,12 +550,13 @@ impl State {
             if let Some(component) = model.components.get_mut(&part.component) {
                 let (allocation, plan) = (part.allocation, part.plan.clone());
                 let share = plan.layout.payload_bytes as f64 / bytes.max(1) as f64;
-                let resident = Residency::Resident { allocation, plan, since: self.now.tick };
+                let resident = Residency::Resident { allocation, plan };
                 component.residency.insert(loading.device.clone(), resident);
                 component.load_seconds.insert(loading.device.clone(), seconds * share);
             }
         }
         model.last_used = Some(self.now);
+        model.awaits = Some(self.now.tick);
         self.note_load(&loading.device, bytes, seconds);
         let data = serde_json::json!({
             "model": loading.model, "deviceId": loading.device, "bytes": bytes, "loaded": true,

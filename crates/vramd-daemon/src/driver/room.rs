@@ -1,8 +1,8 @@
 //! Room for those who have to wait for it: what goes for them, and the loads that wait.
 //!
 //! A request that may evict has idle components unloaded until what it lacks is on its way back. It claims that room, so that nobody
-//! who does not wait takes it, and stands in the queue like everybody else. What is attached, at work, pinned, of a higher priority or just
-//! come stays.
+//! who does not wait takes it, and stands in the queue like everybody else. What is attached, at work, pinned, of a higher priority or
+//! waited for stays.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,6 +26,8 @@ use crate::source::Prepared;
 const BYTES_PER_SECOND: f64 = 1e9;
 /// How long bytes may take to come back before who waits for them hears of it.
 const RETURN_SECONDS: u64 = 30;
+/// What was loaded and not attached yet stays as long as that took, and so long at least.
+const GRACE_SECONDS: f64 = 1.0;
 /// As many of those that stayed are named.
 const NAMED: usize = 5;
 /// The most files that loads keep open while they wait.
@@ -75,7 +77,7 @@ pub(super) struct Evicted {
 pub(super) enum Room {
     /// It is on its way back.
     Coming,
-    /// Idle models have it that have just come, and stay until then.
+    /// Idle models have it that were loaded for somebody who has not come yet, and stay until then.
     Soon(Tick),
     No,
 }
@@ -203,7 +205,7 @@ impl State {
         for model in self.models.iter().filter(|model| may_go(model)) {
             let idle = model.last_used.map_or(0, |used| self.now.tick.0.saturating_sub(used.tick.0));
             for (component, entry) in &model.components {
-                let Some(Residency::Resident { allocation, since, .. }) = entry.residency.get(device) else {
+                let Some(Residency::Resident { allocation, .. }) = entry.residency.get(device) else {
                     continue;
                 };
                 let Some(held) = self.ledger.allocation(*allocation) else { continue };
@@ -236,11 +238,10 @@ impl State {
                     uses_per_hour: rounded(uses_per_second * 3600.0),
                     load_seconds: rounded(load_seconds),
                 };
-                // Two that take turns spend half of their time working, not all of it loading.
-                let stays = since.0 + (load_seconds * 1000.0) as u64;
-                let grace = (eviction::GRACE_SECONDS * 1000.0) as u64;
-                let stays = stays.max(model.last_used.map_or(0, |used| used.tick.0 + grace));
-                found.push((Tick(stays), candidate, evicted));
+                // Whoever had it loaded gets to it.
+                let stays = load_seconds.max(GRACE_SECONDS) * 1000.0;
+                let stays = model.awaits.map_or(Tick::default(), |since| Tick(since.0 + stays as u64));
+                found.push((stays, candidate, evicted));
             }
         }
         found
