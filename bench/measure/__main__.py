@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import allocators, attach, idle, load, machine, model, moves, serving, vulkan
+from . import allocators, attach, idle, load, machine, model, moves, policies, serving, vulkan
 from .table import Table
 
 COMPARISONS = {
@@ -15,6 +15,7 @@ COMPARISONS = {
     "idle": idle,
     "moves": moves,
     "vulkan": vulkan,
+    "policies": policies,
     "allocators": allocators,
 }
 
@@ -42,7 +43,7 @@ def main() -> None:
     table = Table()
     with machine.huge_pages():
         before = machine.describe()
-        if options.only not in ("moves", "vulkan", "allocators"):
+        if options.only not in ("moves", "vulkan", "policies", "allocators"):
             model.ensure(setup)
         for name, comparison in COMPARISONS.items():
             if options.only in (None, name):

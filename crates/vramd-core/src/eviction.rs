@@ -109,20 +109,7 @@ pub fn choose(candidates: &[Candidate], needed: u64, policy: EvictionPolicy) -> 
 /// Of sets that free enough the one with the least loss, then that which takes least.
 fn cheapest(candidates: &[Candidate], needed: u64) -> Vec<usize> {
     if candidates.len() <= EXACT {
-        let all = 1_u32..1 << candidates.len();
-        let sums = |set: u32| {
-            let members = (0..candidates.len()).filter(move |at| set & 1 << at != 0);
-            members.fold((0_u64, 0.0), |(bytes, loss), at| {
-                (bytes.saturating_add(candidates[at].bytes), loss + candidates[at].loss())
-            })
-        };
-        let fitting = all.filter_map(|set| {
-            let (bytes, loss) = sums(set);
-            (bytes >= needed).then_some((loss, bytes, set))
-        });
-        let best = fitting.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)));
-        let (.., set) = best.expect("all of them together are enough");
-        return (0..candidates.len()).filter(|at| set & 1 << at != 0).collect();
+        return cheapest_of_all(candidates, needed);
     }
     // By loss a byte; each that would complete the set is tried as its last, and not kept: the best of these costs twice the least
     // at most.
@@ -153,6 +140,26 @@ fn cheapest(candidates: &[Candidate], needed: u64) -> Vec<usize> {
     });
     chosen.sort_unstable();
     chosen
+}
+
+/// The same of few, by looking at every set.
+fn cheapest_of_all(candidates: &[Candidate], needed: u64) -> Vec<usize> {
+    // What a set frees and loses is that of the set without its lowest member, and of that member.
+    let mut sums = vec![(0.0, 0_u64); 1 << candidates.len()];
+    let mut best: Option<(f64, u64, usize)> = None;
+    for set in 1..sums.len() {
+        let (loss, bytes) = sums[set & (set - 1)];
+        let lowest = &candidates[set.trailing_zeros() as usize];
+        let (loss, bytes) = (loss + lowest.loss(), bytes.saturating_add(lowest.bytes));
+        sums[set] = (loss, bytes);
+        let better =
+            |(least, fewest, _): &(f64, u64, usize)| loss.total_cmp(least).then(bytes.cmp(fewest)).is_lt();
+        if bytes >= needed && best.as_ref().is_none_or(better) {
+            best = Some((loss, bytes, set));
+        }
+    }
+    let (.., set) = best.expect("all of them together are enough");
+    (0..candidates.len()).filter(|at| set & 1 << at != 0).collect()
 }
 
 #[cfg(test)]
