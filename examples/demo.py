@@ -178,8 +178,8 @@ def show(binary: str) -> None:
     """The whole demonstration."""
     with tempfile.TemporaryDirectory(prefix="vramd-demo-") as sockets, ExitStack() as stack:
         socket = f"{sockets}/vramd.sock"
-        arguments = ["--listen", "127.0.0.1:0", "--socket", socket, "--sim", "200MiB"]
-        running = stack.enter_context(daemon(binary, arguments))
+        serve = ["--listen", "127.0.0.1:0", "--socket", socket, "--sim", "200MiB"]
+        running = stack.enter_context(daemon(binary, serve))
         print(f"  daemon   pid {running.process.pid}, {running.url}, {running.socket}")
         load(running.client)
         path = str(minilm.directory() / "model.safetensors")
