@@ -46,8 +46,6 @@ pub struct Model {
     pub registered_at: Timestamp,
     pub last_used: Option<Now>,
     pub popularity: Popularity,
-    /// Somebody had it loaded, then, and nobody has attached it since.
-    pub awaits: Option<Tick>,
 }
 
 #[derive(Debug, Clone)]
@@ -62,9 +60,21 @@ pub struct Component {
 
 #[derive(Debug, Clone)]
 pub enum Residency {
-    Loading { allocation: AllocationId, operation: OperationId, plan: Arc<Plan> },
-    Resident { allocation: AllocationId, plan: Arc<Plan> },
-    Evicting { allocation: AllocationId, operation: OperationId },
+    Loading {
+        allocation: AllocationId,
+        operation: OperationId,
+        plan: Arc<Plan>,
+    },
+    Resident {
+        allocation: AllocationId,
+        plan: Arc<Plan>,
+        /// Somebody had it loaded and nobody has attached it since: until then it is theirs.
+        awaited: Option<Tick>,
+    },
+    Evicting {
+        allocation: AllocationId,
+        operation: OperationId,
+    },
 }
 
 impl Residency {
@@ -168,6 +178,11 @@ impl Model {
             .filter_map(|residency| allocations.get(&residency.allocation()))
             .flat_map(|allocation| allocation.holders().cloned())
             .collect()
+    }
+
+    /// Whether some of it is on its way to a device.
+    pub fn is_loading(&self) -> bool {
+        self.residencies(None).any(|residency| matches!(residency, Residency::Loading { .. }))
     }
 
     /// The load or unload under way, on `device` or anywhere.

@@ -84,6 +84,11 @@ impl Queue {
         self.entries.len() >= MAX_WAITING
     }
 
+    /// All who wait, in order.
+    pub fn iter(&self) -> impl Iterator<Item = &Waiting> {
+        self.entries.values()
+    }
+
     /// Those who are next, and the devices on which they are.
     pub fn next_on(&self, ledger: &Ledger) -> Vec<(&Waiting, Vec<DeviceId>)> {
         let mut closed = BTreeSet::new();

@@ -392,6 +392,9 @@ impl Ledger {
             if shared <= book.room() {
                 return Some(Place::New { bytes: shared, block, key: Some(key), first: None });
             }
+            if shared <= book.room_without_spare() {
+                return Some(Place::New { bytes: shared, block, key: Some(key), first: book.spare });
+            }
         }
         let bytes = segment_bytes(request.size_bytes, book);
         if bytes > book.facts.max_segment_bytes {

@@ -1,7 +1,8 @@
 //! A machine that serves a trace of requests: what would have been loaded, gone and waited for, by each policy.
 //!
-//! Owns the description of a machine, the trace, the run and its picture. The choice of what goes, how use is counted, and the order of those who wait are the daemon's own ([`crate::eviction`]). Simpler than there: a model is one
-//! component; a load takes its seconds whatever else is loaded; bytes that go are free at once.
+//! Owns the description of a machine, the trace, the run and its picture. The choice of what goes and how use is counted are the
+//! daemon's own ([`crate::eviction`], [`crate::trial`]). Simpler than there: a model is one component; a load takes its seconds whatever else is loaded; bytes that
+//! go are free at once; those who wait are served by priority, then age, and nobody passes them.
 
 mod picture;
 mod run;
@@ -86,6 +87,8 @@ pub struct Request {
 pub struct Report {
     pub policy: EvictionPolicy,
     pub requests: u64,
+    /// Those whose model never found room, since more important ones stayed; the rest of the figures leaves their waits out.
+    pub unserved: u64,
     /// The share of requests whose model was resident.
     pub hit_rate: f64,
     pub loads: u64,
@@ -165,7 +168,7 @@ impl Machine {
                 return Err(bad("it is not `time,model,seconds`"));
             };
             let number =
-                |text: &str| text.parse().ok().filter(|it: &f64| it.is_finite() && (0.0..=1e9).contains(it));
+                |text: &str| text.parse().ok().filter(|it: &f64| it.is_finite() && (0.0..=1e12).contains(it));
             let time = number(time).ok_or_else(|| bad("its time is no number of seconds"))?;
             let seconds = number(seconds).ok_or_else(|| bad("its length is no number of seconds"))?;
             let Some(model) = names.get(model).copied() else {

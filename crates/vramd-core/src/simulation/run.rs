@@ -94,13 +94,15 @@ struct Simulator {
     trials: Vec<Trial<usize>>,
     queue: BTreeMap<(Reverse<Priority>, u64), usize>,
     queued: u64,
-    waits: Vec<f32>,
+    waits: Vec<f64>,
     hits: u64,
     loads: u64,
     loaded_bytes: u64,
     load_seconds: f64,
     evictions: u64,
     intervals: Vec<Interval>,
+    /// When the last request so far was done.
+    done_at: f64,
 }
 
 /// Serves `trace`, which is in order of time and names models of the machine.
@@ -137,6 +139,7 @@ pub fn run(machine: &Machine, trace: &[Request], policy: EvictionPolicy) -> Run 
         load_seconds: 0.0,
         evictions: 0,
         intervals: Vec::new(),
+        done_at: 0.0,
     };
     for request in trace {
         simulator.advance(request.time);
@@ -202,7 +205,7 @@ impl Simulator {
     }
 
     fn start(&mut self, at: usize, came: f64, seconds: f64) {
-        self.waits.push((self.now - came) as f32);
+        self.waits.push(self.now - came);
         self.models[at].busy += 1;
         self.at(self.now + seconds, What::Done(at));
     }
@@ -210,6 +213,7 @@ impl Simulator {
     fn done(&mut self, at: usize) {
         let now = self.now;
         let model = &mut self.models[at];
+        self.done_at = now;
         model.busy -= 1;
         model.last_used = now;
         if model.busy > 0 {
@@ -323,20 +327,21 @@ impl Simulator {
     }
 
     fn finish(mut self, requests: u64) -> Run {
-        let end = self.now;
+        let (end, served) = (self.done_at, self.waits.len() as u64);
+        self.now = self.now.min(end);
         for at in 0..self.models.len() {
             if let Place::Resident(device) = self.models[at].place {
                 self.unload(at, device);
             }
         }
         let waits = &mut self.waits;
-        waits.sort_unstable_by(f32::total_cmp);
+        waits.sort_unstable_by(f64::total_cmp);
         let quantile = |share: f64| {
             let at = (share * (waits.len() as f64 - 1.0)).round() as usize;
-            f64::from(waits.get(at).copied().unwrap_or(0.0))
+            waits.get(at).copied().unwrap_or(0.0)
         };
         let waits = Waits {
-            mean_seconds: waits.iter().map(|wait| f64::from(*wait)).sum::<f64>() / waits.len().max(1) as f64,
+            mean_seconds: waits.iter().sum::<f64>() / waits.len().max(1) as f64,
             p50_seconds: quantile(0.5),
             p99_seconds: quantile(0.99),
             max_seconds: quantile(1.0),
@@ -344,6 +349,7 @@ impl Simulator {
         let report = Report {
             policy: self.policy,
             requests,
+            unserved: requests - served,
             hit_rate: self.hits as f64 / requests.max(1) as f64,
             loads: self.loads,
             evictions: self.evictions,

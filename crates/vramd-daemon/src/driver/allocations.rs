@@ -94,7 +94,7 @@ impl State {
         let on: Vec<DeviceId> = allocate.on.iter().cloned().collect();
         let wait = allocate.shortage.wait_seconds;
         let others_wait = !self.queue.is_empty() && self.ledger.could_fit(&allocate.request, &on);
-        if let Some(seconds) = wait.filter(|_| others_wait && !allocate.shortage.evict) {
+        if let Some(seconds) = wait.filter(|_| others_wait) {
             // Who can wait does not overtake those who do.
             self.line_up(allocate, on, self.now.tick.after_seconds(seconds), reply);
             return self.admit();
@@ -112,6 +112,9 @@ impl State {
                 let packing = self.pack_for(&shortage);
                 let fits = self.ledger.could_fit(&allocate.request, &on);
                 let (requests, how) = ([allocate.request.clone()], allocate.shortage);
+                if fits && how.evict && self.queue.is_full() {
+                    return self.answer(reply, Err(too_many_wait()));
+                }
                 let deadline = fits.then(|| self.wait_for_room(&requests, &on, how, None).0).flatten();
                 if let Some(deadline) = deadline {
                     return self.line_up(allocate, on, deadline, reply);
@@ -138,7 +141,8 @@ impl State {
         let mut shortages = Vec::new();
         for (waiting, mut on) in self.queue.next_on(&self.ledger) {
             on.retain(may);
-            if let ([request], false) = (waiting.requests.as_slice(), on.is_empty()) {
+            let claims = self.ledger.claimed_on(waiting.id()).is_some();
+            if let ([request], false, false) = (waiting.requests.as_slice(), on.is_empty(), claims) {
                 shortages.push(self.ledger.refusal(request, &on));
             }
         }

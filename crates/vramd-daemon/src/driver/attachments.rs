@@ -257,17 +257,27 @@ impl State {
         let kept = Lease::Connection { holder, access, moves };
         self.ledger.grant(found.allocation, lease, kept, self.now);
         let name = attachment.model.as_ref().map(|(name, _)| name.clone());
-        let now = self.now;
-        if let Some(model) = name.as_ref().and_then(|name| self.models.get_mut(name)) {
-            model.used(now);
-            model.awaits = None;
-        }
-        if let Some(name) = &name {
-            self.try_policies(name, &attachment.device);
+        if let Some((name, component)) = &attachment.model {
+            self.attached_model(name, component, &attachment.device);
         }
         let reader = Reader { allocation: found.allocation, model: name, tell, pending: None };
         self.attachments.insert(lease, reader);
         Ok(attachment)
+    }
+
+    /// A component is used. Whoever had it loaded just now counts once.
+    fn attached_model(&mut self, name: &ModelName, component: &ComponentName, device: &DeviceId) {
+        let now = self.now;
+        let Some(model) = self.models.get_mut(name) else { return };
+        model.last_used = Some(now);
+        let entry = model.components.get_mut(component);
+        if let Some(Residency::Resident { awaited, .. }) = entry.and_then(|it| it.residency.get_mut(device))
+            && awaited.take().is_some_and(|until| until >= now.tick)
+        {
+            return;
+        }
+        model.used(now);
+        self.try_policies(name, device);
     }
 
     /// Refuses to change bytes of which a reader still has the place of before, and would not see the change.

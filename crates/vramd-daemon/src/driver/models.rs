@@ -13,10 +13,11 @@ use vramd_api::{
 };
 use vramd_core::ledger::{Grant, Lease, Request, Shortage, Task};
 use vramd_core::models::{Busy, MAX_MODELS, Model, Plan, Residency};
+use vramd_core::{Now, Tick};
 
 use super::allocations::{OnReady, OnReleased, attached, refusal, too_many_wait};
 use super::operations::{Loading, Running, Unloading};
-use super::room::{WaitingLoad, nothing_to_evict};
+use super::room::{GRACE_SECONDS, WaitingLoad, nothing_to_evict};
 use super::{Event, Load, LoadAnswer, LoadFailure, OnStored, Part, Reply, State};
 use crate::loader::{self, Target};
 use crate::source::Prepared;
@@ -251,6 +252,18 @@ impl State {
             };
             let brings_all =
                 same && wanted.iter().all(|name| waiting.prepared.contains_key(name) || there(name));
+            let waits = load.shortage.evict || load.shortage.wait_seconds.is_some();
+            if brings_all && waits {
+                self.wait_with(operation, load.shortage);
+            } else if brings_all {
+                let error = ApiError::new(
+                    ErrorCode::InsufficientMemory,
+                    format!("a load of model {} waits for room already", load.model),
+                );
+                return Err(error
+                    .hint("wait with it: load without onShortage=fail")
+                    .detail("operationId", operation.to_string()));
+            }
             return self.join(load, operation, brings_all);
         }
         let missing: BTreeMap<ComponentName, String> = wanted
@@ -303,6 +316,16 @@ impl State {
     fn loaded_already(&mut self, load: &Load, device: &DeviceId) -> Result<LoadAnswer, ApiError> {
         self.set_keep_alive(load);
         self.try_policies(&load.model, device);
+        let now = self.now;
+        if let Some(model) = self.models.get_mut(&load.model) {
+            let here = model.components.values_mut().filter_map(|entry| entry.residency.get_mut(device));
+            for residency in here {
+                // Who asks again and again and never comes does not keep it for ever.
+                if let Residency::Resident { awaited: awaited @ None, .. } = residency {
+                    *awaited = Some(stays(now, 0.0));
+                }
+            }
+        }
         let subject = format!("{} on {device}", load.model);
         let id = self.operations.begin(OperationKind::Load, subject, 0, self.now);
         self.end_operation(
@@ -315,7 +338,6 @@ impl State {
     fn set_keep_alive(&mut self, load: &Load) {
         let Some(model) = self.models.get_mut(&load.model) else { return };
         model.used(self.now);
-        model.awaits = Some(self.now.tick);
         if let Some(keep_alive) = load.keep_alive.filter(|keep_alive| *keep_alive != model.keep_alive) {
             model.keep_alive = keep_alive;
             self.store(Change::SetKeepAlive(load.model.clone(), keep_alive), OnStored::Nothing);
@@ -341,8 +363,7 @@ impl State {
         let payload =
             prepared.values().fold(0, |sum, part| u64::saturating_add(sum, part.plan.layout.payload_bytes));
         let fits = self.ledger.could_fit_all(&requests, &on);
-        let waits = load.shortage.wait_seconds.is_some() && !load.shortage.evict;
-        let others_wait = !self.queue.is_empty() && fits && waits;
+        let others_wait = !self.queue.is_empty() && fits && load.shortage.wait_seconds.is_some();
         let grants = if others_wait { None } else { self.ledger.reserve_all(&requests, &on, self.now) };
         let load = Load { device: on.first().cloned(), ..load.clone() };
         let operation = |state: &mut Self, waits: bool| {
@@ -361,6 +382,10 @@ impl State {
             self.start_load(id, WaitingLoad::new(load, prepared, wanted), grants);
             id
         } else {
+            let waits = load.shortage.evict || load.shortage.wait_seconds.is_some();
+            if fits && waits {
+                self.check_line(&prepared)?;
+            }
             let (deadline, evicted) = if fits {
                 self.wait_for_room(&requests, &on, load.shortage, Some(&load.model))
             } else {
@@ -550,13 +575,13 @@ impl State {
             if let Some(component) = model.components.get_mut(&part.component) {
                 let (allocation, plan) = (part.allocation, part.plan.clone());
                 let share = plan.layout.payload_bytes as f64 / bytes.max(1) as f64;
-                let resident = Residency::Resident { allocation, plan };
+                let awaited = Some(stays(self.now, seconds));
+                let resident = Residency::Resident { allocation, plan, awaited };
                 component.residency.insert(loading.device.clone(), resident);
                 component.load_seconds.insert(loading.device.clone(), seconds * share);
             }
         }
         model.last_used = Some(self.now);
-        model.awaits = Some(self.now.tick);
         self.note_load(&loading.device, bytes, seconds);
         let data = serde_json::json!({
             "model": loading.model, "deviceId": loading.device, "bytes": bytes, "loaded": true,
@@ -647,6 +672,11 @@ impl State {
             }
         }
     }
+}
+
+/// Until when what was loaded in so many seconds is kept for whom it was loaded.
+fn stays(now: Now, seconds: f64) -> Tick {
+    Tick(now.tick.0 + (seconds.max(GRACE_SECONDS) * 1000.0) as u64)
 }
 
 /// Whether all that is wanted is resident, or on the way by `operation`.

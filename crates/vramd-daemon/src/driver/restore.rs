@@ -95,7 +95,6 @@ fn restored_model(stored: &StoredModel) -> Result<Model, serde_json::Error> {
         pinned: stored.pinned,
         priority: stored.priority,
         popularity: Popularity::default(),
-        awaits: None,
         keep_alive: stored.keep_alive,
         registered_at: stored.registered_at,
         last_used: None,

@@ -13,12 +13,12 @@ use vramd_api::{
 };
 use vramd_core::Tick;
 use vramd_core::eviction::{self, Candidate};
-use vramd_core::ledger::{Grant, Request, State as AllocationState};
+use vramd_core::ledger::{Grant, Request, Shortage, State as AllocationState};
 use vramd_core::models::{Model, Residency};
 use vramd_core::queue::Waiting as Queued;
 use vramd_core::trial::{Trial, Use};
 
-use super::allocations::{OnReady, refusal};
+use super::allocations::{OnReady, refusal, too_many_wait};
 use super::{Load, State};
 use crate::source::Prepared;
 
@@ -27,7 +27,7 @@ const BYTES_PER_SECOND: f64 = 1e9;
 /// How long bytes may take to come back before who waits for them hears of it.
 const RETURN_SECONDS: u64 = 30;
 /// What was loaded and not attached yet stays as long as that took, and so long at least.
-const GRACE_SECONDS: f64 = 1.0;
+pub(super) const GRACE_SECONDS: f64 = 1.0;
 /// As many of those that stayed are named.
 const NAMED: usize = 5;
 /// The most files that loads keep open while they wait.
@@ -52,10 +52,6 @@ impl WaitingLoad {
         wanted: Vec<ComponentName>,
     ) -> Self {
         Self { load, prepared, wanted, evicted: Vec::new(), id: AllocationId(uuid::Uuid::nil()) }
-    }
-
-    fn files(&self) -> usize {
-        self.prepared.values().map(|prepared| prepared.files.len()).sum()
     }
 }
 
@@ -99,11 +95,16 @@ impl State {
         model: Option<&ModelName>,
     ) -> (Room, Vec<Evicted>) {
         let id = requests[0].id;
-        self.ledger.give_up_claim(id);
+        let before = self.ledger.give_up_claim(id);
         let mut soon: Option<Tick> = None;
         let mut best: Option<Choice> = None;
         for device in self.ledger.devices_for(&requests[0], on) {
             let Some(lacks) = self.ledger.lacks(requests, &device) else { continue };
+            if lacks == 0 {
+                // It is on its way back, and nothing need go.
+                best = Some(Choice { device, chosen: Vec::new(), stayed: Vec::new(), loss: 0.0 });
+                break;
+            }
             let (mut old, mut young, mut until) = (Vec::new(), Vec::new(), Tick::default());
             for (stays, candidate, evicted) in self.candidates(&device, requests[0].priority, model) {
                 if stays <= self.now.tick {
@@ -136,9 +137,14 @@ impl State {
             }
         }
         let Some(Choice { device, chosen, stayed, .. }) = best else {
+            if let Some((device, bytes)) = before {
+                self.ledger.claim(id, &device, bytes);
+            }
             return (soon.map_or(Room::No, Room::Soon), Vec::new());
         };
-        if let Some(bytes) = self.ledger.held_for(requests, &device) {
+        // What comes back by itself is for whoever is first in the line.
+        let made = !chosen.is_empty() || before.is_some_and(|(on, _)| on == device);
+        if let Some(bytes) = self.ledger.held_for(requests, &device).filter(|_| made) {
             self.ledger.claim(id, &device, bytes);
         }
         let purpose = &requests[0].purpose;
@@ -200,20 +206,27 @@ impl State {
                 || model.priority > priority
                 || asking == Some(&model.name)
                 || self.changing.contains(&model.name)
-                || self.is_on_its_way(model))
+                || self.waiting_load(&model.name).is_some())
         };
-        for model in self.models.iter().filter(|model| may_go(model)) {
+        let here =
+            |model: &&Model| model.components.values().any(|entry| entry.residency.contains_key(device));
+        for model in self.models.iter().filter(here).filter(|model| may_go(model)) {
             let idle = model.last_used.map_or(0, |used| self.now.tick.0.saturating_sub(used.tick.0));
             for (component, entry) in &model.components {
-                let Some(Residency::Resident { allocation, .. }) = entry.residency.get(device) else {
-                    continue;
+                let (allocation, awaited) = match entry.residency.get(device) {
+                    Some(Residency::Resident { .. }) if model.is_loading() => continue,
+                    Some(Residency::Resident { allocation, awaited, .. }) => (*allocation, *awaited),
+                    // Once it is there, and whoever it is for has had time to come, it may be idle.
+                    Some(Residency::Loading { allocation, .. }) => (*allocation, None),
+                    Some(Residency::Evicting { .. }) | None => continue,
                 };
-                let Some(held) = self.ledger.allocation(*allocation) else { continue };
+                let Some(held) = self.ledger.allocation(allocation) else { continue };
+                let is_loading = model.is_loading();
                 let busy = held.state != AllocationState::Active
                     || held.is_attached()
                     || held.tasks().next().is_some();
                 // What shares its segment frees nothing that others could use.
-                if busy || self.ledger.segment_bytes(*allocation) != Some(held.block_bytes) {
+                if (busy && !is_loading) || self.ledger.segment_bytes(allocation) != Some(held.block_bytes) {
                     continue;
                 }
                 let bytes = held.block_bytes;
@@ -238,9 +251,11 @@ impl State {
                     uses_per_hour: rounded(uses_per_second * 3600.0),
                     load_seconds: rounded(load_seconds),
                 };
-                // Whoever had it loaded gets to it.
-                let stays = load_seconds.max(GRACE_SECONDS) * 1000.0;
-                let stays = model.awaits.map_or(Tick::default(), |since| Tick(since.0 + stays as u64));
+                let stays = if is_loading {
+                    Tick(self.now.tick.0 + ((load_seconds + GRACE_SECONDS) * 1000.0) as u64)
+                } else {
+                    awaited.unwrap_or_default()
+                };
                 found.push((stays, candidate, evicted));
             }
         }
@@ -258,10 +273,11 @@ impl State {
         let patience = |from: Tick, seconds: u64| from.after_seconds(seconds.saturating_add(RETURN_SECONDS));
         let wait = shortage.wait_seconds;
         let now = self.now.tick;
-        // Who finds no place in the line has nothing go for it.
-        if !shortage.evict || self.queue.is_full() {
+        if !shortage.evict {
             return (wait.map(|seconds| now.after_seconds(seconds)), Vec::new());
         }
+        // Those before have the first choice of what has become idle.
+        self.make_room_for_waiting();
         let (room, evicted) = self.make_room(requests, on, model);
         let deadline = match room {
             Room::Coming => Some(patience(now, wait.unwrap_or(0))),
@@ -271,14 +287,13 @@ impl State {
         (deadline, evicted)
     }
 
-    /// Looks again for room for those who are next: a model may be idle now that was not.
+    /// Looks again for room for those who may evict, in order: a model may be idle now that was not.
     pub(super) fn make_room_for_waiting(&mut self) {
         if self.queue.is_empty() {
             return;
         }
-        let next = self.queue.next_on(&self.ledger).into_iter();
-        let next: Vec<_> = next.map(|(waiting, on)| (waiting.requests.clone(), on)).collect();
-        for (requests, on) in next {
+        let line: Vec<_> = self.queue.iter().map(|it| (it.requests.clone(), it.on.clone())).collect();
+        for (requests, on) in line {
             let id = requests[0].id;
             let operation = match self.waiting.get(&id) {
                 Some(OnReady::WaitingLoad(operation)) => Some(*operation),
@@ -301,6 +316,21 @@ impl State {
         self.admit();
     }
 
+    /// Refuses a load that finds no place in the line: nothing is to go for it.
+    pub(super) fn check_line(&self, prepared: &BTreeMap<ComponentName, Prepared>) -> Result<(), ApiError> {
+        if self.queue.is_full() {
+            return Err(too_many_wait());
+        }
+        let open: usize = self.waiting_loads.values().map(|waiting| files(&waiting.prepared)).sum();
+        if open > 0 && open + files(prepared) > WAITING_FILES {
+            let what = format!("loads that wait keep {open} files open already");
+            return Err(ApiError::new(ErrorCode::TooManyRequests, what)
+                .hint("try again later")
+                .detail("limit", WAITING_FILES));
+        }
+        Ok(())
+    }
+
     /// Lines a load up; false if too many wait.
     pub(super) fn line_up_load(
         &mut self,
@@ -310,9 +340,7 @@ impl State {
         deadline: Tick,
     ) -> bool {
         let id = requests[0].id;
-        let files = self.waiting_loads.values().map(WaitingLoad::files).sum::<usize>() + waiting.files();
-        let too_many = files > WAITING_FILES && !self.waiting_loads.is_empty();
-        if too_many || !self.queue.push(Queued { requests, on, deadline }) {
+        if !self.queue.push(Queued { requests, on, deadline }) {
             self.ledger.give_up_claim(id);
             return false;
         }
@@ -325,6 +353,16 @@ impl State {
     pub(super) fn waiting_load(&self, name: &ModelName) -> Option<(OperationId, &WaitingLoad)> {
         let mut all = self.waiting_loads.iter();
         all.find(|(_, waiting)| waiting.load.model == *name).map(|(id, waiting)| (*id, waiting))
+    }
+
+    /// Another load of what one waits for: it waits as long as either, and evicts if one of them may.
+    pub(super) fn wait_with(&mut self, operation: OperationId, shortage: super::OnShortage) {
+        let Some(waiting) = self.waiting_loads.get_mut(&operation) else { return };
+        let id = waiting.id;
+        waiting.load.shortage.evict |= shortage.evict;
+        let seconds = shortage.wait_seconds.unwrap_or(RETURN_SECONDS);
+        self.queue.extend(id, self.now.tick.after_seconds(seconds));
+        self.make_room_for_waiting();
     }
 
     /// There is room for a load.
@@ -356,7 +394,9 @@ impl State {
     pub(super) fn load_expired(&mut self, operation: OperationId, queued: &Queued) {
         let whole = queued.requests.iter().fold(0_u64, |sum, one| sum.saturating_add(one.size_bytes));
         let request = Request { size_bytes: whole, ..queued.requests[0].clone() };
-        let error = timed_out(refusal(&self.ledger.refusal(&request, &queued.on)));
+        let could_fit = self.ledger.could_fit_all(&queued.requests, &queued.on);
+        let shortage = Shortage { could_fit, ..self.ledger.refusal(&request, &queued.on) };
+        let error = timed_out(refusal(&shortage));
         self.end_waiting_load(operation, error);
     }
 
@@ -371,6 +411,10 @@ impl State {
                 .or_insert(rate);
         }
     }
+}
+
+fn files(prepared: &BTreeMap<ComponentName, Prepared>) -> usize {
+    prepared.values().map(|prepared| prepared.files.len()).sum()
 }
 
 /// The refusal of one that had no idle model in its way.

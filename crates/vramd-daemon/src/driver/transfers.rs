@@ -405,7 +405,7 @@ impl State {
         let Some(entry) = self.models.get_mut(model) else { return };
         entry.last_used = Some(now);
         let Some(entry) = entry.components.get_mut(component) else { return };
-        let resident = Residency::Resident { allocation: item.target, plan: plan.clone() };
+        let resident = Residency::Resident { allocation: item.target, plan: plan.clone(), awaited: None };
         entry.residency.insert(item.to.clone(), resident);
         if moved && kept {
             entry

@@ -86,7 +86,6 @@ pub async fn register(
         pinned: body.pinned,
         priority: body.priority,
         popularity: Popularity::default(),
-        awaits: None,
         keep_alive: body.keep_alive.unwrap_or_default(),
         registered_at: clock::wall(),
         last_used: None,

@@ -161,6 +161,7 @@ fn nobody_takes_the_room_that_is_made_for_another() {
     let load = daemon.load("d", &json!({"deviceId": "sim:0"}));
     caught(&held, Call::Destroy);
     assert_eq!(state(&daemon, &load), "Queued");
+    daemon.allocate(&json!({"sizeBytes": 20 * MIB})).error("INSUFFICIENT_MEMORY");
     drop(held);
     // Who asks at every moment from then on gets nothing of it.
     while state(&daemon, &load) == "Queued" {
@@ -263,7 +264,8 @@ fn what_a_load_counts_on_does_not_go_while_it_waits() {
     // Its other half is idle, and nobody gets it: by eviction, unloading or clearing.
     daemon.allocate(&json!({"sizeBytes": 20 * MIB, "onShortage": "evict"})).error("INSUFFICIENT_MEMORY");
     daemon.post("/api/models/pair/unload", &json!({})).error("CONFLICT");
-    daemon.post("/api/memory/operations/clear?wait=30", &json!({"target": "Unused"}));
+    let cleared = daemon.post("/api/memory/operations/clear?wait=30", &json!({"what": "Unused"}));
+    assert_eq!(cleared.data(200)["state"], "Completed");
     assert_eq!(parts_on(&daemon, "pair"), ["x"]);
     // What is there is there; and who wants all of it waits with the first.
     let there = daemon.ended(&daemon.load("pair", &body));
@@ -290,4 +292,50 @@ fn a_load_of_what_is_just_going_comes_after_it() {
         assert_eq!(load.answer().data(200)["state"], "Completed");
     }
     assert!(is_resident(&daemon, "a"));
+}
+
+#[test]
+fn who_joins_a_load_that_waits_makes_it_as_patient_as_both_and_may_have_models_go_for_it() {
+    let daemon = with_models(&["a", "b", "c", "d"]);
+    for name in ["a", "b", "c"] {
+        daemon.loaded(name, "sim:0");
+    }
+    let waits = daemon.load("d", &json!({"deviceId": "sim:0", "onShortage": "wait", "timeoutSeconds": 5}));
+    assert_eq!(state(&daemon, &waits), "Queued");
+    let refused = daemon.post("/api/models/d/load", &json!({"deviceId": "sim:0", "onShortage": "fail"}));
+    assert_eq!(refused.error("INSUFFICIENT_MEMORY")["details"]["operationId"], json!(waits));
+    assert_eq!(daemon.load("d", &json!({"deviceId": "sim:0"})), waits);
+    assert_eq!(daemon.ended(&waits)["state"], "Completed");
+}
+
+#[test]
+fn loads_that_come_at_once_all_get_their_turn() {
+    let names = ["a", "b", "c", "d", "e", "f"];
+    let daemon = with_models(&names);
+    let loads: Vec<_> = names.iter().map(|name| daemon.load(name, &json!({"deviceId": "sim:0"}))).collect();
+    for load in loads {
+        let ended = daemon.ended(&load);
+        assert_eq!(ended["state"], "Completed", "{ended:#}");
+    }
+    assert_eq!(resident(&daemon, &names).len(), 3);
+}
+
+#[test]
+fn who_waits_behind_one_that_cannot_be_helped_has_models_go_too() {
+    let daemon = with_models(&["a", "b", "c", "d"]);
+    let readers = all_attached(&daemon, &["a", "b"]);
+    daemon.loaded("c", "sim:0");
+    let first = daemon.load("d", &json!({"deviceId": "sim:0"}));
+    // It wants more than will come free.
+    let line = daemon.begin(
+        "/api/memory/allocations/allocate",
+        &[],
+        &json!({"sizeBytes": 60 * MIB, "onShortage": "wait", "timeoutSeconds": 600, "priority": "Critical"}),
+    );
+    assert_eq!(daemon.ended(&first)["state"], "Completed");
+    let next = daemon.ended(&daemon.load("c", &json!({"deviceId": "sim:0"})));
+    assert_eq!((&next["state"], &next["result"]["evicted"][0]["model"]), (&json!("Completed"), &json!("d")));
+    assert!(!line.is_answered());
+    line.hang_up();
+    drop(readers);
 }
