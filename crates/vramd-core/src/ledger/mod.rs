@@ -10,6 +10,7 @@
 
 mod allocation;
 mod book;
+mod claims;
 mod moves;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -276,70 +277,6 @@ impl Ledger {
             }
             offers.retain(|offer| offer.device != device);
         }
-    }
-
-    /// How many bytes too few a device has for all of `requests`; None if it could not hold them even empty. What is on its way back
-    /// counts as there; what others have claimed does not.
-    pub fn lacks(&self, requests: &[Request], device: &DeviceId) -> Option<u64> {
-        let needed = self.held_for(requests, device)?;
-        let book = self.books.get(device).filter(|book| !book.lost && needed <= book.limit())?;
-        Some(book.lacks(needed))
-    }
-
-    /// What `requests` would hold on a device, at most; None if one is too large for a segment of it.
-    pub fn held_for(&self, requests: &[Request], device: &DeviceId) -> Option<u64> {
-        let book = self.books.get(device)?;
-        let mut shared: BTreeMap<Key, u64> = BTreeMap::new();
-        let mut sum = 0_u64;
-        for request in requests {
-            let bytes = segment_bytes(request.size_bytes, book);
-            if bytes > book.facts.max_segment_bytes {
-                return None;
-            }
-            match Key::of(request) {
-                Some(key) => *shared.entry(key).or_default() += request.size_bytes,
-                None => sum = sum.checked_add(bytes)?,
-            }
-        }
-        // Before a block that does not fit any more, less than one is left free.
-        let filled = SHARED_SEGMENT_BYTES - MEDIUM_BYTES;
-        let segment = SHARED_SEGMENT_BYTES.next_multiple_of(book.facts.granularity_bytes);
-        shared.values().try_fold(sum, |sum, bytes| sum.checked_add(bytes.div_ceil(filled) * segment))
-    }
-
-    /// Whether waiting can help all of `requests`: see [`could_fit`](Self::could_fit).
-    pub fn could_fit_all(&self, requests: &[Request], on: &[DeviceId]) -> bool {
-        if let [only] = requests {
-            return self.could_fit(only, on);
-        }
-        self.devices_for(&requests[0], on).iter().any(|device| {
-            let total =
-                self.books.get(device).map_or(0, |book| if book.lost { 0 } else { book.facts.total_bytes });
-            self.held_for(requests, device).is_some_and(|bytes| bytes <= total)
-        })
-    }
-
-    /// Where room is kept for requests that wait.
-    pub fn claimed_on(&self, id: AllocationId) -> Option<&DeviceId> {
-        self.claims.get(&id).map(|(device, _)| device)
-    }
-
-    /// Keeps room on a device for requests that wait there, against those who do not.
-    pub fn claim(&mut self, id: AllocationId, device: &DeviceId, bytes: u64) {
-        self.give_up_claim(id);
-        if let Some(book) = self.books.get_mut(device) {
-            book.claimed += bytes;
-            self.claims.insert(id, (device.clone(), bytes));
-        }
-    }
-
-    /// Ends a claim; answers what it was.
-    pub fn give_up_claim(&mut self, id: AllocationId) -> Option<(DeviceId, u64)> {
-        let (device, bytes) = self.claims.remove(&id)?;
-        if let Some(book) = self.books.get_mut(&device) {
-            book.claimed -= bytes;
-        }
-        Some((device, bytes))
     }
 
     /// Why `request` cannot be admitted now, in figures.
