@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use vramd_api::{AllocationId, DeviceId};
 
-use super::book::Key;
+use super::book::{Book, Key};
 use super::{Ledger, MEDIUM_BYTES, Request, SHARED_SEGMENT_BYTES, segment_bytes};
 
 impl Ledger {
@@ -14,6 +14,12 @@ impl Ledger {
         let needed = self.held_for(requests, device)?;
         let book = self.books.get(device).filter(|book| !book.lost && needed <= book.limit())?;
         Some(book.lacks(needed))
+    }
+
+    /// Whether a device has room for all of `requests` now.
+    pub fn has_room(&self, requests: &[Request], device: &DeviceId) -> bool {
+        let room = self.books.get(device).map_or(0, Book::room_without_spare);
+        self.held_for(requests, device).is_some_and(|bytes| bytes <= room)
     }
 
     /// What `requests` would hold on a device, at most; None if one is too large for a segment of it.

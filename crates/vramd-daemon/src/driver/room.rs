@@ -87,12 +87,14 @@ struct Choice {
 }
 
 impl State {
-    /// Unloads what costs least until `requests` have room on one of `on`, and claims it for them. `model`: whose they are.
+    /// Unloads what costs least until `requests` have room on one of `on`, and claims it for them. `model`: whose they are; `waits`:
+    /// they keep to the line.
     pub(super) fn make_room(
         &mut self,
         requests: &[Request],
         on: &[DeviceId],
         model: Option<&ModelName>,
+        waits: bool,
     ) -> (Room, Vec<Evicted>) {
         let id = requests[0].id;
         let before = self.ledger.give_up_claim(id);
@@ -142,8 +144,9 @@ impl State {
             }
             return (soon.map_or(Room::No, Room::Soon), Vec::new());
         };
-        // What comes back by itself is for whoever is first in the line.
-        let made = !chosen.is_empty() || before.is_some_and(|(on, _)| on == device);
+        // What comes back by itself is for whoever is first in the line, unless nobody there can use it.
+        let free = !waits && self.ledger.has_room(requests, &device);
+        let made = free || !chosen.is_empty() || before.is_some_and(|(on, _)| on == device);
         if let Some(bytes) = self.ledger.held_for(requests, &device).filter(|_| made) {
             self.ledger.claim(id, &device, bytes);
         }
@@ -278,7 +281,7 @@ impl State {
         }
         // Those before have the first choice of what has become idle.
         self.make_room_for_waiting();
-        let (room, evicted) = self.make_room(requests, on, model);
+        let (room, evicted) = self.make_room(requests, on, model, wait.is_some());
         let deadline = match room {
             Room::Coming => Some(patience(now, wait.unwrap_or(0))),
             Room::Soon(then) => Some(patience(then, wait.unwrap_or(0))),
@@ -295,17 +298,19 @@ impl State {
         let line: Vec<_> = self.queue.iter().map(|it| (it.requests.clone(), it.on.clone())).collect();
         for (requests, on) in line {
             let id = requests[0].id;
-            let operation = match self.waiting.get(&id) {
-                Some(OnReady::WaitingLoad(operation)) => Some(*operation),
-                Some(OnReady::Client(client)) if client.allocate.shortage.evict => None,
+            let (operation, own) = match self.waiting.get(&id) {
+                Some(OnReady::WaitingLoad(operation)) => (Some(*operation), None),
+                Some(OnReady::Client(client)) => (None, Some(client.allocate.shortage)),
                 _ => continue,
             };
             let waiting = operation.and_then(|operation| self.waiting_loads.get(&operation));
-            if waiting.is_some_and(|waiting| !waiting.load.shortage.evict) {
+            let Some(how) = waiting.map(|waiting| waiting.load.shortage).or(own).filter(|how| how.evict)
+            else {
                 continue;
-            }
+            };
             let model = waiting.map(|waiting| waiting.load.model.clone());
-            let (_, evicted) = self.make_room(&requests, &on, model.as_ref());
+            let waits = how.wait_seconds.is_some();
+            let (_, evicted) = self.make_room(&requests, &on, model.as_ref(), waits);
             if !evicted.is_empty() {
                 self.queue.extend(id, self.now.tick.after_seconds(RETURN_SECONDS));
             }

@@ -339,3 +339,25 @@ fn who_waits_behind_one_that_cannot_be_helped_has_models_go_too() {
     line.hang_up();
     drop(readers);
 }
+
+#[test]
+fn who_does_not_wait_gets_room_that_nobody_before_can_use() {
+    let daemon = with_models(&["a", "b", "c", "d"]);
+    let mut readers = all_attached(&daemon, &["a", "b"]);
+    daemon.loaded("c", "sim:0");
+    // It was just loaded for somebody: this one is lined up until they had their time.
+    let load = daemon.load("d", &json!({"deviceId": "sim:0"}));
+    let line = daemon.begin(
+        "/api/memory/allocations/allocate",
+        &[],
+        &json!({"sizeBytes": 60 * MIB, "onShortage": "wait", "timeoutSeconds": 600, "priority": "Critical"}),
+    );
+    daemon.settle();
+    drop(readers.remove(0));
+    wait_for("the reader to be gone", || (daemon.residency("a")[0]["attachedCount"] == 0).then_some(()));
+    daemon.post("/api/models/a/unload?wait=30", &json!({}));
+    assert_eq!(daemon.ended(&load)["state"], "Completed");
+    assert!(!line.is_answered());
+    line.hang_up();
+    drop(readers);
+}
