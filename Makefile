@@ -6,7 +6,7 @@
 help: ## shows this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: ## holds a real model in memory and lets two processes compute with it, without a copy
+run: ## holds a real model in memory, lets two processes compute with it without a copy, and three models take turns
 	@tools/demo.sh
 
 serve: ## keeps a daemon running and says what to try

@@ -10,7 +10,7 @@ use crate::Tick;
 
 /// As many uses are remembered.
 const REMEMBERED: usize = 16;
-/// What is not used for so long is not used often, however few uses are known.
+/// Few uses in a short time are no habit yet: they count as if they were spread over so much more.
 const FEW_SECONDS: f64 = 600.0;
 /// Up to so many candidates all sets are compared; of more, good ones.
 const EXACT: usize = 12;

@@ -6,7 +6,7 @@
 //!
 //! Small blocks of one owner and of about one size share segments; larger ones get their own. The last empty shared
 //! segment stays as a spare, if nobody ever touched it, so that small allocations do not go to the driver each time.
-//! How a block gets another place is in [`moves`].
+//! How a block gets another place is in [`moves`], what those who wait lack and have kept for them in [`claims`].
 
 mod allocation;
 mod book;

@@ -362,7 +362,7 @@ fn span(micros: u64) -> String {
     }
 }
 
-fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let plain = text.chars().filter(|char| !char.is_control());
     plain.fold(String::new(), |mut escaped, char| {
         match char {

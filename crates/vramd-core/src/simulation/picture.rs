@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::{Machine, Run};
+use crate::replay::picture::escape;
 
 const WIDTH: usize = 1200;
 const LEFT: usize = 200;
@@ -115,8 +116,4 @@ fn style(svg: &mut String) -> std::fmt::Result {
     }
     svg.push_str("}</style>\n");
     Ok(())
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }

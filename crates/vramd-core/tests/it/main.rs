@@ -6,6 +6,7 @@ mod compaction;
 mod gguf;
 mod layout;
 mod ledger;
+mod queue;
 mod ranges;
 mod replay;
 mod simulation;

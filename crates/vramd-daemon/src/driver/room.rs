@@ -125,7 +125,7 @@ impl State {
                 continue;
             };
             let loss = chosen.iter().map(|at| candidates[*at].loss()).sum();
-            // Of devices where the same goes (mostly nothing) the first.
+            // Of devices where as much is lost the first.
             if best.as_ref().is_none_or(|best| loss < best.loss) {
                 let mut stayed: Vec<_> = (0..old.len()).filter(|at| !chosen.contains(at)).collect();
                 stayed.sort_by(|a, b| candidates[*a].loss().total_cmp(&candidates[*b].loss()));
