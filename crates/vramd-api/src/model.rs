@@ -291,6 +291,12 @@ pub struct Residency {
     pub bytes: u64,
     /// Connections that have it attached.
     pub attached_count: u64,
+    /// Components of the same files have the one block: it counts once, and goes with the last of them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
+    /// It had to go from that device and is kept in RAM for its next use there; a load brings it back from here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached_from: Option<DeviceId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation_id: Option<AllocationId>,
     /// The load or unload under way.

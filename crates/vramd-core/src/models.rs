@@ -22,17 +22,37 @@ use crate::{Now, Tick};
 /// The most models that can be registered.
 pub const MAX_MODELS: usize = 10_000;
 
-/// A component's layout, and its tensor table as every attached client reads it.
+/// A component's layout, its tensor table as every attached client reads it, and the files it was read from.
 #[derive(Debug)]
 pub struct Plan {
     pub layout: Layout,
     pub table: Arc<RawValue>,
+    pub files: Vec<FileIdentity>,
+}
+
+/// By which a file is known again, under whatever name, until somebody writes to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileIdentity {
+    pub volume: u64,
+    pub file: u64,
+    pub bytes: u64,
+    /// Since the epoch.
+    pub modified_nanoseconds: i128,
 }
 
 impl Plan {
-    pub fn new(layout: Layout) -> Self {
+    pub fn new(layout: Layout, files: Vec<FileIdentity>) -> Self {
         let table = serde_json::value::to_raw_value(&layout.tensors).expect("names and numbers always print");
-        Self { layout, table: table.into() }
+        Self { layout, table: table.into(), files }
+    }
+
+    /// Whether both are of the same files, as they were: a block of one is a block of the other.
+    pub fn is_same(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other)
+            || (!self.files.is_empty()
+                && self.files == other.files
+                && self.layout.block_bytes == other.layout.block_bytes
+                && self.table.get() == other.table.get())
     }
 }
 
@@ -70,6 +90,8 @@ pub enum Residency {
         plan: Arc<Plan>,
         /// Somebody had it loaded and nobody has attached it since: until then it is theirs.
         awaited: Option<Tick>,
+        /// Nobody asked for it here: it had to go from that device, and waits in RAM for its next use there.
+        cached_from: Option<DeviceId>,
     },
     Evicting {
         allocation: AllocationId,
@@ -83,6 +105,14 @@ impl Residency {
             Self::Loading { allocation, .. }
             | Self::Resident { allocation, .. }
             | Self::Evicting { allocation, .. } => *allocation,
+        }
+    }
+
+    /// The device that it had to go from, if nobody asked for it here.
+    pub fn cached_from(&self) -> Option<&DeviceId> {
+        match self {
+            Self::Resident { cached_from, .. } => cached_from.as_ref(),
+            Self::Loading { .. } | Self::Evicting { .. } => None,
         }
     }
 
@@ -260,6 +290,8 @@ impl Component {
                         bytes: allocation.map_or(0, |allocation| allocation.block_bytes),
                         attached_count: allocation
                             .map_or(0, |allocation| allocation.holders().count() as u64),
+                        shared: allocation.is_some_and(|allocation| allocation.model_count() > 1),
+                        cached_from: residency.cached_from().cloned(),
                         allocation_id: Some(residency.allocation()),
                         operation_id: residency.operation(),
                     }

@@ -33,7 +33,7 @@ use vramd_api::{ComponentName, DeviceId, EvictionPolicy, ModelName, ReadyFile};
 
 pub use clock::LocalTime;
 pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, directml, vulkan_adapters};
-use driver::{Driver, Event, Load, OnShortage, Schedule};
+use driver::{Driver, Event, Load, OnShortage, Schedule, Tiers};
 pub use http::openapi_json;
 use platform::LocalListener;
 use server::{RemoveOnDrop, Server};
@@ -72,6 +72,10 @@ pub struct Config {
     pub quiet_hours: Option<QuietHours>,
     /// By what models are chosen that go when room is needed.
     pub eviction: EvictionPolicy,
+    /// The most that models take in RAM that had to go from a card; unset: half of it.
+    pub ram_tier_bytes: Option<u64>,
+    /// What of RAM is left to other programs before such models go from there too; unset: a tenth of it.
+    pub ram_reserve_bytes: Option<u64>,
     /// Written once the daemon serves.
     pub ready_file: Option<PathBuf>,
 }
@@ -181,8 +185,15 @@ pub async fn serve_on(
     let residents = stored.residents.clone();
     let run = uuid::Uuid::now_v7().simple().to_string();
     let schedule = Schedule::new(config.quiet_hours, local);
+    let ram = devices.iter().find(|device| device.facts().memory_type == vramd_api::MemoryType::Ram);
+    let ram_bytes = ram.map_or(0, |ram| ram.facts().total_bytes);
+    let tiers = Tiers {
+        ram_bytes: config.ram_tier_bytes.unwrap_or(ram_bytes / 2),
+        reserve_bytes: config.ram_reserve_bytes.unwrap_or(ram_bytes / 10),
+    };
+    let policies = (config.eviction, tiers);
     let (driver, mut task) =
-        Driver::start(devices, store, stored, run, schedule, config.eviction).map_err(StartError::Threads)?;
+        Driver::start(devices, store, stored, run, schedule, policies).map_err(StartError::Threads)?;
     let stopping = CancellationToken::new();
     let usage = usage::UsageHistory::default();
     let sampler = tokio::spawn(usage::sample(driver.clone(), usage.clone()));
@@ -237,7 +248,7 @@ async fn restore(driver: Driver, roots: Arc<Roots>, known: Vec<ModelName>, resid
     for ((model, device), components) in residents {
         let shortage = OnShortage { evict: false, wait_seconds: None };
         let (device, components) = (Some(device), Some(components));
-        let load = Load { model, device, components, keep_alive: None, shortage };
+        let load = Load { model, device, components, keep_alive: None, shortage, unasked: false };
         if let Err(error) = loader::begin(&driver, &roots, &load).await {
             tracing::warn!(model = %load.model, %error, "a model that was resident cannot be loaded again");
         }

@@ -6,9 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vramd_api::{ApiError, ComponentName, ErrorCode, Operation};
+use vramd_core::models::Plan;
 use vramd_device::{Device, DeviceError, Range, SegmentId};
 
-use crate::driver::{Driver, Event, Load, LoadAnswer, Progress, Snapshot};
+use crate::driver::{Driver, Event, Load, LoadAnswer, LoadFailure, Progress, Snapshot};
+use crate::mover::{self, CopyFailure, Opened};
 use crate::source::{Prepared, Roots};
 
 /// Bytes in one piece: what one thread reads before it looks at the cancel flag and the next piece.
@@ -21,17 +23,49 @@ const THREADS: usize = 4;
 /// A component, and the block that it goes to.
 #[derive(Debug)]
 pub struct Target {
-    pub segment: u64,
+    pub segment: SegmentId,
     pub offset: u64,
-    pub prepared: Prepared,
+    pub plan: Arc<Plan>,
+    pub from: From,
+}
+
+/// Where a component's bytes come from.
+#[derive(Debug)]
+pub enum From {
+    Files(Prepared),
+    /// A block on another device that has them.
+    Block {
+        device: Arc<Opened>,
+        segment: SegmentId,
+        offset: u64,
+    },
 }
 
 /// One read.
 struct Piece<'a> {
-    target: &'a Target,
+    from: &'a From,
+    /// Of `From::Files`.
     file: usize,
     source_offset: u64,
     range: Range,
+}
+
+impl Piece<'_> {
+    fn read(&self, device: &dyn Device, buffer: &mut Vec<u8>) -> Result<(), LoadFailure> {
+        match self.from {
+            From::Files(prepared) => device
+                .fill_from_file(self.range, &prepared.files[self.file], self.source_offset)
+                .map_err(|error| LoadFailure::Device(device.facts().device.clone(), error)),
+            From::Block { device: from, segment, .. } => {
+                let source = Range { segment: *segment, offset: self.source_offset, bytes: self.range.bytes };
+                let copied = mover::copy((&*from.0, source), (device, self.range), buffer, &mut |_| {});
+                copied.map(|_| ()).map_err(|failure| match failure {
+                    CopyFailure::Device(device, error) => LoadFailure::Device(device, error),
+                    CopyFailure::Cancelled | CopyFailure::Checksum(_) => LoadFailure::Cancelled,
+                })
+            }
+        }
+    }
 }
 
 /// Starts a load, or joins the one under way; answers its operation.
@@ -71,18 +105,18 @@ pub async fn prepare(
     })?
 }
 
-/// Reads all targets; `Err(None)` when it was cancelled. Blocking. On an error the blocks' contents are undefined.
-pub fn read(device: &dyn Device, targets: &[Target], progress: &Progress) -> Result<(), Option<DeviceError>> {
+/// Reads all targets. Blocking. On an error the blocks' contents are undefined.
+pub fn read(device: &dyn Device, targets: &[Target], progress: &Progress) -> Result<(), LoadFailure> {
     let pieces: Vec<Piece<'_>> = targets.iter().flat_map(pieces).collect();
     let next = AtomicUsize::new(0);
-    let failure: Mutex<Option<Option<DeviceError>>> = Mutex::new(None);
+    let failure: Mutex<Option<LoadFailure>> = Mutex::new(None);
     let work = || {
+        let mut buffer = Vec::new();
         while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
             let outcome = if progress.cancelled.load(Ordering::Relaxed) {
-                Err(None)
+                Err(LoadFailure::Cancelled)
             } else {
-                let source = &piece.target.prepared.files[piece.file];
-                device.fill_from_file(piece.range, source, piece.source_offset).map_err(Some)
+                piece.read(device, &mut buffer)
             };
             if let Err(error) = outcome {
                 failure.lock().expect("no thread panics while it holds this").get_or_insert(error);
@@ -99,24 +133,30 @@ pub fn read(device: &dyn Device, targets: &[Target], progress: &Progress) -> Res
         work();
     });
     match failure.into_inner().expect("no thread panics while it holds this") {
-        Some(error) => Err(error),
-        None => targets
-            .iter()
-            .try_for_each(|target| target.prepared.unchanged())
-            .map_err(|e| Some(DeviceError::Source(e))),
+        Some(failure) => Err(failure),
+        None => targets.iter().try_for_each(|target| match &target.from {
+            From::Files(prepared) => prepared.unchanged().map_err(|error| {
+                LoadFailure::Device(device.facts().device.clone(), DeviceError::Source(error))
+            }),
+            From::Block { .. } => Ok(()),
+        }),
     }
 }
 
 fn pieces(target: &Target) -> impl Iterator<Item = Piece<'_>> {
-    target.prepared.plan.layout.spans.iter().flat_map(move |span| {
+    target.plan.layout.spans.iter().flat_map(move |span| {
         (0..span.bytes.div_ceil(PIECE_BYTES)).map(move |index| {
             let start = index * PIECE_BYTES;
+            let source_offset = match &target.from {
+                From::Files(_) => span.source_offset + start,
+                From::Block { offset, .. } => offset + span.block_offset + start,
+            };
             Piece {
-                target,
+                from: &target.from,
                 file: span.file,
-                source_offset: span.source_offset + start,
+                source_offset,
                 range: Range {
-                    segment: SegmentId(target.segment),
+                    segment: target.segment,
                     offset: target.offset + span.block_offset + start,
                     bytes: PIECE_BYTES.min(span.bytes - start),
                 },

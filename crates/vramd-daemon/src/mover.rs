@@ -310,77 +310,66 @@ impl Piece {
             offset: range.offset + self.offset,
             bytes: self.bytes,
         };
-        let (source, target) = (of(source), of(target));
+        let (from, source) = (&*from.0, of(source));
+        let (to, target) = (&*to.0, of(target));
         let mut sent = self.job.checksum.then(|| Digest::new(Crc64Nvme));
-        if !self.copy_straight(source, target)? {
-            let note = &mut |part: &[u8]| sent.iter_mut().for_each(|sum| sum.update(part));
-            self.copy_staged(source, target, buffer, note)?;
-        } else if let Some(sent) = &mut sent {
-            read(from, source, buffer, sent)?;
+        let note = &mut |part: &[u8]| sent.iter_mut().for_each(|sum| sum.update(part));
+        let straight = copy((from, source), (to, target), buffer, note)?;
+        let Some(mut sent) = sent else { return Ok(None) };
+        if straight {
+            read(from, source, buffer, &mut sent)?;
         }
-        let Some(sent) = sent else { return Ok(None) };
         let mut arrived = Digest::new(Crc64Nvme);
         read(to, target, buffer, &mut arrived)?;
         if arrived.finalize() != sent.finalize() {
-            return Err(CopyFailure::Checksum(to.0.facts().device.clone()));
+            return Err(CopyFailure::Checksum(to.facts().device.clone()));
         }
         Ok(Some(sent.finalize()))
     }
+}
 
-    /// With no way through host memory; false if there is none such.
-    fn copy_straight(&self, source: Range, target: Range) -> Result<bool, CopyFailure> {
-        let (from, to) = (&self.job.from.0, &self.job.to.0);
-        if self.job.is_staged() {
-            return Ok(false);
-        }
-        let copied = if self.job.is_on_one_device() {
-            to.0.copy(source, target.segment, target.offset)
-        } else {
-            to.0.copy_from(&*from.0, source, target.segment, target.offset)
-        };
-        match copied {
-            Err(error) if !self.job.is_on_one_device() && !matches!(error, DeviceError::Lost { .. }) => {
-                tracing::debug!(?from, ?to, %error, "a copy from card to card goes through host memory instead");
-                Ok(false)
+/// Copies a range to one of the same size; false if it went by way of host memory, where `note` has seen it.
+pub fn copy(
+    (from, source): (&dyn Device, Range),
+    (to, target): (&dyn Device, Range),
+    buffer: &mut Vec<u8>,
+    note: &mut dyn FnMut(&[u8]),
+) -> Result<bool, CopyFailure> {
+    if from.facts().device == to.facts().device {
+        return to.copy(source, target.segment, target.offset).map(|()| true).map_err(on(to));
+    }
+    if to.reaches(from) {
+        match to.copy_from(from, source, target.segment, target.offset) {
+            Err(error) if !matches!(error, DeviceError::Lost { .. }) => {
+                let (from, to) = (&from.facts().device, &to.facts().device);
+                tracing::debug!(%from, %to, %error, "a copy from card to card goes through host memory instead");
             }
-            copied => copied.map(|()| true).map_err(on(to)),
+            copied => return copied.map(|()| true).map_err(on(to)),
         }
     }
-
-    /// By way of host memory, which is shown to `note`.
-    fn copy_staged(
-        &self,
-        source: Range,
-        target: Range,
-        buffer: &mut Vec<u8>,
-        note: &mut dyn FnMut(&[u8]),
-    ) -> Result<(), CopyFailure> {
-        let (from, to) = (&self.job.from.0, &self.job.to.0);
-        // Whether the other end failed than the one that was called.
-        let mut other_end = false;
-        if to.0.facts().capabilities.host_access {
-            let take = &mut |at, part: &[u8]| {
-                note(part);
-                to.0.write(target.segment, target.offset + at, part).inspect_err(|_| other_end = true)
-            };
-            let copied = from.0.read_into(source, buffer, take);
-            copied.map_err(on(if other_end { to } else { from }))
-        } else {
-            let fill = &mut |at, part: &mut [u8]| {
-                let read = from.0.read(source.segment, source.offset + at, part);
-                read.inspect_err(|_| other_end = true)?;
-                note(part);
-                Ok(())
-            };
-            let copied = to.0.write_from(target, buffer, fill);
-            copied.map_err(on(if other_end { from } else { to }))
-        }
-    }
+    // Whether the other end failed than the one that was called.
+    let mut other_end = false;
+    let copied = if to.facts().capabilities.host_access {
+        let take = &mut |at, part: &[u8]| {
+            note(part);
+            to.write(target.segment, target.offset + at, part).inspect_err(|_| other_end = true)
+        };
+        from.read_into(source, buffer, take).map_err(|error| (from, to, error))
+    } else {
+        let fill = &mut |at, part: &mut [u8]| {
+            let read = from.read(source.segment, source.offset + at, part);
+            read.inspect_err(|_| other_end = true)?;
+            note(part);
+            Ok(())
+        };
+        to.write_from(target, buffer, fill).map_err(|error| (to, from, error))
+    };
+    copied.map(|()| false).map_err(|(called, other, error)| on(if other_end { other } else { called })(error))
 }
 
 /// Reads what is there into a checksum.
 fn read(
-    device: &Arc<Opened>,
+    device: &dyn Device,
     range: Range,
     buffer: &mut Vec<u8>,
     sum: &mut Digest,
@@ -389,10 +378,10 @@ fn read(
         sum.update(part);
         Ok(())
     };
-    device.0.read_into(range, buffer, take).map_err(on(device))
+    device.read_into(range, buffer, take).map_err(on(device))
 }
 
-fn on(device: &Arc<Opened>) -> impl FnOnce(DeviceError) -> CopyFailure {
-    let id = device.0.facts().device.clone();
+fn on(device: &dyn Device) -> impl FnOnce(DeviceError) -> CopyFailure {
+    let id = device.facts().device.clone();
     move |error| CopyFailure::Device(id, error)
 }

@@ -43,36 +43,26 @@ pub struct Prepared {
     /// As it was registered.
     pub path: String,
     pub plan: Arc<Plan>,
-    /// In the order that the layout's spans count them.
+    /// In the order that the layout's spans count them. None: its bytes come from elsewhere.
     pub files: Vec<Source>,
-    /// What tells whether a file was written to since its header was read.
-    stamps: Vec<Stamp>,
 }
-
-/// A file's size, and when it was last written to.
-type Stamp = (u64, std::time::SystemTime);
 
 impl Prepared {
     fn new(path: &str, layout: Layout, files: Vec<Source>) -> Result<Self, ApiError> {
-        let stamps =
-            files.iter().map(stamp).collect::<Result<_, _>>().map_err(|error| read_failed(path, &error))?;
-        Ok(Self { path: path.to_owned(), plan: Arc::new(Plan::new(layout)), files, stamps })
+        let identities = files.iter().map(|file| platform::identity(&file.buffered));
+        let identities = identities.collect::<Result<_, _>>().map_err(|error| read_failed(path, &error))?;
+        Ok(Self { path: path.to_owned(), plan: Arc::new(Plan::new(layout, identities)), files })
     }
 
     /// An error if a file was written to since its header was read: header and payload would not belong together.
     pub fn unchanged(&self) -> std::io::Result<()> {
-        for (file, before) in self.files.iter().zip(&self.stamps) {
-            if stamp(file)? != *before {
+        for (file, before) in self.files.iter().zip(&self.plan.files) {
+            if platform::identity(&file.buffered)? != *before {
                 return Err(std::io::Error::other("the file was written to while it was read"));
             }
         }
         Ok(())
     }
-}
-
-fn stamp(file: &Source) -> std::io::Result<Stamp> {
-    let metadata = file.buffered.metadata()?;
-    Ok((metadata.len(), metadata.modified()?))
 }
 
 /// A place beneath a root.

@@ -246,6 +246,12 @@ pub struct ServeArguments {
     /// By what idle models are chosen that go when room is needed [default: LowestCost]
     #[arg(long, value_name = "POLICY", ignore_case = true, value_parser = words(EVICTION_POLICIES))]
     eviction: Option<EvictionPolicy>,
+    /// The most host memory for models that had to go from a card, such as 24GiB; 0 keeps none [default: half of it]
+    #[arg(long, value_name = "SIZE")]
+    ram_tier: Option<Bytes>,
+    /// What is left to other programs before such models go from host memory too [default: a tenth of it]
+    #[arg(long, value_name = "SIZE")]
+    ram_reserve: Option<Bytes>,
     /// What to log: a level or a filter [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -267,6 +273,8 @@ impl ServeArguments {
             ready_file: self.ready_file,
             quiet_hours: self.quiet_hours,
             eviction: self.eviction,
+            ram_tier: self.ram_tier,
+            ram_reserve: self.ram_reserve,
             log: self.log,
         }
     }

@@ -62,6 +62,10 @@ settings! {
         "When devices are defragmented without being asked, in local time: `02:00-05:00`, `12:00-13:00,22:00-06:00`, or `none`.";
     EVICTION = "eviction", "--eviction", "VRAMD_EVICTION", "LowestCost",
         "By what idle models are chosen that go when room is needed: `LowestCost`, `LeastRecentlyUsed`, `LeastFrequentlyUsed` or `LargestFirst`.";
+    RAM_TIER = "ram_tier", "--ram-tier", "VRAMD_RAM_TIER", "half of the machine's memory",
+        "The most host memory for idle models that had to go from a card and come back from there: `24GiB`, or 0 for none.";
+    RAM_RESERVE = "ram_reserve", "--ram-reserve", "VRAMD_RAM_RESERVE", "a tenth of the machine's memory",
+        "What is left to other programs: when less is free, models that had to go from a card go from host memory too.";
     LOG = "log", "--log", "VRAMD_LOG", "info",
         "What to log: a level, or a filter such as `info,vramd_daemon=debug`.";
 }
@@ -173,6 +177,10 @@ pub struct Layer {
     pub ready_file: Option<PathBuf>,
     pub quiet_hours: Option<Switch<QuietHours>>,
     pub eviction: Option<EvictionPolicy>,
+    #[serde(default, deserialize_with = "size")]
+    pub ram_tier: Option<Bytes>,
+    #[serde(default, deserialize_with = "size")]
+    pub ram_reserve: Option<Bytes>,
     pub log: Option<String>,
 }
 
@@ -216,6 +224,8 @@ pub struct Settings {
     pub ready_file: Sourced<Option<PathBuf>>,
     pub quiet_hours: Sourced<Switch<QuietHours>>,
     pub eviction: Sourced<EvictionPolicy>,
+    pub ram_tier: Sourced<Option<Bytes>>,
+    pub ram_reserve: Sourced<Option<Bytes>>,
     pub log: Sourced<String>,
 }
 
@@ -288,6 +298,8 @@ pub fn resolve(
         d3d12: pick.value(&D3D12, |layer| layer.d3d12).or_default(Adapters::Hardware),
         ready_file: pick.value(&READY_FILE, |layer| layer.ready_file.clone().map(Some)).or_default(None),
         eviction: pick.value(&EVICTION, |layer| layer.eviction).or_default(EvictionPolicy::default()),
+        ram_tier: pick.value(&RAM_TIER, |layer| layer.ram_tier.map(Some)).or_default(None),
+        ram_reserve: pick.value(&RAM_RESERVE, |layer| layer.ram_reserve.map(Some)).or_default(None),
         quiet_hours: pick.value(&QUIET_HOURS, |layer| layer.quiet_hours.clone()).or_default(Switch::Off),
         log: pick.value(&LOG, |layer| layer.log.clone()).or_default(LOG.default.to_owned()),
     })
@@ -385,6 +397,8 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
         ready_file: path(&READY_FILE),
         quiet_hours: parse(environment, &QUIET_HOURS)?,
         eviction: parse(environment, &EVICTION)?,
+        ram_tier: parse(environment, &RAM_TIER)?,
+        ram_reserve: parse(environment, &RAM_RESERVE)?,
         log: parse(environment, &LOG)?,
     })
 }
@@ -396,7 +410,7 @@ pub fn set<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsString>
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 13] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 15] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         [
@@ -416,6 +430,8 @@ impl Settings {
                 &self.quiet_hours.origin,
             ),
             (EVICTION.key, json!(self.eviction.value), &self.eviction.origin),
+            (RAM_TIER.key, json!(self.ram_tier.value.map(Bytes::get)), &self.ram_tier.origin),
+            (RAM_RESERVE.key, json!(self.ram_reserve.value.map(Bytes::get)), &self.ram_reserve.origin),
             (LOG.key, json!(self.log.value), &self.log.origin),
         ]
     }
@@ -438,6 +454,8 @@ impl Settings {
             loader: LoaderCommand { program: "/proc/self/exe".into(), arguments: vec!["loader".into()] },
             quiet_hours: self.quiet_hours.value.on(),
             eviction: self.eviction.value,
+            ram_tier_bytes: self.ram_tier.value.map(Bytes::get),
+            ram_reserve_bytes: self.ram_reserve.value.map(Bytes::get),
             ready_file: absolute(self.ready_file.value)?,
         })
     }

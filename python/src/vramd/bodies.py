@@ -205,6 +205,8 @@ class Residency(TypedDict):
     state: ResidencyState
     bytes: int
     attachedCount: int
+    shared: NotRequired[bool]
+    cachedFrom: NotRequired[str]
     allocationId: NotRequired[str]
     operationId: NotRequired[str]
 

@@ -161,6 +161,15 @@ impl Allocation {
         self.leases.values().any(|lease| !matches!(lease, Lease::Operation { .. }))
     }
 
+    /// The lease of each model that has it as a component.
+    pub fn model_leases(&self) -> impl Iterator<Item = LeaseId> {
+        self.leases.iter().filter(|(_, lease)| matches!(lease, Lease::Model)).map(|(id, _)| *id)
+    }
+
+    pub fn model_count(&self) -> usize {
+        self.model_leases().count()
+    }
+
     /// It is there, somebody keeps it who is no operation, and it is nobody's other place.
     pub fn is_open(&self) -> bool {
         self.state == State::Active && self.place_of.is_none() && self.is_kept()

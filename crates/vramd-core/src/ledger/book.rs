@@ -96,6 +96,8 @@ pub(super) struct Segment {
     pub touched: bool,
     /// The reservations that become allocations when it is live.
     pub waiting: Vec<AllocationId>,
+    /// What is in it is about to go.
+    pub leaving: bool,
 }
 
 /// The figures of one device, derived from its books.
@@ -191,10 +193,19 @@ impl Book {
 
     /// How many bytes have to go before `needed` more can be held, once what is on its way back is there.
     pub fn lacks(&self, needed: u64) -> u64 {
-        let returning = self.segments.values().filter(|one| one.state == SegmentState::Destroying);
-        let returning: u64 = returning.map(|segment| segment.ranges.bytes()).sum();
-        let held = self.held - self.spare_bytes() - returning;
+        let held = self.held - self.spare_bytes() - self.returning();
         needed.saturating_add(held).saturating_add(self.claimed).saturating_sub(self.most())
+    }
+
+    fn returning(&self) -> u64 {
+        let goes = |one: &&Segment| one.leaving || one.state == SegmentState::Destroying;
+        self.segments.values().filter(goes).map(|segment| segment.ranges.bytes()).sum()
+    }
+
+    pub fn free_bytes(&self) -> u64 {
+        let all = |measured: Measured| measured.available_bytes.saturating_add(measured.held_bytes);
+        let most = self.measured.map_or(self.facts.total_bytes, all);
+        most.saturating_sub(self.held - self.returning())
     }
 
     fn spare_bytes(&self) -> u64 {

@@ -55,6 +55,22 @@ impl Ledger {
         })
     }
 
+    /// An allocation is about to go: its segment counts as on its way back for those who wait.
+    pub fn is_leaving(&mut self, id: AllocationId) {
+        let Some(allocation) = self.allocations.get(&id) else { return };
+        if let Some(book) = self.books.get_mut(&allocation.device)
+            && let Some(segment) = book.segments.get_mut(&allocation.segment)
+        {
+            segment.leaving = true;
+        }
+    }
+
+    /// What a device was last measured to have free for anybody, by what was taken and given back since; what is on its way back
+    /// counts as there.
+    pub fn free_bytes(&self, device: &DeviceId) -> u64 {
+        self.books.get(device).map_or(0, Book::free_bytes)
+    }
+
     /// Where room is kept for requests that wait.
     pub fn claimed_on(&self, id: AllocationId) -> Option<&DeviceId> {
         self.claims.get(&id).map(|(device, _)| device)

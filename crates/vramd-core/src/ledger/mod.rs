@@ -374,6 +374,7 @@ impl Ledger {
                     ranges,
                     touched: false,
                     waiting: vec![request.id],
+                    leaving: false,
                 };
                 book.insert(id, segment);
                 if let Some(first) = first {
@@ -657,6 +658,7 @@ impl Ledger {
             ranges: Ranges::new(SHARED_SEGMENT_BYTES.next_multiple_of(book.facts.granularity_bytes)),
             touched: false,
             waiting: Vec::new(),
+            leaving: false,
         };
         book.insert(id, segment);
         book.destroy(id);

@@ -555,6 +555,7 @@ impl State {
             None => {}
         }
         self.admit();
+        self.begin_demotions();
     }
 
     pub(super) fn renew(

@@ -71,7 +71,7 @@ pub struct Moved {
 pub(super) struct Reader {
     pub allocation: AllocationId,
     /// The model that it is used through.
-    model: Option<ModelName>,
+    pub model: Option<ModelName>,
     tell: mpsc::UnboundedSender<Told>,
     /// The answer that it owes.
     pub pending: Option<Pending>,
@@ -184,7 +184,11 @@ impl State {
         let resident: Vec<_> = entry
             .residency
             .iter()
-            .filter(|(on, _)| device.is_none_or(|device| device == *on))
+            // What only waits in RAM is nothing to compute with, unless somebody says so.
+            .filter(|(on, residency)| match device {
+                Some(device) => device == *on,
+                None => residency.cached_from().is_none(),
+            })
             .filter_map(|(on, residency)| match residency {
                 Residency::Resident { allocation, plan, .. } => Some((on, *allocation, plan.clone())),
                 Residency::Loading { .. } | Residency::Evicting { .. } => None,
@@ -203,6 +207,11 @@ impl State {
                     entry.residency.values().any(|residency| matches!(residency, Residency::Loading { .. }));
                 let state = if loading { ResidencyState::Loading } else { ResidencyState::OnDisk };
                 let error = error.detail("state", serde_json::json!(state));
+                let cached = entry.residency.iter().find(|(_, residency)| residency.cached_from().is_some());
+                if let (Some((ram, _)), None) = (cached, device) {
+                    let hint = format!("it had to go and waits in {ram}: `vramd load {name}` brings it back");
+                    return Err(error.hint(hint));
+                }
                 Err(if loading { error.hint("it is being loaded: wait for that operation") } else { error })
             }
             many => {

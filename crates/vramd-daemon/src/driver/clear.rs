@@ -255,7 +255,7 @@ impl State {
             }
         }
         for (name, (devices, _)) in chosen.models {
-            if let Ok(unload) = self.begin_unload(&name, devices, None)
+            if let Ok(unload) = self.begin_unload(&name, devices, None, false)
                 && let Some(clearing) = self.clearing(id)
             {
                 clearing.answer.operations.push(unload.operation_id);

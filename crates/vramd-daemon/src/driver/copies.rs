@@ -381,7 +381,15 @@ impl State {
         match self.operations.running.get(&operation) {
             Some(Running::Defragment(_)) => self.block_moved(operation, id, outcome),
             Some(Running::Transfer(_)) => self.item_ended(operation, id, outcome),
-            Some(Running::Load(_) | Running::Unload(_) | Running::Clear(_)) | None => {}
+            Some(Running::Unload(_)) => self.demoted(
+                operation,
+                outcome.is_ok(),
+                match &outcome {
+                    Ok((copy, _)) => (copy.source, copy.target),
+                    Err((copy, _)) => (copy.source, copy.target),
+                },
+            ),
+            Some(Running::Load(_) | Running::Clear(_)) | None => {}
         }
     }
 

@@ -9,6 +9,8 @@ mod attachments;
 mod clear;
 mod copies;
 mod defragment;
+mod loads;
+mod measurements;
 mod models;
 mod operations;
 mod plans;
@@ -16,6 +18,7 @@ mod quiet_hours;
 mod restore;
 mod room;
 mod snapshot;
+mod tiers;
 mod transfers;
 mod unloads;
 
@@ -50,12 +53,10 @@ pub use attachments::{Attachment, Moved, Told};
 pub use operations::{Entry, Progress};
 pub use quiet_hours::Schedule;
 pub use snapshot::{DeviceView, Snapshot, memory_status};
+pub use tiers::Tiers;
 
 /// How often leases, waits and keep-alives are looked at and devices are measured.
 const TICK: Duration = Duration::from_millis(250);
-/// When a lost device is tried again; then after twice as long each time, up to the second: a try may leave something with
-/// a driver that hangs.
-const ADOPT_SECONDS: std::ops::RangeInclusive<u64> = 2..=300;
 /// The most events that wait for the driver; senders beyond wait themselves.
 const MAILBOX: usize = 4096;
 /// The most events in one batch, between two snapshots.
@@ -84,6 +85,8 @@ pub struct Load {
     pub components: Option<Vec<ComponentName>>,
     pub keep_alive: Option<KeepAlive>,
     pub shortage: OnShortage,
+    /// Nobody asked: it is no use of the model.
+    pub unasked: bool,
 }
 
 /// What becomes of a request for which there is no room.
@@ -272,7 +275,7 @@ impl Driver {
         stored: Stored,
         run: String,
         schedule: Schedule,
-        policy: EvictionPolicy,
+        (policy, tiers): (EvictionPolicy, Tiers),
     ) -> std::io::Result<(Self, tokio::task::JoinHandle<()>)> {
         let mover = Mover::start()?;
         let (sender, inbox) = mpsc::channel(MAILBOX);
@@ -291,6 +294,10 @@ impl Driver {
             last_copy: 0,
             waiting_loads: BTreeMap::new(),
             load_rates: BTreeMap::new(),
+            copy_rates: BTreeMap::new(),
+            demotions: Vec::new(),
+            models_changed_at: vramd_core::Tick::default(),
+            tiers,
             trials: BTreeMap::new(),
             policy,
             to_go_on: BTreeSet::new(),
@@ -374,6 +381,13 @@ struct State {
     /// Bytes per second that loads onto a device came to lately.
     load_rates: BTreeMap<DeviceId, f64>,
     policy: EvictionPolicy,
+    /// Bytes per second that copies of components from one device to another came to lately.
+    copy_rates: BTreeMap<(DeviceId, DeviceId), f64>,
+    /// Components that are to be kept in RAM once there is room.
+    demotions: Vec<tiers::Demotion>,
+    /// When a model was last loaded or unloaded, or was to be.
+    models_changed_at: vramd_core::Tick,
+    tiers: Tiers,
     /// By device: what the policies would have loaded.
     trials: BTreeMap<DeviceId, Trial<ModelName>>,
     /// Operations that can take their next step.
@@ -560,6 +574,7 @@ impl State {
         self.pack_for_waiting();
         self.expire_models();
         self.make_room_for_waiting();
+        self.look_after_tiers();
         self.operations.prune();
         self.keep_quiet_hours();
         // Readers may have had their time.
@@ -567,123 +582,6 @@ impl State {
         if !self.stopping {
             self.measure();
             self.adopt();
-        }
-    }
-
-    /// Tries devices again that are lost and have nothing of ours left.
-    fn adopt(&mut self) {
-        let all = self.devices.iter().map(|device| device.facts().device.clone());
-        let lost: Vec<_> = all.filter(|device| self.ledger.is_lost(device)).collect();
-        for id in lost {
-            // Who frees all on it does not know of the spare one.
-            if let Some((segment, _)) = self.ledger.spare(&id)
-                && let Some(work) = self.ledger.release_spare(&id, segment)
-            {
-                self.perform(work);
-            }
-            let (due, pause) =
-                self.tries.get(&id).copied().unwrap_or((self.now.tick, *ADOPT_SECONDS.start()));
-            if self.now.tick >= due && self.ledger.is_closed(&id) && !self.measuring.contains_key(&id) {
-                let next = (pause * 2).min(*ADOPT_SECONDS.end());
-                self.tries.insert(id.clone(), (self.now.tick.after_seconds(pause), next));
-                self.measuring.insert(id.clone(), self.now.tick);
-                let device = id.clone();
-                self.spawn(&id, move |on| {
-                    let reports = on.reports();
-                    Event::Adopted { device, reports, outcome: on.adopt() }
-                });
-            }
-        }
-    }
-
-    fn adopted(&mut self, device: &DeviceId, outcome: &Result<(), DeviceError>) {
-        self.measuring.remove(device);
-        match outcome {
-            Ok(()) if self.ledger.regain(device) => {
-                tracing::info!(%device, "a lost device is back");
-                self.tries.remove(device);
-                self.emit(EventKind::DeviceReturned, serde_json::json!({ "deviceId": device }));
-            }
-            Ok(()) => {}
-            Err(error) => tracing::debug!(%device, %error, "a lost device is not back"),
-        }
-    }
-
-    fn measure(&mut self) {
-        let idle: Vec<_> = self
-            .devices
-            .iter()
-            .map(|device| device.facts().device.clone())
-            .filter(|device| !self.measuring.contains_key(device) && !self.ledger.is_lost(device))
-            .collect();
-        for id in idle {
-            self.measuring.insert(id.clone(), self.now.tick);
-            let device = id.clone();
-            self.spawn(&id, move |on| {
-                let reports = on.reports();
-                Event::Measured { device, reports, outcome: on.sample() }
-            });
-        }
-    }
-
-    fn measured(&mut self, device: &DeviceId, outcome: Result<Sample, DeviceError>) {
-        let began = self.measuring.remove(device).unwrap_or_default();
-        match outcome {
-            Ok(Sample { used_bytes, available_bytes, held_bytes }) => {
-                let measured = vramd_core::ledger::Measured { used_bytes, available_bytes, held_bytes };
-                self.ledger.observe(device, measured);
-                self.samples.insert(device.clone(), self.now.wall);
-                self.watch_pressure(device);
-                self.measured_since(device, began);
-            }
-            Err(error) => {
-                self.note_failure(device, Some(&error));
-                self.not_measured(device);
-            }
-        }
-        self.admit();
-    }
-
-    fn note_reports(&mut self, device: &DeviceId, reports: &[Report]) {
-        for report in reports {
-            tracing::warn!(%device, %report, "the driver reports a fault");
-            let Report { kind, code, .. } = report;
-            let data = serde_json::json!({
-                "deviceId": device, "kind": kind, "code": code, "reason": report.to_string(),
-            });
-            self.emit(EventKind::DeviceFault, data);
-        }
-    }
-
-    fn watch_pressure(&mut self, device: &DeviceId) {
-        let Some(ratio) = self
-            .ledger
-            .usage(device)
-            .zip(self.devices.get(device))
-            .map(|(usage, opened)| usage.used_bytes as f64 / opened.facts().total_bytes.max(1) as f64)
-        else {
-            return;
-        };
-        let before = self.pressure.get(device).copied().unwrap_or_default();
-        let level = vramd_core::pressure::level(ratio, before);
-        if level != before {
-            self.pressure.insert(device.clone(), level);
-            self.emit(
-                EventKind::PressureChanged,
-                serde_json::json!({ "deviceId": device, "level": level, "before": before, "ratio": ratio }),
-            );
-        }
-    }
-
-    /// Remembers a device that is lost. Its allocations stay in the books until they are released.
-    fn note_failure(&mut self, device: &DeviceId, error: Option<&DeviceError>) {
-        let Some(error) = error else { return };
-        tracing::warn!(%device, error = error as &dyn std::error::Error, "a device call failed");
-        if matches!(error, DeviceError::Lost { .. }) && self.ledger.lose(device) {
-            self.emit(
-                EventKind::DeviceLost,
-                serde_json::json!({ "deviceId": device, "reason": error.to_string() }),
-            );
         }
     }
 
@@ -770,6 +668,10 @@ struct Part {
     component: ComponentName,
     allocation: AllocationId,
     plan: Arc<Plan>,
-    /// While its bytes are read in, so that nobody moves or copies it.
-    writing: LeaseId,
+    /// Of the operation, while its bytes are read in, so that nobody moves or copies it; of the model, if it is shared.
+    lease: LeaseId,
+    /// It was there for another component of the same files.
+    is_shared: bool,
+    /// Where it is copied from, if not read from its files.
+    origin: Option<tiers::Origin>,
 }

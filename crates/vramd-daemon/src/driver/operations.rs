@@ -63,6 +63,8 @@ pub(super) struct Loading {
     pub began: Tick,
     /// What went for it.
     pub evicted: Vec<Evicted>,
+    /// Nobody asked for it.
+    pub unasked: bool,
 }
 
 /// An unload under way.
@@ -76,6 +78,8 @@ pub(super) struct Unloading {
     pub bytes: u64,
     /// Processes that still have its memory.
     pub held_by: BTreeSet<Holder>,
+    /// What is kept in RAM.
+    pub cached: BTreeSet<ComponentName>,
 }
 
 #[derive(Debug)]

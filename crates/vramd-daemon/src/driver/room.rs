@@ -8,8 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use vramd_api::{
-    AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, EvictionPolicy, ModelName,
-    OperationId,
+    AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, EvictionPolicy, ModelName, OperationId,
 };
 use vramd_core::Tick;
 use vramd_core::eviction::{self, Candidate};
@@ -19,11 +18,12 @@ use vramd_core::queue::Waiting as Queued;
 use vramd_core::trial::{Trial, Use};
 
 use super::allocations::{OnReady, refusal, too_many_wait};
+use super::tiers::Shared;
 use super::{Load, State};
 use crate::source::Prepared;
 
 /// What a load is taken to need, before one was measured.
-const BYTES_PER_SECOND: f64 = 1e9;
+pub(super) const BYTES_PER_SECOND: f64 = 1e9;
 /// How long bytes may take to come back before who waits for them hears of it.
 const RETURN_SECONDS: u64 = 30;
 /// What was loaded and not attached yet stays as long as that took, and so long at least.
@@ -38,6 +38,8 @@ const WAITING_FILES: usize = 256;
 pub(super) struct WaitingLoad {
     pub load: Load,
     pub prepared: BTreeMap<ComponentName, Prepared>,
+    /// What is there for others.
+    pub shared: BTreeMap<ComponentName, Shared>,
     /// All that is to be there in the end.
     pub wanted: Vec<ComponentName>,
     pub evicted: Vec<Evicted>,
@@ -49,9 +51,10 @@ impl WaitingLoad {
     pub(super) fn new(
         load: Load,
         prepared: BTreeMap<ComponentName, Prepared>,
+        shared: BTreeMap<ComponentName, Shared>,
         wanted: Vec<ComponentName>,
     ) -> Self {
-        Self { load, prepared, wanted, evicted: Vec::new(), id: AllocationId(uuid::Uuid::nil()) }
+        Self { load, prepared, shared, wanted, evicted: Vec::new(), id: AllocationId(uuid::Uuid::nil()) }
     }
 }
 
@@ -81,7 +84,7 @@ pub(super) enum Room {
 /// What could go on one device.
 struct Choice {
     device: DeviceId,
-    chosen: Vec<Evicted>,
+    chosen: Vec<Vec<Evicted>>,
     stayed: Vec<Evicted>,
     loss: f64,
 }
@@ -132,7 +135,7 @@ impl State {
                 let named = |at: usize| old[at].1.clone();
                 best = Some(Choice {
                     device,
-                    stayed: stayed.into_iter().take(NAMED).map(named).collect(),
+                    stayed: stayed.into_iter().take(NAMED).flat_map(named).collect(),
                     chosen: chosen.into_iter().map(named).collect(),
                     loss,
                 });
@@ -152,19 +155,9 @@ impl State {
         }
         let purpose = &requests[0].purpose;
         let whose = model.map_or_else(|| requests[0].owner.to_string(), ToString::to_string);
-        let mut parts: BTreeMap<ModelName, BTreeSet<ComponentName>> = BTreeMap::new();
-        for evicted in &chosen {
-            let data = serde_json::json!({
-                "evicted": evicted, "policy": self.policy_on(&device), "for": whose, "purpose": purpose, "stayed": stayed,
-            });
-            self.emit(EventKind::ModelEvicted, data);
-            parts.entry(evicted.model.clone()).or_default().insert(evicted.component.clone());
-        }
-        for (name, components) in parts {
-            if let Err(error) = self.begin_unload(&name, vec![device.clone()], Some(&components)) {
-                tracing::warn!(model = %name, %error, "an idle model could not be unloaded");
-            }
-        }
+        let chosen: Vec<Evicted> = chosen.into_iter().flatten().collect();
+        self.tell_evicted(&chosen, self.policy_on(&device), &whose, purpose, &stayed);
+        self.unload_evicted(&chosen, true);
         (Room::Coming, chosen)
     }
 
@@ -195,14 +188,28 @@ impl State {
         model.operation(None).is_some() || self.waiting_load(&model.name).is_some()
     }
 
-    /// The idle components on a device, and until when each stays at least.
-    fn candidates(
+    /// Unloads what was chosen to go. `keep`: in RAM, where that pays.
+    pub(super) fn unload_evicted(&mut self, chosen: &[Evicted], keep: bool) {
+        let mut parts: BTreeMap<(&ModelName, &DeviceId), BTreeSet<ComponentName>> = BTreeMap::new();
+        for Evicted { model, device_id, component, .. } in chosen {
+            parts.entry((model, device_id)).or_default().insert(component.clone());
+        }
+        for ((name, device), components) in parts {
+            if let Err(error) = self.begin_unload(name, vec![device.clone()], Some(&components), keep) {
+                tracing::warn!(model = %name, %error, "an idle model could not be unloaded");
+            }
+        }
+    }
+
+    /// The idle components on a device, and until when each stays at least. What several models share goes from all of them or not
+    /// at all.
+    pub(super) fn candidates(
         &self,
         device: &DeviceId,
         priority: vramd_api::Priority,
         asking: Option<&ModelName>,
-    ) -> Vec<(Tick, Candidate, Evicted)> {
-        let mut found = Vec::new();
+    ) -> Vec<(Tick, Candidate, Vec<Evicted>)> {
+        let mut found: BTreeMap<AllocationId, (Tick, Candidate, Vec<Evicted>)> = BTreeMap::new();
         // What is being loaded is to be there as a whole.
         let may_go = |model: &Model| {
             !(model.pinned
@@ -233,9 +240,7 @@ impl State {
                     continue;
                 }
                 let bytes = held.block_bytes;
-                let rate = self.load_rates.get(device).copied().unwrap_or(BYTES_PER_SECOND);
-                let load_seconds =
-                    entry.load_seconds.get(device).copied().unwrap_or_else(|| bytes as f64 / rate);
+                let load_seconds = self.seconds_to_get_back(entry, device, bytes);
                 let uses_per_second = model.popularity.uses_per_second(self.now.tick);
                 let candidate = Candidate {
                     bytes,
@@ -259,10 +264,22 @@ impl State {
                 } else {
                     awaited.unwrap_or_default()
                 };
-                found.push((stays, candidate, evicted));
+                found
+                    .entry(allocation)
+                    .and_modify(|(before, all, parts)| {
+                        *before = stays.max(*before);
+                        all.priority = all.priority.max(candidate.priority);
+                        all.idle_seconds = all.idle_seconds.min(candidate.idle_seconds);
+                        all.uses_per_second += candidate.uses_per_second;
+                        parts.push(evicted.clone());
+                    })
+                    .or_insert_with(|| (stays, candidate, vec![evicted]));
             }
         }
-        found
+        let of_all = |id: &AllocationId, parts: &[Evicted]| {
+            self.ledger.allocation(*id).is_some_and(|it| it.model_count().max(1) == parts.len())
+        };
+        found.into_iter().filter(|(id, (_, _, parts))| of_all(id, parts)).map(|(_, it)| it).collect()
     }
 
     /// Makes room for a request that may evict, if that can help; answers how long it waits then, and what went for it.
@@ -385,6 +402,9 @@ impl State {
         self.waiting.remove(&waiting.id);
         self.queue.retain(|id| id != waiting.id);
         self.ledger.give_up_claim(waiting.id);
+        for part in waiting.shared.into_values() {
+            self.finish_lease(part.lease);
+        }
         self.end_operation(operation, Err(error));
     }
 

@@ -241,6 +241,13 @@ impl State {
                 "a process cannot follow to another device: close it there first, or copy (mode=copy)",
             ));
         }
+        if mode == TransferMode::Move && allocation.model_count() > 1 {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("{what} is of the same files as another component"),
+            )
+            .hint("both have the one block: copy instead (mode=copy), or unload the other model first"));
+        }
         match self.ledger.fixed(one.source) {
             Some(Fixed::Written) => {
                 Err(ApiError::new(ErrorCode::Conflict, format!("{what} may be written to now"))
@@ -405,7 +412,12 @@ impl State {
         let Some(entry) = self.models.get_mut(model) else { return };
         entry.last_used = Some(now);
         let Some(entry) = entry.components.get_mut(component) else { return };
-        let resident = Residency::Resident { allocation: item.target, plan: plan.clone(), awaited: None };
+        let resident = Residency::Resident {
+            allocation: item.target,
+            plan: plan.clone(),
+            awaited: None,
+            cached_from: None,
+        };
         entry.residency.insert(item.to.clone(), resident);
         if moved && kept {
             entry

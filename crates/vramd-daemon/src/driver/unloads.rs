@@ -3,14 +3,16 @@
 use std::collections::BTreeSet;
 
 use vramd_api::{
-    AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, ModelName, Operation, OperationKind,
+    AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, Holder, LeaseId, ModelName, Operation,
+    OperationId, OperationKind,
 };
 use vramd_core::ledger::{Release, State as AllocationState};
-use vramd_core::models::{Busy, Residency};
+use vramd_core::models::{Busy, Model, Residency};
 
 use super::allocations::{OnReleased, attached};
 use super::models::{no_model, not_resident, refuse};
 use super::operations::{Running, Unloading};
+use super::tiers::Demotion;
 use super::{Reply, State};
 
 impl State {
@@ -21,7 +23,7 @@ impl State {
 
     fn try_unload(&mut self, name: &ModelName, device: Option<&DeviceId>) -> Result<Operation, ApiError> {
         let model = self.changeable(name)?;
-        let holders = model.holders(device, self.ledger.allocations());
+        let holders = self.holders_by(model, device);
         if !holders.is_empty() {
             return Err(attached(&format!("model {name}"), &holders));
         }
@@ -40,15 +42,32 @@ impl State {
             return Err(ApiError::new(ErrorCode::Conflict, format!("model {name} is pinned"))
                 .hint(format!("unpin it first: `vramd unpin {name}`")));
         }
-        self.begin_unload(name, devices, None)
+        self.begin_unload(name, devices, None, false)
     }
 
-    /// Unloads a model, or some components of it, from devices where nobody has them attached.
+    /// Who has a model attached: by that name, where its bytes are another model's too.
+    fn holders_by(&self, model: &Model, device: Option<&DeviceId>) -> Vec<Holder> {
+        let shared = |id: AllocationId| self.ledger.allocation(id).is_some_and(|it| it.model_count() > 1);
+        let by_name = |lease: &LeaseId| {
+            let reader = self.attachments.get(lease);
+            reader.is_none_or(|reader| reader.model.as_ref() == Some(&model.name))
+        };
+        let all = model.components.values().flat_map(|entry| &entry.residency);
+        let here = all.filter(|(on, _)| device.is_none_or(|device| device == *on));
+        here.filter_map(|(_, residency)| self.ledger.allocation(residency.allocation()))
+            .flat_map(|held| held.leases.iter().map(move |(id, lease)| (held.request.id, id, lease)))
+            .filter(|(allocation, lease, _)| !shared(*allocation) || by_name(lease))
+            .filter_map(|(_, _, lease)| lease.holder().cloned())
+            .collect()
+    }
+
+    /// Unloads a model, or some components of it, from devices where nobody has them attached. `keep`: in RAM, where that pays.
     pub(super) fn begin_unload(
         &mut self,
         name: &ModelName,
         devices: Vec<DeviceId>,
         components: Option<&BTreeSet<ComponentName>>,
+        keep: bool,
     ) -> Result<Operation, ApiError> {
         let places: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
         let subject = format!("{name} on {}", places.join(", "));
@@ -72,7 +91,7 @@ impl State {
         let bytes = parts
             .iter()
             .filter_map(|(_, _, allocation)| self.ledger.allocation(*allocation))
-            .filter(|allocation| allocation.state == AllocationState::Active)
+            .filter(|allocation| allocation.state == AllocationState::Active && allocation.model_count() < 2)
             .map(|allocation| allocation.block_bytes)
             .sum();
         let operation = self.operations.begin(OperationKind::Unload, subject, bytes, self.now);
@@ -83,24 +102,49 @@ impl State {
             releasing: parts.len(),
             bytes,
             held_by: BTreeSet::new(),
+            cached: BTreeSet::new(),
         };
         self.operations.running.insert(operation, Running::Unload(unloading));
         for (component, device, allocation) in parts {
-            if let Some(entry) =
-                self.models.get_mut(name).and_then(|model| model.components.get_mut(&component))
-            {
-                entry.residency.insert(device, Residency::Evicting { allocation, operation });
+            let model = self.models.get_mut(name);
+            let Some(entry) = model.and_then(|model| model.components.get_mut(&component)) else { continue };
+            // What another model has too stays for that one.
+            let held = self.ledger.allocation(allocation).filter(|held| held.model_count() > 1);
+            if let Some(lease) = held.and_then(|held| held.model_leases().next()) {
+                entry.residency.remove(&device);
+                self.finish_lease(lease);
+                if let Some(Running::Unload(unloading)) = self.operations.running.get_mut(&operation) {
+                    unloading.releasing -= 1;
+                }
+                continue;
             }
-            let work = self.ledger.release(allocation, self.now).expect("nobody is attached, as was checked");
-            self.releasing.insert(allocation, OnReleased::Operation(operation));
-            match work {
-                Release::Work(work) => self.perform(work),
-                // What an operation still reads goes when that has ended.
-                Release::Later => self.cancel_copies_of(allocation),
-                Release::NotActive => {}
+            let before =
+                entry.residency.insert(device.clone(), Residency::Evicting { allocation, operation });
+            let demotion = match before {
+                Some(Residency::Resident { plan, .. }) if keep => {
+                    Some(Demotion::new(operation, name, component, device, (allocation, plan), self.now))
+                }
+                _ => None,
+            };
+            match demotion.filter(|demotion| self.pays(demotion)) {
+                Some(demotion) => self.demote(demotion),
+                None => self.release_part_of(operation, allocation),
             }
         }
+        self.end_if_given_back(operation);
         self.operations.show(operation)
+    }
+
+    /// Gives the bytes of a component that nobody has attached back.
+    pub(super) fn release_part_of(&mut self, operation: OperationId, allocation: AllocationId) {
+        let work = self.ledger.release(allocation, self.now).expect("nobody is attached, as was checked");
+        self.releasing.insert(allocation, OnReleased::Operation(operation));
+        match work {
+            Release::Work(work) => self.perform(work),
+            // What an operation still reads goes when that has ended.
+            Release::Later => self.cancel_copies_of(allocation),
+            Release::NotActive => {}
+        }
     }
 
     /// Unloads what was kept alive long enough.
@@ -110,7 +154,7 @@ impl State {
             if loading || self.changing.contains(&name) {
                 continue;
             }
-            if let Err(error) = self.begin_unload(&name, devices.into_iter().collect(), None) {
+            if let Err(error) = self.begin_unload(&name, devices.into_iter().collect(), None, false) {
                 tracing::warn!(model = %name, %error, "an idle model could not be unloaded");
             }
         }

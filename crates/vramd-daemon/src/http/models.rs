@@ -141,7 +141,7 @@ pub async fn load(
     };
     let shortage = requests::shortage(body.on_shortage.unwrap_or(OnShortage::Evict), body.timeout_seconds)?;
     let (components, keep_alive) = (body.components, body.keep_alive);
-    let load = Load { model: name(&text)?, device, components, keep_alive, shortage };
+    let load = Load { model: name(&text)?, device, components, keep_alive, shortage, unasked: false };
     let operation = loader::begin(&app.driver, &app.roots, &load).await?;
     operations::answer(&app, operation, wait).await
 }

@@ -14,6 +14,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use rustix::process::Pid;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
+use vramd_core::models::FileIdentity;
 use vramd_device::Descriptor;
 
 use super::OpenError;
@@ -190,6 +191,19 @@ pub fn reopen_direct(file: &File) -> Option<File> {
     let same = format!("/proc/self/fd/{}", file.as_raw_fd());
     let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
     rustix::fs::open(same, flags, Mode::empty()).ok().map(File::from)
+}
+
+/// By which an open file is known again.
+pub fn identity(file: &File) -> io::Result<FileIdentity> {
+    use std::os::unix::fs::MetadataExt as _;
+    let metadata = file.metadata()?;
+    Ok(FileIdentity {
+        volume: metadata.dev(),
+        file: metadata.ino(),
+        bytes: metadata.len(),
+        modified_nanoseconds: i128::from(metadata.mtime()) * 1_000_000_000
+            + i128::from(metadata.mtime_nsec()),
+    })
 }
 
 /// Reads at a place of a file.

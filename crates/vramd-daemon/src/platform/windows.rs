@@ -1,8 +1,9 @@
 //! A named pipe, and the system's calls for processes and files.
 
 use std::fs::{File, OpenOptions};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
-use std::os::windows::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::windows::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::windows::named_pipe::{ClientOptions, NamedPipeServer};
 use vramd_api::attach::HEADER_BYTES;
+use vramd_core::models::FileIdentity;
 use vramd_device::Descriptor;
 use vramd_windows::{Process, pipe};
 
@@ -206,6 +208,19 @@ pub fn names(directory: &File) -> io::Result<Vec<String>> {
 /// The same file for direct reads, where the file system takes those.
 pub fn reopen_direct(file: &File) -> Option<File> {
     vramd_windows::reopen_direct(file).ok()
+}
+
+/// By which an open file is known again: where it is, since what numbers it is not in the standard library.
+pub fn identity(file: &File) -> io::Result<FileIdentity> {
+    let metadata = file.metadata()?;
+    let mut hasher = DefaultHasher::new();
+    vramd_windows::final_path(file)?.hash(&mut hasher);
+    Ok(FileIdentity {
+        volume: 0,
+        file: hasher.finish(),
+        bytes: metadata.len(),
+        modified_nanoseconds: i128::from(metadata.last_write_time()) * 100,
+    })
 }
 
 /// Reads at a place of a file.

@@ -16,6 +16,7 @@ mod moves;
 mod pairs;
 mod parts;
 mod quiet_hours;
+mod ram;
 mod restart;
 mod support;
 mod tiers;

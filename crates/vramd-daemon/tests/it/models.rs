@@ -7,7 +7,7 @@ use vramd_device::Call;
 use crate::support::{Daemon, MIB, caught, file_of, payload, wait_for, with_model, write_model};
 
 /// The bytes of a component, as a process that attaches it reads them.
-fn attached_bytes(daemon: &Daemon, request: &Value) -> Vec<u8> {
+pub fn attached_bytes(daemon: &Daemon, request: &Value) -> Vec<u8> {
     let attachment = daemon.attach(request).expect("attached");
     let mut bytes = vec![0; attachment.attached.block.bytes as usize];
     read_at(&attachment.descriptors[0], attachment.attached.block.offset, &mut bytes).expect("read");

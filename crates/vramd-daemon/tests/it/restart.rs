@@ -137,6 +137,8 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         vulkan: vramd_daemon::Adapters::None,
         d3d12: vramd_daemon::Adapters::None,
         eviction: vramd_api::EvictionPolicy::default(),
+        ram_tier_bytes: None,
+        ram_reserve_bytes: None,
         #[cfg(unix)]
         loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
         quiet_hours: None,

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use tokio::sync::oneshot;
 use vramd_api::attach::Attach;
 use vramd_attach::{AttachError, Attachment, Stream, attach};
-use vramd_daemon::{Config, Devices, LocalTime, QuietHours, StartError, serve_on};
+use vramd_daemon::{Config, Devices, LocalTime, StartError, serve_on};
 use vramd_device::{Call, cpu, sim};
 
 /// Far above what anything here takes, also on a busy machine.
@@ -160,7 +160,8 @@ impl Home {
     pub fn start_quiet(&self, sizes: &[u64], hours: &str, clock: &WallClock) -> Daemon {
         let (devices, simulated) = Self::simulated(sizes);
         let hours = hours.parse().expect("quiet hours");
-        self.start_by(devices, simulated, Some(hours), clock.clone().read())
+        let configure = |config: &mut Config| config.quiet_hours = Some(hours);
+        self.start_by(devices, simulated, clock.clone().read(), configure)
     }
 
     fn simulated(sizes: &[u64]) -> (Devices, Vec<sim::Faults>) {
@@ -183,18 +184,29 @@ impl Home {
     }
 
     pub fn start_on(&self, devices: Devices, simulated: Vec<sim::Faults>) -> Daemon {
-        self.start_by(devices, simulated, None, LocalTime::system())
+        self.start_by(devices, simulated, LocalTime::system(), |_| {})
+    }
+
+    /// Simulated devices beside host memory, which keeps models that had to go from them up to so much.
+    pub fn start_tiers(&self, sizes: &[u64], ram_tier: u64, ram_reserve: u64) -> Daemon {
+        let (mut devices, simulated) = Self::simulated(sizes);
+        let device = cpu::Device::open(cpu::Options::default()).expect("host memory");
+        devices.add(Arc::new(device), 1 << 30);
+        self.start_by(devices, simulated, LocalTime::system(), |config| {
+            config.ram_tier_bytes = Some(ram_tier);
+            config.ram_reserve_bytes = Some(ram_reserve);
+        })
     }
 
     fn start_by(
         &self,
         devices: Devices,
         simulated: Vec<sim::Faults>,
-        quiet_hours: Option<QuietHours>,
         local: LocalTime,
+        configure: impl FnOnce(&mut Config),
     ) -> Daemon {
         let ready = self.path("ready.json");
-        let config = Config {
+        let mut config = Config {
             listen: Some(([127, 0, 0, 1], 0).into()),
             socket: Some(self.socket()),
             state_dir: self.path("state"),
@@ -205,11 +217,14 @@ impl Home {
             vulkan: vramd_daemon::Adapters::None,
             d3d12: vramd_daemon::Adapters::None,
             eviction: vramd_api::EvictionPolicy::default(),
+            ram_tier_bytes: None,
+            ram_reserve_bytes: None,
             #[cfg(unix)]
             loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
-            quiet_hours,
+            quiet_hours: None,
             ready_file: Some(ready.clone()),
         };
+        configure(&mut config);
         let (stop, stopped) = oneshot::channel::<()>();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use vramd_api::client::Client;
 use vramd_api::{
-    Bytes, Component, ComponentName, ComponentSource, KeepAlive, Model, ModelName, RegisterModel,
+    Bytes, Component, ComponentName, ComponentSource, KeepAlive, Model, ModelName, RegisterModel, Residency,
     TouchRequest,
 };
 
@@ -109,11 +109,18 @@ fn residency(model: &Model) -> String {
         .components
         .iter()
         .flat_map(|component| &component.residency)
-        .map(|residency| format!("{} {}", residency.device_id, word(residency.state)))
+        .map(|residency| format!("{} {}", residency.device_id, state(residency)))
         .collect();
     states.sort();
     states.dedup();
     if states.is_empty() { "OnDisk".to_owned() } else { states.join(", ") }
+}
+
+fn state(residency: &Residency) -> String {
+    match &residency.cached_from {
+        Some(device) => format!("cached from {device}"),
+        None => word(residency.state),
+    }
 }
 
 fn kept(model: &Model) -> String {
@@ -157,7 +164,10 @@ fn places(component: &Component) -> String {
     let places: Vec<_> = component
         .residency
         .iter()
-        .map(|it| format!("{} {} ({} attached)", it.device_id, word(it.state), it.attached_count))
+        .map(|it| {
+            let shared = if it.shared { ", shared" } else { "" };
+            format!("{} {} ({} attached{shared})", it.device_id, state(it), it.attached_count)
+        })
         .collect();
     if places.is_empty() { "OnDisk".to_owned() } else { places.join(", ") }
 }
