@@ -72,6 +72,8 @@ pub enum OnShortage {
     /// Unload idle models until there is room, those whose absence costs least; wait for that, and if it is not enough up to
     /// `timeoutSeconds`, if these are given.
     Evict,
+    /// Go to host memory if there is room now, and say so in the reply; else answer `INSUFFICIENT_MEMORY`.
+    Spill,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
@@ -244,6 +246,9 @@ pub struct DeviceProcess {
 #[serde(rename_all = "camelCase")]
 pub struct Placement {
     pub reason: String,
+    /// The devices that had no room for it, if it is in host memory instead of there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spilled_from: Vec<DeviceId>,
     pub considered: Vec<Candidate>,
 }
 

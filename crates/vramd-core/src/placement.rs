@@ -65,11 +65,11 @@ pub fn choose(
         ),
         None => "no device fits".to_owned(),
     };
-    (chosen.map(|offer| offer.device.clone()), Placement { reason, considered })
+    (chosen.map(|offer| offer.device.clone()), Placement { reason, spilled_from: Vec::new(), considered })
 }
 
-/// Lower is better.
-fn rank(memory_type: MemoryType, allocation_type: AllocationType) -> u8 {
+/// How far a kind of memory is from where it is used: lower is better.
+pub fn rank(memory_type: MemoryType, allocation_type: AllocationType) -> u8 {
     let near_the_processor = match memory_type {
         MemoryType::Vram => 0,
         MemoryType::Unified => 1,

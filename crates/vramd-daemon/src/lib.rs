@@ -246,7 +246,7 @@ type Residents = BTreeMap<(ModelName, DeviceId), Vec<ComponentName>>;
 /// Looks at the files of the models that were known before, and loads again what was resident.
 async fn restore(driver: Driver, roots: Arc<Roots>, known: Vec<ModelName>, residents: Residents) {
     for ((model, device), components) in residents {
-        let shortage = OnShortage { evict: false, wait_seconds: None };
+        let shortage = OnShortage { evict: false, spill: false, wait_seconds: None };
         let (device, components) = (Some(device), Some(components));
         let load = Load { model, device, components, keep_alive: None, shortage, unasked: false };
         if let Err(error) = loader::begin(&driver, &roots, &load).await {

@@ -57,12 +57,22 @@ pub fn shortage(what: OnShortage, timeout_seconds: Option<u64>) -> Result<driver
         let what = format!("timeoutSeconds {timeout} is more than {MAX_WAIT_SECONDS}");
         return Err(ApiError::invalid("timeoutSeconds", what));
     }
+    if let (OnShortage::Fail | OnShortage::Spill, Some(timeout @ 1..)) = (what, timeout_seconds) {
+        let what = format!("timeoutSeconds {timeout} is for those who wait");
+        return Err(
+            ApiError::invalid("timeoutSeconds", what).hint("say onShortage=wait or evict, or leave it out")
+        );
+    }
     let wait_seconds = match what {
-        OnShortage::Fail => None,
+        OnShortage::Fail | OnShortage::Spill => None,
         OnShortage::Wait => Some(timeout_seconds.unwrap_or(DEFAULT_WAIT_SECONDS)),
         OnShortage::Evict => timeout_seconds,
     };
-    Ok(driver::OnShortage { evict: what == OnShortage::Evict, wait_seconds })
+    Ok(driver::OnShortage {
+        evict: what == OnShortage::Evict,
+        spill: what == OnShortage::Spill,
+        wait_seconds,
+    })
 }
 
 /// The ledger's request for a checked body.

@@ -628,8 +628,12 @@ const CLEAR_TARGETS: Words<ClearTarget> = &[
     ("Allocations", ClearTarget::Allocations),
     ("Zero", ClearTarget::Zero),
 ];
-const ON_SHORTAGE: Words<OnShortage> =
-    &[("fail", OnShortage::Fail), ("wait", OnShortage::Wait), ("evict", OnShortage::Evict)];
+const ON_SHORTAGE: Words<OnShortage> = &[
+    ("fail", OnShortage::Fail),
+    ("wait", OnShortage::Wait),
+    ("evict", OnShortage::Evict),
+    ("spill", OnShortage::Spill),
+];
 pub const EVICTION_POLICIES: Words<EvictionPolicy> = &[
     ("LowestCost", EvictionPolicy::LowestCost),
     ("LeastRecentlyUsed", EvictionPolicy::LeastRecentlyUsed),

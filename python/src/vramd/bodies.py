@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # annotations are never evaluated at run time, so Python 3.10
 MemoryType = Literal["RAM", "VRAM", "Shared", "Unified", "Unknown"]
 AllocationType = Literal["Buffer", "Weights", "KvCache", "Activation", "Workspace", "Staging"]
 Priority = Literal["Low", "Normal", "High", "Critical"]
-OnShortage = Literal["fail", "wait", "evict"]
+OnShortage = Literal["fail", "wait", "evict", "spill"]
 AllocationStatus = Literal["Active", "Moving", "Releasing"]
 DeviceHealth = Literal["Healthy", "Lost"]
 PressureLevel = Literal["Normal", "Moderate", "High", "Critical"]
@@ -99,6 +99,7 @@ class Candidate(TypedDict):
 
 class Placement(TypedDict):
     reason: str
+    spilledFrom: NotRequired[list[str]]
     considered: list[Candidate]
 
 

@@ -6,6 +6,7 @@ use vramd_api::{AllocationId, DeviceId};
 
 use super::book::{Book, Key};
 use super::{Ledger, MEDIUM_BYTES, Request, SHARED_SEGMENT_BYTES, segment_bytes};
+use crate::placement;
 
 impl Ledger {
     /// How many bytes too few a device has for all of `requests`; None if it could not hold them even empty. What is on its way back
@@ -69,6 +70,19 @@ impl Ledger {
     /// counts as there.
     pub fn free_bytes(&self, device: &DeviceId) -> u64 {
         self.books.get(device).map_or(0, Book::free_bytes)
+    }
+
+    /// Of the devices that could hold all of `requests`, were they empty, those of the nearest kind of memory.
+    pub fn nearest(&self, requests: &[Request]) -> Vec<DeviceId> {
+        let Some(first) = requests.first() else { return Vec::new() };
+        let mut able = self.devices_for(first, &[]);
+        able.retain(|device| self.could_fit_all(requests, std::slice::from_ref(device)));
+        let rank = |device: &DeviceId| {
+            self.books.get(device).map(|it| placement::rank(it.facts.memory_type, first.allocation_type))
+        };
+        let nearest = able.iter().filter_map(rank).min();
+        able.retain(|device| rank(device) == nearest);
+        able
     }
 
     /// Where room is kept for requests that wait.

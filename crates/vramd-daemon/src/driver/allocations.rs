@@ -6,11 +6,12 @@ use serde::Serialize;
 use uuid::Uuid;
 use vramd_api::{
     AllocationId, ApiError, DeviceId, DeviceLimits, ErrorCode, EventKind, Holder, LeaseId, OperationId,
-    OwnerName, Placement, Released,
+    OwnerName, Placement, PlacementReason, Released,
 };
 use vramd_core::Tick;
 use vramd_core::ledger::{
-    Allocation, Grant, Lease, Readiness, Release, SegmentId, Shortage, State as AllocationState, Work,
+    Allocation, Grant, Lease, Readiness, Release, Request, SegmentId, Shortage, State as AllocationState,
+    Work,
 };
 use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
 use vramd_device::{Device, DeviceError, Range, SegmentId as Segment, Writers};
@@ -106,6 +107,11 @@ impl State {
                 self.granted(id, grant);
             }
             Err(shortage) => {
+                if let Some(grant) = self.spill(&allocate, &shortage) {
+                    self.waiting
+                        .insert(id, OnReady::Client(Box::new(Waiting { allocate, placement: None, reply })));
+                    return self.granted(id, grant);
+                }
                 if let Some(device) = shortage.closest.clone() {
                     self.counts.entry(device).or_default().refusals += 1;
                 }
@@ -124,6 +130,23 @@ impl State {
                 self.answer(reply, Err(if evicted { nothing_to_evict(error) } else { error }));
             }
         }
+    }
+
+    /// Has one that may be in host memory instead go there.
+    fn spill(&mut self, allocate: &Allocate, shortage: &Shortage) -> Option<Grant> {
+        let ram = self.ram().filter(|_| allocate.shortage.spill)?;
+        let considered = &shortage.placement.considered;
+        let full = considered.iter().filter(|it| it.reason == PlacementReason::NotEnoughMemory);
+        let full: Vec<DeviceId> = full.map(|it| it.device_id.clone()).collect();
+        if full.is_empty() || full.contains(&ram) {
+            return None;
+        }
+        let request = Request { memory_type: None, ..allocate.request.clone() };
+        let mut grant = self.ledger.reserve(request, std::slice::from_ref(&ram), self.now).ok()?;
+        let names: Vec<_> = full.iter().map(DeviceId::as_str).collect();
+        grant.placement.reason = format!("no room on {}: it is in host memory instead", names.join(", "));
+        grant.placement.spilled_from = full;
+        Some(grant)
     }
 
     /// Begins to defragment where that could make the room that a request lacks.

@@ -225,7 +225,9 @@ impl State {
             .collect();
         let whole = prepared.values().map(blocks).fold(0, u64::saturating_add);
         let whole = Self::weights(load, None, whole, priority);
-        let on: Vec<DeviceId> = device.into_iter().collect();
+        // Without a device it goes to the nearest memory that could hold it: elsewhere would be slower, and nobody said so.
+        let on: Vec<DeviceId> =
+            device.as_ref().map_or_else(|| self.ledger.nearest(&requests), |device| vec![device.clone()]);
         let payload =
             prepared.values().fold(0, |sum, part| u64::saturating_add(sum, part.plan.layout.payload_bytes));
         // What is shared is there already.
@@ -239,10 +241,17 @@ impl State {
         } else {
             self.ledger.reserve_all(&requests, &on, self.now)
         };
-        let load = Load { device: on.first().cloned(), ..load.clone() };
+        let mut spilled_from = Vec::new();
+        let grants = grants.or_else(|| {
+            let ram = self.ram().filter(|ram| load.shortage.spill && !on.contains(ram))?;
+            spilled_from.clone_from(&on);
+            self.ledger.reserve_all(&requests, &[ram], self.now)
+        });
+        let load = Load { device: device.clone(), ..load.clone() };
         let operation = |state: &mut Self, waits: bool| {
-            let subject =
-                on.first().map_or_else(|| load.model.to_string(), |on| format!("{} on {on}", load.model));
+            let subject = device
+                .as_ref()
+                .map_or_else(|| load.model.to_string(), |on| format!("{} on {on}", load.model));
             let kind = OperationKind::Load;
             if waits {
                 state.operations.line_up(kind, subject, payload, state.now)
@@ -253,7 +262,9 @@ impl State {
         let id = if let Some(grants) = grants {
             let id = operation(self, false);
             self.set_keep_alive(&load);
-            self.start_load(id, WaitingLoad::new(load, prepared, shared, wanted), grants);
+            let mut admitted = WaitingLoad::new(load, prepared, shared, wanted);
+            admitted.spilled_from = spilled_from;
+            self.start_load(id, admitted, grants);
             id
         } else {
             let waits = load.shortage.evict || load.shortage.wait_seconds.is_some();
@@ -295,7 +306,7 @@ impl State {
         waiting: WaitingLoad,
         grants: Vec<(AllocationId, Grant)>,
     ) {
-        let WaitingLoad { load, prepared, shared, evicted, wanted, .. } = waiting;
+        let WaitingLoad { load, prepared, shared, evicted, spilled_from, wanted, .. } = waiting;
         let granted = grants.first().map(|(_, grant)| grant.device.clone());
         let Some(device) = granted.or_else(|| load.device.clone()) else { return };
         // It may have come there otherwise while the load waited, or the rest of it may have gone.
@@ -332,6 +343,7 @@ impl State {
             failed: None,
             began: self.now.tick,
             evicted,
+            spilled_from,
             unasked: load.unasked,
         };
         for ((component, prepared), (allocation, _)) in prepared.into_iter().zip(&grants) {
@@ -514,6 +526,7 @@ impl State {
         let data = serde_json::json!({
             "model": loading.model, "deviceId": loading.device, "bytes": bytes, "loaded": true,
             "evicted": loading.evicted, "copiedFrom": origins, "shared": shared,
+            "spilledFrom": loading.spilled_from,
             "components": loading.parts.iter().map(|part| part.component.as_str()).collect::<Vec<_>>(),
         });
         self.emit(EventKind::ModelLoaded, data.clone());

@@ -94,6 +94,8 @@ pub struct Load {
 pub struct OnShortage {
     /// Idle models go for it.
     pub evict: bool,
+    /// It goes to host memory instead.
+    pub spill: bool,
     /// How long it waits beyond that; None does not.
     pub wait_seconds: Option<u64>,
 }

@@ -63,6 +63,8 @@ pub(super) struct Loading {
     pub began: Tick,
     /// What went for it.
     pub evicted: Vec<Evicted>,
+    /// The devices that had no room for it, if it is in host memory instead.
+    pub spilled_from: Vec<DeviceId>,
     /// Nobody asked for it.
     pub unasked: bool,
 }

@@ -43,6 +43,8 @@ pub(super) struct WaitingLoad {
     /// All that is to be there in the end.
     pub wanted: Vec<ComponentName>,
     pub evicted: Vec<Evicted>,
+    /// The devices that had no room for it, if it goes to host memory instead.
+    pub spilled_from: Vec<DeviceId>,
     /// Its first block.
     id: AllocationId,
 }
@@ -54,7 +56,9 @@ impl WaitingLoad {
         shared: BTreeMap<ComponentName, Shared>,
         wanted: Vec<ComponentName>,
     ) -> Self {
-        Self { load, prepared, shared, wanted, evicted: Vec::new(), id: AllocationId(uuid::Uuid::nil()) }
+        let (evicted, spilled_from) = (Vec::new(), Vec::new());
+        let id = AllocationId(uuid::Uuid::nil());
+        Self { load, prepared, shared, wanted, evicted, spilled_from, id }
     }
 }
 

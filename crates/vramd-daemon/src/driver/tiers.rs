@@ -217,7 +217,7 @@ impl State {
     }
 
     /// The device of host memory.
-    fn ram(&self) -> Option<DeviceId> {
+    pub(super) fn ram(&self) -> Option<DeviceId> {
         let is_ram = |facts: &vramd_device::Facts| {
             facts.memory_type == MemoryType::Ram && facts.capabilities.host_access
         };
@@ -530,7 +530,7 @@ impl Load {
             device: Some(device.clone()),
             components: None,
             keep_alive: None,
-            shortage: OnShortage { evict: false, wait_seconds: None },
+            shortage: OnShortage { evict: false, spill: false, wait_seconds: None },
             unasked: true,
         }
     }

@@ -285,3 +285,44 @@ fn a_load_that_fails_leaves_what_it_shares_to_the_other() {
     daemon.unloaded("a");
     daemon.all_is_back("sim:0");
 }
+
+#[test]
+fn who_may_spill_gets_host_memory_and_is_told() {
+    let daemon = with_ram(0, &["a", "b", "c", "d"]);
+    for name in ["a", "b", "c"] {
+        daemon.loaded(name, "sim:0");
+    }
+    let spilled = daemon.ended(&daemon.load("d", &json!({"deviceId": "sim:0", "onShortage": "spill"})));
+    assert_eq!(
+        (&spilled["result"]["deviceId"], &spilled["result"]["spilledFrom"]),
+        (&json!("cpu:0"), &json!(["sim:0"]))
+    );
+    assert_eq!(spilled["result"]["evicted"], json!([]));
+    let body =
+        json!({"sizeBytes": 20 * MIB, "memoryType": "VRAM", "onShortage": "spill", "leaseSeconds": 60});
+    let made = daemon.allocate(&body).data(201);
+    assert_eq!((&made["deviceId"], &made["placement"]["spilledFrom"]), (&json!("cpu:0"), &json!(["sim:0"])));
+    // With room it stays where it was asked for.
+    daemon.unloaded("a");
+    let made = daemon.post("/api/memory/allocations/allocate/sim:0", &body).data(201);
+    assert_eq!((&made["deviceId"], &made["placement"]["spilledFrom"]), (&json!("sim:0"), &Value::Null));
+    // More than there is anywhere.
+    let large = json!({"sizeBytes": 2_u64 << 30, "memoryType": "VRAM", "onShortage": "spill"});
+    daemon.allocate(&large).error("INSUFFICIENT_MEMORY");
+    let late = json!({"sizeBytes": 1, "onShortage": "spill", "timeoutSeconds": 1});
+    daemon.allocate(&late).refuses("timeoutSeconds");
+}
+
+#[test]
+fn a_load_without_a_device_falls_to_no_slower_memory_unasked() {
+    let daemon = with_ram(0, &["a", "b", "c", "d"]);
+    for name in ["a", "b", "c", "d"] {
+        let loaded = daemon.ended(&daemon.load(name, &json!({})));
+        assert_eq!(loaded["result"]["deviceId"], "sim:0", "{loaded:#}");
+    }
+    // What no card could hold goes where it can be.
+    write_model(&daemon.home.path("models/large.safetensors"), "w", 70 << 20);
+    daemon.register("large", "large.safetensors");
+    let loaded = daemon.ended(&daemon.load("large", &json!({})));
+    assert_eq!(loaded["result"]["deviceId"], "cpu:0", "{loaded:#}");
+}

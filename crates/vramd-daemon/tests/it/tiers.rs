@@ -215,7 +215,7 @@ fn what_no_device_could_hold_evicts_nothing() {
     }
     assert!(is_resident(&daemon, "a"));
     for (field, wrong) in
-        [("onShortage", json!("spill")), ("timeoutSeconds", json!(86401)), ("timeoutSeconds", json!(-1))]
+        [("onShortage", json!("burn")), ("timeoutSeconds", json!(86401)), ("timeoutSeconds", json!(-1))]
     {
         daemon.post("/api/models/a/load", &json!({field: wrong})).refuses(field);
     }

@@ -114,7 +114,7 @@ fn arguments_that_are_not_allowed_are_named() {
         (json!({"sizeBytes": 1, "priority": "Urgent"}), "priority"),
         (json!({"sizeBytes": 1, "owner": "two words"}), "owner"),
         (json!({"sizeBytes": 1, "memoryType": "DDR"}), "memoryType"),
-        (json!({"sizeBytes": 1, "onShortage": "spill"}), "onShortage"),
+        (json!({"sizeBytes": 1, "onShortage": "burn"}), "onShortage"),
     ];
     for (body, field) in cases {
         daemon.allocate(&body).refuses(field);
