@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import allocators, attach, idle, load, machine, model, moves, policies, serving, vulkan
+from . import allocators, attach, idle, loader, machine, model, moves, policies, serving, vulkan
 from .table import Table
 
 COMPARISONS = {
     "attach": attach,
     "http": serving,
-    "load": load,
+    "load": loader,
     "idle": idle,
     "moves": moves,
     "vulkan": vulkan,

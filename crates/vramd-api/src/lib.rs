@@ -16,6 +16,7 @@ mod memory;
 mod model;
 mod movement;
 mod operation;
+mod plan;
 mod units;
 mod usage;
 
@@ -28,7 +29,7 @@ pub use memory::{
     Candidate, Device, DeviceCapabilities, DeviceHealth, DeviceLimits, DevicePage, DeviceProcess,
     DeviceStatus, FragmentationStatus, Holder, Lease, LeaseKind, LimitsPage, MemoryStatus, MemoryType,
     OnShortage, Placement, PlacementReason, Pressure, PressureLevel, Priority, Released, RenewRequest,
-    SetLimits, TotalStatus,
+    SetLimits, ShareLimits, ShareUse, TotalStatus,
 };
 pub use model::{
     Component, ComponentSource, EvictionPolicy, KeepAlive, LoadRequest, Model, ModelPage, RegisterModel,
@@ -40,6 +41,7 @@ pub use movement::{
     FragmentationFigures, MAX_TRANSFER_ITEMS, TransferItem, TransferMode, TransferRequest, Transferred,
 };
 pub use operation::{Operation, OperationKind, OperationPage, OperationState};
+pub use plan::{EvictedComponent, MAX_PLANNED, MemoryPlan, PlanItem, PlanOutcome, PlanRequest, PlannedModel};
 pub use units::{BadSize, Bytes, parse_size};
 pub use usage::{
     DeviceUsage, MAX_USAGE_POINTS, USAGE_SECONDS, UsageAverage, UsagePage, UsagePeak, UsageRates,

@@ -1,12 +1,14 @@
 //! Devices, allocations, leases, pressure: the bodies of `/api/devices` and `/api/memory`.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::de::IntoDeserializer as _;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::attach::HandleType;
-use crate::{AllocationId, Bytes, DeviceId, LeaseId, OwnerName};
+use crate::{AllocationId, Bytes, DeviceId, EvictedComponent, LeaseId, OwnerName};
 
 /// What kind of memory a device has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
@@ -378,6 +380,8 @@ pub struct DeviceStatus {
     pub allocated_bytes: u64,
     /// Held by the daemon, given to nobody.
     pub pool_free_bytes: u64,
+    /// Of `availableBytes`: what the daemon has made ready, so that large segments need not wait for their pages.
+    pub ready_bytes: u64,
     /// Admitted, not yet given.
     pub reserved_bytes: u64,
     /// Held by known workers.
@@ -434,6 +438,7 @@ pub struct TotalStatus {
     pub available_bytes: u64,
     pub allocated_bytes: u64,
     pub pool_free_bytes: u64,
+    pub ready_bytes: u64,
     pub reserved_bytes: u64,
     pub worker_bytes: u64,
     pub foreign_bytes: u64,
@@ -478,6 +483,32 @@ pub struct DeviceLimits {
     pub limit_bytes: u64,
     /// Set by a call and kept over restarts, not the configured default.
     pub overridden: bool,
+    /// Above it idle models go, without anybody asking for room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft_limit_bytes: Option<u64>,
+    /// What is left to other programs, by what was last measured.
+    #[serde(default)]
+    pub reserve_bytes: u64,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub owners: BTreeMap<OwnerName, ShareUse>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub purposes: BTreeMap<String, ShareUse>,
+    /// What is held above the limit, and may not go now.
+    #[serde(default)]
+    pub above_bytes: u64,
+    /// In the answer to a change: what goes for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub evicted: Vec<EvictedComponent>,
+}
+
+/// What an owner or a purpose may have on a device, and has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ShareUse {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_bytes: Option<u64>,
+    pub reserve_bytes: u64,
+    pub used_bytes: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -486,8 +517,20 @@ pub struct LimitsPage {
     pub limits: Vec<DeviceLimits>,
 }
 
-/// `PUT /api/memory/limits/{deviceId}`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+/// What an owner or a purpose may have on a device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ShareLimits {
+    /// The most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_bytes: Option<Bytes>,
+    /// What nobody else can take of the device while they use less than it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserve_bytes: Option<Bytes>,
+}
+
+/// `PUT /api/memory/limits/{deviceId}`: all of them; what is left out is lifted.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SetLimits {
     /// The most that the daemon may hold here; null goes back to the configured limit. What is held stays.
@@ -495,4 +538,16 @@ pub struct SetLimits {
     #[serde(deserialize_with = "Option::deserialize")]
     #[schema(required = true)]
     pub limit_bytes: Option<Bytes>,
+    /// Above it idle models go, without anybody asking for room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft_limit_bytes: Option<Bytes>,
+    /// What is left to other programs, by what was last measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserve_bytes: Option<Bytes>,
+    /// By owner; models are the owner `vramd`'s.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub owners: BTreeMap<OwnerName, ShareLimits>,
+    /// By purpose, or the beginning of one and `*`; a component's is `model/component`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub purposes: BTreeMap<String, ShareLimits>,
 }

@@ -141,8 +141,8 @@ impl Devices {
     pub fn open(config: &Config) -> Result<Self, String> {
         let Config { cpu_limit_bytes, sim, vulkan, .. } = config;
         let mut devices = Self::default();
-        let cpu =
-            cpu::Device::open(cpu::Options::default()).map_err(|error| format!("host memory: {error}"))?;
+        let options = cpu::Options { limit_bytes: None, ahead_bytes: config.page_pool_bytes };
+        let cpu = cpu::Device::open(options).map_err(|error| format!("host memory: {error}"))?;
         let total = cpu.facts().total_bytes;
         let limit = cpu_limit_bytes.unwrap_or((total as f64 * DEFAULT_CPU_SHARE) as u64);
         devices.add(Arc::new(cpu), limit);

@@ -72,6 +72,8 @@ pub struct Config {
     pub quiet_hours: Option<QuietHours>,
     /// By what models are chosen that go when room is needed.
     pub eviction: EvictionPolicy,
+    /// Host memory whose pages are made ahead.
+    pub page_pool_bytes: u64,
     /// The most that models take in RAM that had to go from a card; unset: half of it.
     pub ram_tier_bytes: Option<u64>,
     /// What of RAM is left to other programs before such models go from there too; unset: a tenth of it.

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use rusqlite::{Connection, OptionalExtension, params};
-use vramd_api::{AllocationId, ComponentName, DeviceId, KeepAlive, ModelName, Priority};
+use vramd_api::{AllocationId, ComponentName, DeviceId, KeepAlive, ModelName, Priority, SetLimits};
 
 /// The version of the tables below; a newer file is refused, an older one is brought up to it.
-const SCHEMA_VERSION: i64 = 2;
+const SCHEMA_VERSION: i64 = 3;
 
 const SCHEMA: &str = "
 CREATE TABLE model (
@@ -35,14 +35,19 @@ CREATE TABLE allocation (
     generation INTEGER NOT NULL,
     request TEXT NOT NULL
 ) STRICT;
-CREATE TABLE device_limit (
+CREATE TABLE device_limits (
     device TEXT PRIMARY KEY,
-    bytes INTEGER NOT NULL
+    limits TEXT NOT NULL
 ) STRICT;
 ";
 
 /// What makes a version of the one before it; the first makes version 2.
-const MIGRATIONS: [&str; 1] = ["ALTER TABLE model ADD COLUMN priority TEXT NOT NULL DEFAULT 'Normal';"];
+const MIGRATIONS: [&str; 2] = [
+    "ALTER TABLE model ADD COLUMN priority TEXT NOT NULL DEFAULT 'Normal';",
+    r#"CREATE TABLE device_limits (device TEXT PRIMARY KEY, limits TEXT NOT NULL) STRICT;
+       INSERT INTO device_limits SELECT device, '{"limitBytes":' || bytes || '}' FROM device_limit;
+       DROP TABLE device_limit;"#,
+];
 
 /// One change to the journal.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,8 +61,7 @@ pub enum Change {
     RemoveResident(ModelName, ComponentName, DeviceId),
     PutAllocation(StoredAllocation),
     RemoveAllocation(AllocationId),
-    /// None goes back to the configured limit.
-    SetLimit(DeviceId, Option<u64>),
+    SetLimits(DeviceId, Box<SetLimits>),
 }
 
 /// A registration; `components` is the JSON of the request's field.
@@ -86,7 +90,7 @@ pub struct Stored {
     pub models: Vec<StoredModel>,
     pub residents: BTreeMap<(ModelName, DeviceId), Vec<ComponentName>>,
     pub allocations: Vec<StoredAllocation>,
-    pub limits: Vec<(DeviceId, u64)>,
+    pub limits: Vec<(DeviceId, SetLimits)>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -231,13 +235,13 @@ fn apply(connection: &mut Connection, changes: &[Change]) -> rusqlite::Result<()
             Change::RemoveAllocation(id) => {
                 transaction.execute("DELETE FROM allocation WHERE id = ?", [id.to_string()])
             }
-            Change::SetLimit(device, Some(bytes)) => transaction.execute(
-                "INSERT INTO device_limit (device, bytes) VALUES (?1, ?2) ON CONFLICT (device) DO UPDATE SET bytes = ?2",
-                params![device.as_str(), bytes.cast_signed()],
+            Change::SetLimits(device, limits) => transaction.execute(
+                "INSERT INTO device_limits (device, limits) VALUES (?1, ?2) ON CONFLICT (device) DO UPDATE SET limits = ?2",
+                params![
+                    device.as_str(),
+                    serde_json::to_string(limits).expect("names and numbers always print")
+                ],
             ),
-            Change::SetLimit(device, None) => {
-                transaction.execute("DELETE FROM device_limit WHERE device = ?", [device.as_str()])
-            }
         }?;
     }
     transaction.commit()
@@ -278,10 +282,13 @@ fn read(connection: &Connection) -> Result<Stored, StoreError> {
             request: row.get(3).map_err(bad)?,
         });
     }
-    let mut rows = connection.prepare("SELECT device, bytes FROM device_limit").map_err(bad)?;
+    let mut rows = connection.prepare("SELECT device, limits FROM device_limits").map_err(bad)?;
     let mut rows = rows.query([]).map_err(bad)?;
     while let Some(row) = rows.next().map_err(bad)? {
-        stored.limits.push((parsed(row, 0)?, row.get::<_, i64>(1).map_err(bad)?.unsigned_abs()));
+        let text: String = row.get(1).map_err(bad)?;
+        let limits =
+            serde_json::from_str(&text).map_err(|error| StoreError::BadRow { what: error.to_string() })?;
+        stored.limits.push((parsed(row, 0)?, limits));
     }
     Ok(stored)
 }
@@ -302,9 +309,11 @@ mod tests {
         let home = tempfile::tempdir().expect("a directory");
         let old = Connection::open(home.path().join("vramd.db")).expect("a journal");
         let schema = SCHEMA.replace(",\n    priority TEXT NOT NULL DEFAULT 'Normal'", "");
-        assert_ne!(schema, SCHEMA);
+        let limits = schema.replace("device_limits", "device_limit").replace("limits TEXT", "bytes INTEGER");
+        assert!(schema != SCHEMA && limits != schema);
         old.execute_batch(&format!(
-            "{schema} PRAGMA user_version = 1;
+            "{limits} PRAGMA user_version = 1;
+             INSERT INTO device_limit VALUES ('cpu:0', 4096);
              INSERT INTO model VALUES ('a', '{{}}', '5m', 1, '2026-01-01T00:00:00Z');"
         ))
         .expect("the old tables");
@@ -312,6 +321,7 @@ mod tests {
         for _ in 0..2 {
             let (_store, stored) = Store::open(home.path(), None).expect("it opens");
             assert_eq!((stored.models[0].pinned, stored.models[0].priority), (true, Priority::Normal));
+            assert_eq!(stored.limits[0].1.limit_bytes.map(vramd_api::Bytes::get), Some(4096));
         }
         let new = Connection::open(home.path().join("vramd.db")).expect("a journal");
         let version: i64 = new.query_row("PRAGMA user_version", [], |row| row.get(0)).expect("a number");

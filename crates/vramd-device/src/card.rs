@@ -245,7 +245,7 @@ impl<D: Driver> crate::Device for Device<D> {
         let state = self.state();
         let available_bytes = self.available_bytes(&state)?;
         let used_bytes = self.facts.total_bytes - available_bytes;
-        Ok(Sample { used_bytes, available_bytes, held_bytes: state.held })
+        Ok(Sample { used_bytes, available_bytes, held_bytes: state.held, ready_bytes: 0 })
     }
 
     fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError> {

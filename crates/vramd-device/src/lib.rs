@@ -75,6 +75,8 @@ pub struct Sample {
     pub available_bytes: u64,
     /// The segments that this process has there, as far as `used_bytes` counts them: those under way included.
     pub held_bytes: u64,
+    /// The part of `available_bytes` that this process has made ready, in no segment yet.
+    pub ready_bytes: u64,
 }
 
 /// Who may write to an exported segment.
@@ -181,7 +183,8 @@ pub trait Device: Any + Send + Sync {
     }
 
     /// Takes `bytes` (a multiple of the granularity, above 0) from the driver. On success every page is really
-    /// there and reads as zero: a full device is an error here and never a fault later.
+    /// there and reads as zero: a full device is an error here and never a fault later. Pages that only the device writes to may
+    /// come with their first use: then that use is refused if others have filled the device meanwhile.
     fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError>;
 
     /// Gives a segment back. Its bytes are free when this returns, as far as this process holds them.

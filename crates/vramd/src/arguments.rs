@@ -8,7 +8,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ColorChoice, Parser, Subcommand, ValueEnum};
 use vramd_api::{
     AllocationId, AllocationType, Bytes, ClearTarget, ComponentName, EvictionPolicy, KeepAlive, MemoryType,
-    ModelName, OnShortage, OperationId, OperationState, OwnerName, Priority,
+    ModelName, OnShortage, OperationId, OperationState, OwnerName, PlanItem, Priority,
 };
 use vramd_core::ledger::BLOCK_QUANTUM;
 use vramd_core::replay::Format;
@@ -123,6 +123,15 @@ pub enum Question {
         #[arg(long, value_name = "DEVICE")]
         device: Option<String>,
     },
+    /// Show what loads would come to: where models would go, what would go for them, how long it would take
+    Plan {
+        /// Their names, or NAME@DEVICE; tried in this order, each beside those before
+        #[arg(required = true, value_name = "MODEL[@DEVICE]", value_parser = parse_plan_item)]
+        models: Vec<PlanItem>,
+        /// Where those go that name no device: its id or uuid [default: as for a load]
+        #[arg(long, value_name = "DEVICE")]
+        device: Option<String>,
+    },
     /// Keep a model resident until it is unpinned
     Pin {
         /// Its name
@@ -183,14 +192,8 @@ pub enum Question {
         #[arg(value_name = "ID")]
         id: OperationId,
     },
-    /// Show the limits, or set the most that the daemon may hold on a device
-    Limits {
-        /// The device's id or uuid
-        device: Option<String>,
-        /// The new limit, such as 24GiB, or default for the configured one
-        #[arg(value_name = "SIZE|default", value_parser = parse_limit)]
-        limit: Option<Limit>,
-    },
+    /// Show the limits, or change those of a device
+    Limits(LimitsArguments),
     /// Follow what happens, line by line
     Events {
         /// Begin just after this event
@@ -246,6 +249,9 @@ pub struct ServeArguments {
     /// By what idle models are chosen that go when room is needed [default: LowestCost]
     #[arg(long, value_name = "POLICY", ignore_case = true, value_parser = words(EVICTION_POLICIES))]
     eviction: Option<EvictionPolicy>,
+    /// Host memory whose pages are made ahead, such as 8GiB, so that loads need not wait for theirs [default: none]
+    #[arg(long, value_name = "SIZE")]
+    page_pool: Option<Bytes>,
     /// The most host memory for models that had to go from a card, such as 24GiB; 0 keeps none [default: half of it]
     #[arg(long, value_name = "SIZE")]
     ram_tier: Option<Bytes>,
@@ -273,6 +279,7 @@ impl ServeArguments {
             ready_file: self.ready_file,
             quiet_hours: self.quiet_hours,
             eviction: self.eviction,
+            page_pool: self.page_pool,
             ram_tier: self.ram_tier,
             ram_reserve: self.ram_reserve,
             log: self.log,
@@ -593,11 +600,50 @@ pub enum Page {
     Errors,
 }
 
+#[derive(Debug, Args)]
+pub struct LimitsArguments {
+    /// The device's id or uuid
+    pub device: Option<String>,
+    /// The most that the daemon may hold there, such as 24GiB, or default for the configured limit
+    #[arg(value_name = "SIZE|default", value_parser = parse_limit)]
+    pub limit: Option<Limit>,
+    /// Above it idle models go, without anybody asking for room; default for none
+    #[arg(long, value_name = "SIZE|default", value_parser = parse_limit, requires = "device")]
+    pub soft: Option<Limit>,
+    /// What is left to other programs; default for none
+    #[arg(long, value_name = "SIZE|default", value_parser = parse_limit, requires = "device")]
+    pub reserve: Option<Limit>,
+    /// The most that an owner may have, and what is reserved for them: NAME=24GiB, NAME=24GiB,8GiB, or NAME= for none; may repeat
+    #[arg(long, value_name = "NAME=SIZES", value_parser = parse_share::<OwnerName>, requires = "device")]
+    pub owner: Vec<Share<OwnerName>>,
+    /// The same for a purpose, or all that begin as NAME*; a component's is MODEL/COMPONENT; may repeat
+    #[arg(long, value_name = "NAME=SIZES", value_parser = parse_share::<String>, requires = "device")]
+    pub purpose: Vec<Share<String>>,
+}
+
+impl LimitsArguments {
+    pub fn changes(&self) -> bool {
+        self.limit.is_some()
+            || self.soft.is_some()
+            || self.reserve.is_some()
+            || !self.owner.is_empty()
+            || !self.purpose.is_empty()
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 pub enum Limit {
-    /// The configured limit.
-    Configured,
+    /// The configured one, or none.
+    Default,
     Bytes(Bytes),
+}
+
+/// What an owner or a purpose may have.
+#[derive(Debug, Clone)]
+pub struct Share<K> {
+    pub name: K,
+    pub limit: Option<Bytes>,
+    pub reserve: Option<Bytes>,
 }
 
 pub type Words<T> = &'static [(&'static str, T)];
@@ -670,11 +716,31 @@ fn parse_alignment(text: &str) -> Result<u64, String> {
     }
 }
 
+fn parse_plan_item(text: &str) -> Result<PlanItem, String> {
+    let (model, device) = text.split_once('@').map_or((text, None), |(model, device)| (model, Some(device)));
+    let model = model.parse().map_err(|error: vramd_api::BadName| error.to_string())?;
+    Ok(PlanItem { model, components: None, device_id: device.map(str::to_owned) })
+}
+
 fn parse_limit(text: &str) -> Result<Limit, String> {
     if text == "default" {
-        return Ok(Limit::Configured);
+        return Ok(Limit::Default);
     }
     text.parse().map(Limit::Bytes).map_err(|error: vramd_api::BadSize| error.to_string())
+}
+
+fn parse_share<K: std::str::FromStr>(text: &str) -> Result<Share<K>, String>
+where
+    K::Err: std::fmt::Display,
+{
+    let (name, sizes) = text.rsplit_once('=').ok_or("write NAME=LIMIT, NAME=LIMIT,RESERVE or NAME=")?;
+    let (limit, reserve) = sizes.split_once(',').unwrap_or((sizes, ""));
+    let size = |text: &str| match text {
+        "" => Ok(None),
+        text => text.parse().map(Some).map_err(|error: vramd_api::BadSize| error.to_string()),
+    };
+    let name = name.parse().map_err(|error: K::Err| error.to_string())?;
+    Ok(Share { name, limit: size(limit)?, reserve: size(reserve)? })
 }
 
 fn parse_component(text: &str) -> Result<(ComponentName, PathBuf), String> {

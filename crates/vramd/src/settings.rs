@@ -62,6 +62,8 @@ settings! {
         "When devices are defragmented without being asked, in local time: `02:00-05:00`, `12:00-13:00,22:00-06:00`, or `none`.";
     EVICTION = "eviction", "--eviction", "VRAMD_EVICTION", "LowestCost",
         "By what idle models are chosen that go when room is needed: `LowestCost`, `LeastRecentlyUsed`, `LeastFrequentlyUsed` or `LargestFirst`.";
+    PAGE_POOL = "page_pool", "--page-pool", "VRAMD_PAGE_POOL", "0",
+        "Host memory whose pages are made ahead while it is quiet, so that loads need not wait for theirs. It goes when others need the memory. Linux only.";
     RAM_TIER = "ram_tier", "--ram-tier", "VRAMD_RAM_TIER", "half of the machine's memory",
         "The most host memory for idle models that had to go from a card and come back from there: `24GiB`, or 0 for none.";
     RAM_RESERVE = "ram_reserve", "--ram-reserve", "VRAMD_RAM_RESERVE", "a tenth of the machine's memory",
@@ -178,6 +180,8 @@ pub struct Layer {
     pub quiet_hours: Option<Switch<QuietHours>>,
     pub eviction: Option<EvictionPolicy>,
     #[serde(default, deserialize_with = "size")]
+    pub page_pool: Option<Bytes>,
+    #[serde(default, deserialize_with = "size")]
     pub ram_tier: Option<Bytes>,
     #[serde(default, deserialize_with = "size")]
     pub ram_reserve: Option<Bytes>,
@@ -224,6 +228,7 @@ pub struct Settings {
     pub ready_file: Sourced<Option<PathBuf>>,
     pub quiet_hours: Sourced<Switch<QuietHours>>,
     pub eviction: Sourced<EvictionPolicy>,
+    pub page_pool: Sourced<Option<Bytes>>,
     pub ram_tier: Sourced<Option<Bytes>>,
     pub ram_reserve: Sourced<Option<Bytes>>,
     pub log: Sourced<String>,
@@ -298,6 +303,7 @@ pub fn resolve(
         d3d12: pick.value(&D3D12, |layer| layer.d3d12).or_default(Adapters::Hardware),
         ready_file: pick.value(&READY_FILE, |layer| layer.ready_file.clone().map(Some)).or_default(None),
         eviction: pick.value(&EVICTION, |layer| layer.eviction).or_default(EvictionPolicy::default()),
+        page_pool: pick.value(&PAGE_POOL, |layer| layer.page_pool.map(Some)).or_default(None),
         ram_tier: pick.value(&RAM_TIER, |layer| layer.ram_tier.map(Some)).or_default(None),
         ram_reserve: pick.value(&RAM_RESERVE, |layer| layer.ram_reserve.map(Some)).or_default(None),
         quiet_hours: pick.value(&QUIET_HOURS, |layer| layer.quiet_hours.clone()).or_default(Switch::Off),
@@ -397,6 +403,7 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
         ready_file: path(&READY_FILE),
         quiet_hours: parse(environment, &QUIET_HOURS)?,
         eviction: parse(environment, &EVICTION)?,
+        page_pool: parse(environment, &PAGE_POOL)?,
         ram_tier: parse(environment, &RAM_TIER)?,
         ram_reserve: parse(environment, &RAM_RESERVE)?,
         log: parse(environment, &LOG)?,
@@ -410,7 +417,7 @@ pub fn set<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsString>
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 15] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 16] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         [
@@ -430,6 +437,7 @@ impl Settings {
                 &self.quiet_hours.origin,
             ),
             (EVICTION.key, json!(self.eviction.value), &self.eviction.origin),
+            (PAGE_POOL.key, json!(self.page_pool.value.map_or(0, Bytes::get)), &self.page_pool.origin),
             (RAM_TIER.key, json!(self.ram_tier.value.map(Bytes::get)), &self.ram_tier.origin),
             (RAM_RESERVE.key, json!(self.ram_reserve.value.map(Bytes::get)), &self.ram_reserve.origin),
             (LOG.key, json!(self.log.value), &self.log.origin),
@@ -454,6 +462,7 @@ impl Settings {
             loader: LoaderCommand { program: "/proc/self/exe".into(), arguments: vec!["loader".into()] },
             quiet_hours: self.quiet_hours.value.on(),
             eviction: self.eviction.value,
+            page_pool_bytes: self.page_pool.value.map_or(0, Bytes::get),
             ram_tier_bytes: self.ram_tier.value.map(Bytes::get),
             ram_reserve_bytes: self.ram_reserve.value.map(Bytes::get),
             ready_file: absolute(self.ready_file.value)?,

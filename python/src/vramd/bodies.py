@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # annotations are never evaluated at run time, so Python 3.10
 MemoryType = Literal["RAM", "VRAM", "Shared", "Unified", "Unknown"]
 AllocationType = Literal["Buffer", "Weights", "KvCache", "Activation", "Workspace", "Staging"]
 Priority = Literal["Low", "Normal", "High", "Critical"]
+PlanOutcome = Literal["resident", "fits", "evicts", "noRoom", "tooLarge"]
 OnShortage = Literal["fail", "wait", "evict", "spill"]
 AllocationStatus = Literal["Active", "Moving", "Releasing"]
 DeviceHealth = Literal["Healthy", "Lost"]
@@ -159,6 +160,7 @@ class TotalStatus(TypedDict):
     availableBytes: int
     allocatedBytes: int
     poolFreeBytes: int
+    readyBytes: int
     reservedBytes: int
     workerBytes: int
     foreignBytes: int
@@ -191,10 +193,27 @@ class MemoryStatus(TypedDict):
     total: TotalStatus
 
 
+class ShareLimits(TypedDict, total=False):
+    limitBytes: int
+    reserveBytes: int
+
+
+class ShareUse(TypedDict):
+    limitBytes: NotRequired[int]
+    reserveBytes: int
+    usedBytes: int
+
+
 class DeviceLimits(TypedDict):
     deviceId: str
     limitBytes: int
     overridden: bool
+    softLimitBytes: NotRequired[int]
+    reserveBytes: int
+    owners: NotRequired[dict[str, ShareUse]]
+    purposes: NotRequired[dict[str, ShareUse]]
+    aboveBytes: int
+    evicted: NotRequired[list[EvictedComponent]]
 
 
 class LimitsPage(TypedDict):
@@ -236,6 +255,41 @@ class Model(TypedDict):
 
 class ModelPage(TypedDict):
     models: list[Model]
+
+
+class PlanItem(TypedDict):
+    model: str
+    components: NotRequired[list[str]]
+    deviceId: NotRequired[str]
+
+
+class EvictedComponent(TypedDict):
+    model: str
+    component: str
+    deviceId: str
+    bytes: int
+    idleSeconds: float
+    usesPerHour: float
+    loadSeconds: float
+
+
+class PlannedModel(TypedDict):
+    model: str
+    outcome: PlanOutcome
+    deviceId: NotRequired[str]
+    bytes: int
+    seconds: float
+    copiedFrom: NotRequired[list[str]]
+    evicted: list[EvictedComponent]
+    missingBytes: NotRequired[int]
+
+
+class MemoryPlan(TypedDict):
+    fits: bool
+    models: list[PlannedModel]
+    evicted: list[EvictedComponent]
+    seconds: float
+    largestSet: NotRequired[list[str]]
 
 
 class Operation(TypedDict):

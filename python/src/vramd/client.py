@@ -81,9 +81,23 @@ class Client:
         limits: bodies.DeviceLimits = self._get(f"/api/memory/limits/{_part(device)}")
         return limits
 
-    def set_limits(self, device: str, *, limit_bytes: int | None) -> bodies.DeviceLimits:
-        """The most that the daemon may hold there; ``None`` goes back to the configured limit."""
-        body = {"limitBytes": limit_bytes}
+    def set_limits(
+        self,
+        device: str,
+        *,
+        limit_bytes: int | None,
+        soft_limit_bytes: int | None = None,
+        reserve_bytes: int | None = None,
+        owners: Mapping[str, bodies.ShareLimits] | None = None,
+        purposes: Mapping[str, bodies.ShareLimits] | None = None,
+    ) -> bodies.DeviceLimits:
+        """Sets all limits of a device anew; ``limit_bytes=None`` goes back to the configured one.
+
+        Idle models go for a limit below what is held: ``evicted`` says which, ``aboveBytes`` what stays.
+        """
+        body = {"limitBytes": limit_bytes} | _given(
+            softLimitBytes=soft_limit_bytes, reserveBytes=reserve_bytes, owners=owners, purposes=purposes
+        )
         limits: bodies.DeviceLimits = self._transport.call(
             "PUT", f"/api/memory/limits/{_part(device)}", body=body
         )
@@ -400,6 +414,15 @@ class Client:
         return self._start(
             f"{_model(name)}/unload", _given(deviceId=device), idempotency_key, wait, timeout, None
         )
+
+    def plan(
+        self, models: Iterable[str | bodies.PlanItem], *, device: str | None = None
+    ) -> bodies.MemoryPlan:
+        """What loads of these models would come to, in this order: where, what would go, how many seconds."""
+        items = [{"model": item} if isinstance(item, str) else item for item in models]
+        body = _given(models=items, deviceId=device)
+        plan: bodies.MemoryPlan = self._transport.call("POST", "/api/memory/plan", body=body)
+        return plan
 
     def pin(self, name: str) -> bodies.Model:
         """Keeps it resident whatever its keep-alive says."""

@@ -8,9 +8,9 @@ use super::{Client, ClientError};
 use crate::{
     AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType,
     ClearRequest, Cleared, CopyRequest, DefragmentPlans, DefragmentRequest, Device, DeviceLimits, DevicePage,
-    DeviceStatus, DeviceUsage, Health, LimitsPage, LoadRequest, MemoryStatus, Model, ModelName, ModelPage,
-    Operation, OperationId, OperationPage, OperationState, RegisterModel, Released, RenewRequest, SetLimits,
-    TouchRequest, TransferRequest, UnloadRequest, UsagePage,
+    DeviceStatus, DeviceUsage, Health, LimitsPage, LoadRequest, MemoryPlan, MemoryStatus, Model, ModelName,
+    ModelPage, Operation, OperationId, OperationPage, OperationState, PlanRequest, RegisterModel, Released,
+    RenewRequest, SetLimits, TouchRequest, TransferRequest, UnloadRequest, UsagePage,
 };
 
 /// Which allocations to list, in which order, and from where on.
@@ -188,6 +188,10 @@ impl Client {
         wait_seconds: u32,
     ) -> Result<Operation, ClientError> {
         self.begin(&["api", "models", name.as_str(), what], body, wait_seconds).await
+    }
+
+    pub async fn plan(&self, request: &PlanRequest) -> Result<MemoryPlan, ClientError> {
+        self.post(&["api", "memory", "plan"], request).await
     }
 
     pub async fn pin(&self, name: &ModelName) -> Result<Model, ClientError> {

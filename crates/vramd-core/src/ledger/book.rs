@@ -3,8 +3,9 @@
 //! `held = allocated + reserved + pool free`, where `held` is the sum of all segments.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use vramd_api::{AllocationId, DeviceId, MemoryType, OwnerName};
+use vramd_api::{AllocationId, Bytes, DeviceId, MemoryType, OwnerName, SetLimits};
 
 use super::{MEDIUM_BYTES, Request, SMALL_BYTES, SegmentId};
 use crate::ranges::Ranges;
@@ -32,6 +33,8 @@ pub struct Measured {
     pub available_bytes: u64,
     /// The part of `used_bytes` that is ours.
     pub held_bytes: u64,
+    /// The part of `available_bytes` whose pages were made ahead.
+    pub ready_bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +109,7 @@ pub struct Usage {
     pub allocated_bytes: u64,
     pub reserved_bytes: u64,
     pub pool_free_bytes: u64,
+    pub ready_bytes: u64,
     pub foreign_bytes: u64,
     pub used_bytes: u64,
     pub available_bytes: u64,
@@ -121,7 +125,7 @@ pub struct Usage {
 #[derive(Debug, Clone)]
 pub(super) struct Book {
     pub facts: DeviceFacts,
-    pub limit_override: Option<u64>,
+    pub limits: Arc<SetLimits>,
     pub lost: bool,
     pub measured: Option<Measured>,
     pub segments: BTreeMap<SegmentId, Segment>,
@@ -148,7 +152,7 @@ impl Book {
     pub fn new(facts: DeviceFacts) -> Self {
         Self {
             facts,
-            limit_override: None,
+            limits: Arc::default(),
             lost: false,
             measured: None,
             segments: BTreeMap::new(),
@@ -166,7 +170,8 @@ impl Book {
     }
 
     pub fn limit(&self) -> u64 {
-        self.limit_override.unwrap_or(self.facts.limit_bytes).min(self.facts.total_bytes)
+        let set = self.limits.limit_bytes.map(Bytes::get);
+        set.unwrap_or(self.facts.limit_bytes).min(self.facts.total_bytes)
     }
 
     /// How many bytes of new segments could be taken now: what the limit and the last measurement both allow.
@@ -188,13 +193,18 @@ impl Book {
         let by_device = self
             .measured
             .map_or(u64::MAX, |measured| measured.available_bytes.saturating_add(measured.held_bytes));
-        self.limit().min(by_device)
+        let left = self.limits.reserve_bytes.map_or(0, Bytes::get);
+        self.limit().min(by_device.saturating_sub(left))
     }
 
     /// How many bytes have to go before `needed` more can be held, once what is on its way back is there.
     pub fn lacks(&self, needed: u64) -> u64 {
-        let held = self.held - self.spare_bytes() - self.returning();
-        needed.saturating_add(held).saturating_add(self.claimed).saturating_sub(self.most())
+        needed.saturating_add(self.staying()).saturating_add(self.claimed).saturating_sub(self.most())
+    }
+
+    /// What is held once what is on its way back is there.
+    pub fn staying(&self) -> u64 {
+        self.held - self.spare_bytes() - self.returning()
     }
 
     fn returning(&self) -> u64 {
@@ -363,6 +373,7 @@ impl Book {
             allocated_bytes: self.allocated,
             reserved_bytes: self.reserved,
             pool_free_bytes: pool_free,
+            ready_bytes: self.measured.map_or(0, |measured| measured.ready_bytes),
             foreign_bytes: foreign,
             used_bytes: self.held + foreign,
             available_bytes: if self.lost { 0 } else { open },

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use vramd_api::{AllocationId, DeviceId};
 
 use super::book::{Book, Key};
-use super::{Ledger, MEDIUM_BYTES, Request, SHARED_SEGMENT_BYTES, segment_bytes};
-use crate::placement;
+use super::{Ledger, MEDIUM_BYTES, Release, Request, SHARED_SEGMENT_BYTES, segment_bytes};
+use crate::{Now, placement};
 
 impl Ledger {
     /// How many bytes too few a device has for all of `requests`; None if it could not hold them even empty. What is on its way back
@@ -14,13 +14,24 @@ impl Ledger {
     pub fn lacks(&self, requests: &[Request], device: &DeviceId) -> Option<u64> {
         let needed = self.held_for(requests, device)?;
         let book = self.books.get(device).filter(|book| !book.lost && needed <= book.limit())?;
-        Some(book.lacks(needed))
+        let first = requests.first()?;
+        let (shares, all) =
+            (self.shares(book, first), requests.iter().map(|one| one.size_bytes).sum::<u64>());
+        let above = all.saturating_sub(shares.most);
+        // Of those who have limits, only models go for others.
+        if above > 0 && !first.sealed {
+            return None;
+        }
+        Some(book.lacks(needed.saturating_add(shares.kept)).max(above))
     }
 
     /// Whether a device has room for all of `requests` now.
     pub fn has_room(&self, requests: &[Request], device: &DeviceId) -> bool {
-        let room = self.books.get(device).map_or(0, Book::room_without_spare);
-        self.held_for(requests, device).is_some_and(|bytes| bytes <= room)
+        let Some((book, first)) = self.books.get(device).zip(requests.first()) else { return false };
+        let (shares, all) =
+            (self.shares(book, first), requests.iter().map(|one| one.size_bytes).sum::<u64>());
+        let room = book.room_without_spare().saturating_sub(shares.kept);
+        all <= shares.most && self.held_for(requests, device).is_some_and(|bytes| bytes <= room)
     }
 
     /// What `requests` would hold on a device, at most; None if one is too large for a segment of it.
@@ -63,6 +74,13 @@ impl Ledger {
             && let Some(segment) = book.segments.get_mut(&allocation.segment)
         {
             segment.leaving = true;
+        }
+    }
+
+    /// Takes an allocation out of the books, as if it had been released and were back: for plans.
+    pub fn forget(&mut self, id: AllocationId, now: Now) {
+        if matches!(self.release(id, now), Ok(Release::Work(_))) {
+            self.released(id);
         }
     }
 

@@ -6,11 +6,13 @@
 //!
 //! Small blocks of one owner and of about one size share segments; larger ones get their own. The last empty shared
 //! segment stays as a spare, if nobody ever touched it, so that small allocations do not go to the driver each time.
-//! How a block gets another place is in [`moves`], what those who wait lack and have kept for them in [`claims`].
+//! How a block gets another place is in [`moves`], what those who wait lack and have kept for them in [`claims`],
+//! what owners and purposes may have in [`limits`].
 
 mod allocation;
 mod book;
 mod claims;
+mod limits;
 mod moves;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +24,7 @@ use vramd_api::{AllocationId, DeviceId, Holder, LeaseId, OwnerName, Placement};
 pub use allocation::{Allocation, Lease, Request, State, Task};
 use book::{Book, Key, Segment, SegmentState, Sharing};
 pub use book::{DeviceFacts, Measured, Usage};
+pub use limits::Limits;
 pub use moves::{Fixed, Group, Place as NewPlace};
 
 use crate::placement::{self, Offer, Standing};
@@ -96,6 +99,8 @@ pub struct Shortage {
     pub could_fit: bool,
     /// Every device that was asked for is lost.
     pub lost: bool,
+    /// The limit of an owner or a purpose that is in its way, in words.
+    pub limited_by: Option<String>,
 }
 
 /// What came of a release.
@@ -188,17 +193,6 @@ impl Ledger {
         closed
     }
 
-    /// Sets or lifts a limit. What is held above it stays.
-    pub fn set_limit(&mut self, device: &DeviceId, limit: Option<u64>) {
-        if let Some(book) = self.books.get_mut(device) {
-            book.limit_override = limit;
-        }
-    }
-
-    pub fn limit(&self, device: &DeviceId) -> Option<(u64, bool)> {
-        self.books.get(device).map(|book| (book.limit(), book.limit_override.is_some()))
-    }
-
     /// How the devices stand towards `request`, in order of their ids: those of `on`, or all if it is empty.
     pub fn offers(&self, request: &Request, on: &[DeviceId]) -> Vec<Offer> {
         self.books
@@ -208,7 +202,7 @@ impl Ledger {
                 let usage = book.usage();
                 let standing = if book.lost {
                     Standing::Lost
-                } else if Self::find(book, request).is_some() {
+                } else if self.find(book, request).is_some() {
                     Standing::Fits
                 } else {
                     Standing::NotEnoughMemory
@@ -233,7 +227,7 @@ impl Ledger {
         let offers = self.offers(&request, on);
         let (chosen, placement) = placement::choose(&offers, request.allocation_type, request.memory_type);
         let found = chosen.and_then(|device| {
-            let place = Self::find(self.books.get(&device)?, &request)?;
+            let place = self.find(self.books.get(&device)?, &request)?;
             Some((device, place))
         });
         let Some((device, place)) = found else {
@@ -293,6 +287,7 @@ impl Ledger {
             !book.lost
                 && segment_bytes(request.size_bytes, book)
                     <= book.facts.total_bytes.min(book.facts.max_segment_bytes)
+                && Self::may_ever(book, request)
         })
     }
 
@@ -308,10 +303,13 @@ impl Ledger {
             .filter(|book| request.memory_type.is_none_or(|wanted| wanted == book.facts.memory_type))
     }
 
-    fn find(book: &Book, request: &Request) -> Option<Place> {
-        if book.lost {
+    fn find(&self, book: &Book, request: &Request) -> Option<Place> {
+        let share = self.shares(book, request);
+        if book.lost || request.size_bytes > share.most {
             return None;
         }
+        let room = book.room().saturating_sub(share.kept);
+        let room_without_spare = book.room_without_spare().saturating_sub(share.kept);
         let block = request.size_bytes.checked_next_multiple_of(BLOCK_QUANTUM)?;
         if let Some(key) = Key::of(request) {
             let fitting = book.open_shared(&key).find_map(|(id, segment)| {
@@ -326,19 +324,19 @@ impl Ledger {
                 return Some(Place::In { segment: spare, offset: 0, block });
             }
             let shared = SHARED_SEGMENT_BYTES.next_multiple_of(book.facts.granularity_bytes);
-            if shared <= book.room() {
+            if shared <= room {
                 return Some(Place::New { bytes: shared, block, key: Some(key), first: None });
             }
-            if shared <= book.room_without_spare() {
+            if shared <= room_without_spare {
                 return Some(Place::New { bytes: shared, block, key: Some(key), first: book.spare });
             }
         }
         let bytes = segment_bytes(request.size_bytes, book);
         if bytes > book.facts.max_segment_bytes {
             None
-        } else if bytes <= book.room() {
+        } else if bytes <= room {
             Some(Place::New { bytes, block: bytes, key: None, first: None })
-        } else if bytes <= book.room_without_spare() {
+        } else if bytes <= room_without_spare {
             Some(Place::New { bytes, block: bytes, key: None, first: book.spare })
         } else {
             None
@@ -447,6 +445,7 @@ impl Ledger {
             holders,
             placement,
             could_fit: self.could_fit(request, &on),
+            limited_by: self.candidates(request, &on).find_map(|book| self.limited_by(book, request)),
             lost: closest.is_some() && offers.iter().filter(wanted).all(|o| o.standing == Standing::Lost),
         }
     }

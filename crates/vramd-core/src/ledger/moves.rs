@@ -140,7 +140,7 @@ impl Ledger {
         };
         let book = self.books.get(device)?;
         let place = match at {
-            None => Self::find(book, &request)?,
+            None => self.find(book, &request)?,
             Some(at) => Self::place_in(book, &request, at)?,
         };
         let readiness = self.put(request, device, place, now);

@@ -6,7 +6,9 @@ use jiff::Timestamp;
 use proptest::prelude::*;
 use uuid::Uuid;
 use vramd_api::attach::Access;
-use vramd_api::{AllocationId, AllocationType, DeviceId, Holder, LeaseId, MemoryType, Priority};
+use vramd_api::{
+    AllocationId, AllocationType, Bytes, DeviceId, Holder, LeaseId, MemoryType, Priority, SetLimits,
+};
 use vramd_core::ledger::{
     BLOCK_QUANTUM, DeviceFacts, Lease, Ledger, Measured, NewPlace as Place, Readiness, Release, Request,
     SHARED_SEGMENT_BYTES, SegmentId, State, Task, Work,
@@ -18,6 +20,10 @@ pub const MIB: u64 = 1 << 20;
 
 pub fn now(tick: u64) -> Now {
     Now { tick: Tick(tick), wall: Timestamp::UNIX_EPOCH }
+}
+
+pub fn limit(bytes: Option<u64>) -> SetLimits {
+    SetLimits { limit_bytes: bytes.and_then(Bytes::new), ..SetLimits::default() }
 }
 
 pub fn device(n: u8) -> DeviceId {
@@ -426,13 +432,16 @@ impl World {
                     }
                 }
             }
-            Step::Limit { device: n, mib } => self.ledger.set_limit(&device(n), mib.map(|mib| mib * MIB)),
+            Step::Limit { device: n, mib } => {
+                self.ledger.set_limits(&device(n), limit(mib.map(|mib| mib * MIB)));
+            }
             Step::Observe { device: n, foreign_mib } => {
                 let total = if n == 0 { 32 * MIB } else { 16 * MIB };
                 let usage = self.ledger.usage(&device(n)).unwrap();
                 let held_bytes = usage.allocated_bytes + usage.reserved_bytes + usage.pool_free_bytes;
                 let used_bytes = (held_bytes + foreign_mib * MIB).min(total);
-                let measured = Measured { used_bytes, available_bytes: total - used_bytes, held_bytes };
+                let measured =
+                    Measured { used_bytes, available_bytes: total - used_bytes, held_bytes, ready_bytes: 0 };
                 self.ledger.observe(&device(n), measured);
             }
         }
@@ -624,7 +633,7 @@ fn a_refusal_names_who_holds_the_rest() {
 #[test]
 fn foreign_memory_is_never_given_out() {
     let mut world = World::new();
-    let measured = Measured { used_bytes: 30 * MIB, available_bytes: 2 * MIB, held_bytes: 0 };
+    let measured = Measured { used_bytes: 30 * MIB, available_bytes: 2 * MIB, held_bytes: 0, ready_bytes: 0 };
     world.ledger.observe(&device(0), measured);
     let usage = world.ledger.usage(&device(0)).unwrap();
     assert_eq!((usage.foreign_bytes, usage.available_bytes), (30 * MIB, 2 * MIB));
@@ -649,7 +658,7 @@ fn a_limit_below_what_is_held_promises_nothing_of_the_spare() {
     let mut world = World::new();
     let small = allocate(&mut world, 1000).unwrap();
     release(&mut world, small);
-    world.ledger.set_limit(&device(0), Some(1));
+    world.ledger.set_limits(&device(0), limit(Some(1)));
     let part = Request { sealed: true, ..request(98, GRANULARITY) };
     assert!(world.ledger.reserve_all(&[part], &[device(0)], now(0)).is_none());
     assert_eq!(world.ledger.usage(&device(0)).unwrap().available_bytes, 1, "what the limit allows");

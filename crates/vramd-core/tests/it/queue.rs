@@ -5,7 +5,7 @@ use vramd_core::Tick;
 use vramd_core::ledger::{DeviceFacts, Ledger, Request};
 use vramd_core::queue::{Queue, Waiting};
 
-use crate::ledger::{GRANULARITY, MIB, World, allocate, device, facts, now, release, request};
+use crate::ledger::{GRANULARITY, MIB, World, allocate, device, facts, limit, now, release, request};
 
 fn waiting(id: u128, size: u64, priority: Priority, deadline: u64) -> Waiting {
     let request = Request { priority, ..request(id, size) };
@@ -130,7 +130,7 @@ fn what_lacks_is_enough_for_small_parts_beside_large_ones() {
 fn what_is_held_beyond_the_limit_lacks_too() {
     let mut world = World::new();
     allocate(&mut world, 24 * MIB).unwrap();
-    world.ledger.set_limit(&device(0), Some(10 * MIB));
+    world.ledger.set_limits(&device(0), limit(Some(10 * MIB)));
     assert_eq!(world.ledger.lacks(&[request(99, 5 * MIB)], &device(0)), Some(19 * MIB));
     assert_eq!(world.ledger.lacks(&[request(99, 11 * MIB)], &device(0)), None);
 }

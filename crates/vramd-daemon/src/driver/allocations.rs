@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use uuid::Uuid;
 use vramd_api::{
-    AllocationId, ApiError, DeviceId, DeviceLimits, ErrorCode, EventKind, Holder, LeaseId, OperationId,
-    OwnerName, Placement, PlacementReason, Released,
+    AllocationId, ApiError, DeviceId, ErrorCode, EventKind, Holder, LeaseId, OperationId, OwnerName,
+    Placement, PlacementReason, Released,
 };
 use vramd_core::Tick;
 use vramd_core::ledger::{
@@ -266,7 +266,9 @@ impl State {
                     }
                     let begun = Instant::now();
                     let outcome = on.create(Segment(segment.0), bytes, writers);
-                    let outcome = outcome.map(|()| bytes as f64 / begun.elapsed().as_secs_f64().max(1e-6));
+                    // Pages that only the device writes to may come later.
+                    let rate = bytes as f64 / begun.elapsed().as_secs_f64().max(1e-6);
+                    let outcome = outcome.map(|()| (!sealed).then_some(rate));
                     Event::SegmentCreated { device, segment, kept: None, outcome }
                 });
             }
@@ -293,11 +295,13 @@ impl State {
         &mut self,
         device: &DeviceId,
         segment: SegmentId,
-        outcome: Result<f64, DeviceError>,
+        outcome: Result<Option<f64>, DeviceError>,
     ) {
         let error = match outcome {
             Ok(rate) => {
-                self.rates.entry(device.clone()).or_insert(rate);
+                if let Some(rate) = rate {
+                    self.rates.entry(device.clone()).or_insert(rate);
+                }
                 for id in self.ledger.segment_created(device, segment) {
                     self.ready(id);
                 }
@@ -610,28 +614,6 @@ impl State {
             self.perform(work);
         }
     }
-
-    pub(super) fn set_limit(&mut self, device: DeviceId, limit: Option<u64>, reply: Reply<DeviceLimits>) {
-        self.store(Change::SetLimit(device.clone(), limit), OnStored::Limit(device, limit, reply));
-    }
-
-    pub(super) fn limit_stored(
-        &mut self,
-        device: &DeviceId,
-        limit: Option<u64>,
-        reply: Reply<DeviceLimits>,
-        stored: Result<(), ApiError>,
-    ) {
-        let answer = stored.map(|()| {
-            self.ledger.set_limit(device, limit);
-            let (limit_bytes, overridden) = self.ledger.limit(device).unwrap_or_default();
-            let limits = DeviceLimits { device_id: device.clone(), limit_bytes, overridden };
-            self.emit(EventKind::LimitsChanged, serde_json::json!(limits));
-            limits
-        });
-        self.answer(reply, answer);
-        self.admit();
-    }
 }
 
 /// How long processes that had a segment attached may take to let go of it before they are named.
@@ -723,7 +705,9 @@ pub(super) fn refusal(shortage: &Shortage) -> ApiError {
         .map(|(owner, bytes)| serde_json::json!({ "owner": owner, "bytes": bytes }))
         .collect();
     let largest = shortage.largest_free_bytes;
-    let hint = if !shortage.could_fit && shortage.placement.considered.len() == 1 {
+    let hint = if shortage.limited_by.is_some() {
+        "release some of it, or raise that limit: PUT /api/memory/limits/DEVICE"
+    } else if !shortage.could_fit && shortage.placement.considered.len() == 1 {
         "that device could not hold it, even empty: ask for less, or name another"
     } else if !shortage.could_fit {
         "no device could hold it, even empty: ask for less"
@@ -743,10 +727,11 @@ pub(super) fn refusal(shortage: &Shortage) -> ApiError {
         shown = figures.map(|bytes| format!("{bytes} B"));
     }
     let [asked, available, piece] = shown;
-    let mut error = ApiError::new(
-        ErrorCode::InsufficientMemory,
-        format!("{asked} asked, {available} available to it, the largest piece is {piece}"),
-    );
+    let what = match &shortage.limited_by {
+        Some(limit) => format!("{asked} asked, and {limit}"),
+        None => format!("{asked} asked, {available} available to it, the largest piece is {piece}"),
+    };
+    let mut error = ApiError::new(ErrorCode::InsufficientMemory, what);
     error.retryable = shortage.could_fit;
     error
         .hint(hint)

@@ -121,7 +121,7 @@ impl State {
     }
 
     /// The device, not a lost one, that most of the wanted components are on, on the way to, or had to go from.
-    fn most_parts(&self, model: &Model, wanted: &[ComponentName]) -> Option<DeviceId> {
+    pub(super) fn most_parts(&self, model: &Model, wanted: &[ComponentName]) -> Option<DeviceId> {
         let mut counts: BTreeMap<&DeviceId, usize> = BTreeMap::new();
         let residencies = wanted.iter().flat_map(|name| &model.components[name].residency);
         let staying = residencies.filter(|(_, residency)| !matches!(residency, Residency::Evicting { .. }));
@@ -200,7 +200,7 @@ impl State {
             None => BTreeMap::new(),
         };
         let leases: Vec<LeaseId> = shared.values().map(|part| part.lease).collect();
-        let begun = self.admit_load(load, device, prepared, shared, wanted);
+        let begun = self.admit_load(load, device.as_ref(), prepared, shared, wanted);
         if begun.is_err() {
             for lease in leases {
                 self.finish_lease(lease);
@@ -212,7 +212,7 @@ impl State {
     fn admit_load(
         &mut self,
         load: &Load,
-        device: Option<DeviceId>,
+        device: Option<&DeviceId>,
         prepared: BTreeMap<ComponentName, Prepared>,
         shared: BTreeMap<ComponentName, Shared>,
         wanted: Vec<ComponentName>,
@@ -227,7 +227,7 @@ impl State {
         let whole = Self::weights(load, None, whole, priority);
         // Without a device it goes to the nearest memory that could hold it: elsewhere would be slower, and nobody said so.
         let on: Vec<DeviceId> =
-            device.as_ref().map_or_else(|| self.ledger.nearest(&requests), |device| vec![device.clone()]);
+            device.map_or_else(|| self.ledger.nearest(&requests), |device| vec![device.clone()]);
         let payload =
             prepared.values().fold(0, |sum, part| u64::saturating_add(sum, part.plan.layout.payload_bytes));
         // What is shared is there already.
@@ -247,7 +247,7 @@ impl State {
             spilled_from.clone_from(&on);
             self.ledger.reserve_all(&requests, &[ram], self.now)
         });
-        let load = Load { device: device.clone(), ..load.clone() };
+        let load = Load { device: device.cloned(), ..load.clone() };
         let operation = |state: &mut Self, waits: bool| {
             let subject = device
                 .as_ref()

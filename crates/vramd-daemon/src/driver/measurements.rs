@@ -1,6 +1,7 @@
 //! What devices say of themselves: how full they are, what broke, and whether a lost one is back.
 
 use vramd_api::{DeviceId, EventKind};
+use vramd_core::ledger::Measured;
 use vramd_device::{DeviceError, Report, Sample};
 
 use super::{Event, State};
@@ -69,8 +70,8 @@ impl State {
     pub(super) fn measured(&mut self, device: &DeviceId, outcome: Result<Sample, DeviceError>) {
         let began = self.measuring.remove(device).unwrap_or_default();
         match outcome {
-            Ok(Sample { used_bytes, available_bytes, held_bytes }) => {
-                let measured = vramd_core::ledger::Measured { used_bytes, available_bytes, held_bytes };
+            Ok(Sample { used_bytes, available_bytes, held_bytes, ready_bytes }) => {
+                let measured = Measured { used_bytes, available_bytes, held_bytes, ready_bytes };
                 self.ledger.observe(device, measured);
                 self.samples.insert(device.clone(), self.now.wall);
                 self.watch_pressure(device);

@@ -9,6 +9,8 @@ mod attachments;
 mod clear;
 mod copies;
 mod defragment;
+mod forecasts;
+mod limits;
 mod loads;
 mod measurements;
 mod models;
@@ -31,8 +33,8 @@ use vramd_api::attach::{Access, HandleType};
 use vramd_api::{
     AllocateRequest, AllocationId, ApiError, ClearRequest, Cleared, ComponentName, CopyRequest,
     DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, EvictionPolicy, Holder,
-    KeepAlive, LeaseId, ModelName, Operation, OperationId, OwnerName, PressureLevel, Released,
-    TransferRequest,
+    KeepAlive, LeaseId, MemoryPlan, ModelName, Operation, OperationId, OwnerName, PressureLevel, Released,
+    SetLimits, TransferRequest,
 };
 use vramd_core::Now;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
@@ -50,6 +52,7 @@ use crate::source::Prepared;
 use crate::store::{Change, Store, StoreError, Stored};
 
 pub use attachments::{Attachment, Moved, Told};
+pub use forecasts::PlanLoads;
 pub use operations::{Entry, Progress};
 pub use quiet_hours::Schedule;
 pub use snapshot::{DeviceView, Snapshot, memory_status};
@@ -142,7 +145,7 @@ pub enum Event {
     Allocate(Box<Allocate>, Reply<vramd_api::Allocation>),
     Release(AllocationId, Caller, Reply<Released>),
     Renew(AllocationId, Option<u64>, Caller, Reply<vramd_api::Allocation>),
-    SetLimit(DeviceId, Option<u64>, Reply<DeviceLimits>),
+    SetLimits(DeviceId, Box<SetLimits>, Reply<DeviceLimits>),
     Register(Box<Model>, Reply<vramd_api::Model>),
     Remove(ModelName, Reply<vramd_api::Model>),
     Load(Load, Option<BTreeMap<ComponentName, Prepared>>, Reply<LoadAnswer>),
@@ -154,6 +157,7 @@ pub enum Event {
     Transfer(Box<TransferRequest>, Caller, Reply<Operation>),
     Copy(Box<CopyRequest>, Caller, Reply<Operation>),
     Defragment(DefragmentRequest, Option<DeviceId>, Reply<Operation>),
+    PlanLoads(Box<PlanLoads>, Reply<MemoryPlan>),
     PlanDefragment(DefragmentRequest, Option<DeviceId>, Reply<DefragmentPlans>),
     Attach(Box<AttachRequest>, Reply<Attachment>),
     /// The files of a model that was known from an earlier run were looked at.
@@ -202,8 +206,8 @@ pub enum Event {
         segment: SegmentId,
         /// The segment that was to go first and did not.
         kept: Option<SegmentId>,
-        /// Bytes per second.
-        outcome: Result<f64, DeviceError>,
+        /// Bytes per second, if its pages were made.
+        outcome: Result<Option<f64>, DeviceError>,
     },
     SegmentDestroyed {
         device: DeviceId,
@@ -250,7 +254,7 @@ pub enum OnStored {
     Activate(AllocationId, Box<allocations::Waiting>),
     Release(AllocationId, Reply<Released>),
     Forget(AllocationId, Reply<Released>),
-    Limit(DeviceId, Option<u64>, Reply<DeviceLimits>),
+    Limits(DeviceId, Box<SetLimits>, Reply<DeviceLimits>),
     Register(Box<Model>, Reply<vramd_api::Model>),
     Remove(ModelName, Reply<vramd_api::Model>),
     Pin(ModelName, bool, Reply<vramd_api::Model>),
@@ -469,7 +473,7 @@ impl State {
             Event::Allocate(allocate, reply) => self.allocate(*allocate, reply),
             Event::Release(id, caller, reply) => self.release(id, caller, reply),
             Event::Renew(id, seconds, caller, reply) => self.renew(id, seconds, caller, reply),
-            Event::SetLimit(device, limit, reply) => self.set_limit(device, limit, reply),
+            Event::SetLimits(device, limits, reply) => self.set_limits(device, limits, reply),
             Event::Register(model, reply) => self.register(model, reply),
             Event::Remove(name, reply) => self.remove(name, reply),
             Event::Load(load, prepared, reply) => self.load(&load, prepared, reply),
@@ -481,6 +485,7 @@ impl State {
             Event::Transfer(request, caller, reply) => self.transfer(&request, caller, reply),
             Event::Copy(request, caller, reply) => self.copy_into(&request, caller, reply),
             Event::Defragment(request, device, reply) => self.defragment(request, device, reply),
+            Event::PlanLoads(request, reply) => self.plan_loads(&request, reply),
             Event::PlanDefragment(request, device, reply) => self.plan_defragment(&request, device, reply),
             Event::Clear(request, device, caller, reply) => self.clear(&request, device, caller, reply),
             Event::PlanClear(request, device, caller, reply) => {
@@ -576,6 +581,7 @@ impl State {
         self.pack_for_waiting();
         self.expire_models();
         self.make_room_for_waiting();
+        self.keep_soft_limits();
         self.look_after_tiers();
         self.operations.prune();
         self.keep_quiet_hours();
@@ -609,7 +615,7 @@ impl State {
             OnStored::Activate(id, waiting) => self.activated(id, *waiting, outcome),
             OnStored::Release(id, reply) => self.release_stored(id, reply, outcome),
             OnStored::Forget(id, reply) => self.forgotten(id, reply, outcome),
-            OnStored::Limit(device, limit, reply) => self.limit_stored(&device, limit, reply, outcome),
+            OnStored::Limits(device, limits, reply) => self.limits_stored(&device, *limits, reply, outcome),
             OnStored::Register(model, reply) => self.registered(*model, reply, outcome),
             OnStored::Remove(name, reply) => self.removed(&name, reply, outcome),
             OnStored::Pin(name, pinned, reply) => self.pinned(&name, pinned, reply, outcome),

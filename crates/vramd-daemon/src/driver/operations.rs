@@ -12,15 +12,14 @@ use imbl::OrdMap;
 use jiff::Timestamp;
 use uuid::Uuid;
 use vramd_api::{
-    ApiError, Bytes, ComponentName, DeviceId, ErrorCode, EventKind, Holder, ModelName, Operation,
-    OperationId, OperationKind, OperationState, Priority,
+    ApiError, Bytes, ComponentName, DeviceId, ErrorCode, EventKind, EvictedComponent as Evicted, Holder,
+    ModelName, Operation, OperationId, OperationKind, OperationState, Priority,
 };
 use vramd_core::{Now, Tick};
 
 use super::clear::Clearing;
 use super::copies::flow;
 use super::defragment::Defragmenting;
-use super::room::Evicted;
 use super::transfers::Transferring;
 use super::{Part, Reply, State};
 use crate::clock;

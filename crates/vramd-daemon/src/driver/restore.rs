@@ -20,8 +20,8 @@ impl State {
         for facts in self.devices.clone().facts() {
             self.ledger.add_device(facts);
         }
-        for (device, bytes) in stored.limits {
-            self.ledger.set_limit(&device, Some(bytes));
+        for (device, limits) in stored.limits {
+            self.ledger.set_limits(&device, limits);
         }
         for model in stored.models {
             match restored_model(&model) {

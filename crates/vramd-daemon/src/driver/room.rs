@@ -6,9 +6,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Serialize;
 use vramd_api::{
-    AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, EvictionPolicy, ModelName, OperationId,
+    AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, EvictedComponent as Evicted, EvictionPolicy,
+    ModelName, OperationId,
 };
 use vramd_core::Tick;
 use vramd_core::eviction::{self, Candidate};
@@ -60,20 +60,6 @@ impl WaitingLoad {
         let id = AllocationId(uuid::Uuid::nil());
         Self { load, prepared, shared, wanted, evicted, spilled_from, id }
     }
-}
-
-/// A component that could go, and what it is worth.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Evicted {
-    pub model: ModelName,
-    pub component: ComponentName,
-    pub device_id: DeviceId,
-    pub bytes: u64,
-    pub idle_seconds: f64,
-    pub uses_per_hour: f64,
-    /// To get it back.
-    pub load_seconds: f64,
 }
 
 /// Whether there will be room.
@@ -166,7 +152,7 @@ impl State {
     }
 
     /// By what is chosen there now.
-    fn policy_on(&self, device: &DeviceId) -> EvictionPolicy {
+    pub(super) fn policy_on(&self, device: &DeviceId) -> EvictionPolicy {
         match self.policy {
             EvictionPolicy::LowestCost => self.trials.get(device).map_or(self.policy, Trial::better),
             other => other,
@@ -183,7 +169,7 @@ impl State {
             used.bytes = used.bytes.saturating_add(bytes);
             used.load_seconds += entry.load_seconds.get(device).copied().unwrap_or(bytes as f64 / rate);
         }
-        let (limit, _) = self.ledger.limit(device).unwrap_or_default();
+        let limit = self.ledger.limit(device).unwrap_or_default();
         self.trials.entry(device.clone()).or_default().used(name, used, limit, self.now.tick);
     }
 

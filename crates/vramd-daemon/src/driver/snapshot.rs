@@ -9,7 +9,7 @@ use vramd_api::{
     AllocationId, DeviceHealth, DeviceId, DeviceStatus, FragmentationStatus, Holder, MemoryStatus,
     OperationId, Pressure, PressureLevel, TotalStatus,
 };
-use vramd_core::ledger::{Allocations, Usage};
+use vramd_core::ledger::{Allocations, Limits, Usage};
 use vramd_core::models::Models;
 use vramd_core::pressure::health_score;
 use vramd_core::usage::fragmentation;
@@ -33,7 +33,7 @@ pub struct Snapshot {
 pub struct DeviceView {
     pub device: DeviceId,
     pub usage: Usage,
-    pub limit_overridden: bool,
+    pub limits: Limits,
     pub level: PressureLevel,
     pub lost: bool,
     /// None until the device was measured once.
@@ -48,7 +48,7 @@ impl State {
             .map(|facts| DeviceView {
                 device: facts.device.clone(),
                 usage: self.ledger.usage(&facts.device).unwrap_or_default(),
-                limit_overridden: self.ledger.limit(&facts.device).is_some_and(|(_, overridden)| overridden),
+                limits: self.ledger.limits(&facts.device).expect("it is one of the ledger's"),
                 level: self.pressure.get(&facts.device).copied().unwrap_or_default(),
                 lost: self.ledger.is_lost(&facts.device),
                 sampled_at: self.samples.get(&facts.device).copied(),
@@ -109,6 +109,7 @@ impl DeviceView {
             available_bytes: usage.available_bytes,
             allocated_bytes: usage.allocated_bytes,
             pool_free_bytes: usage.pool_free_bytes,
+            ready_bytes: usage.ready_bytes,
             reserved_bytes: usage.reserved_bytes,
             worker_bytes: 0,
             foreign_bytes: usage.foreign_bytes,
@@ -153,6 +154,7 @@ pub fn memory_status(devices: Vec<DeviceStatus>) -> MemoryStatus {
         available_bytes: sum(|d| d.available_bytes),
         allocated_bytes: sum(|d| d.allocated_bytes),
         pool_free_bytes: sum(|d| d.pool_free_bytes),
+        ready_bytes: sum(|d| d.ready_bytes),
         reserved_bytes: sum(|d| d.reserved_bytes),
         worker_bytes: sum(|d| d.worker_bytes),
         foreign_bytes: sum(|d| d.foreign_bytes),

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 use vramd_api::{
-    AllocationId, ComponentName, DeviceId, EventKind, EvictionPolicy, KeepAlive, LeaseId, MemoryType,
-    ModelName, OperationId, Priority,
+    AllocationId, ComponentName, DeviceId, EventKind, EvictedComponent as Evicted, EvictionPolicy, KeepAlive,
+    LeaseId, MemoryType, ModelName, OperationId, Priority,
 };
 use vramd_core::eviction::{self, Candidate};
 use vramd_core::ledger::{Lease, Readiness, Request, Task};
@@ -20,7 +20,7 @@ use vramd_device::SegmentId;
 
 use super::copies::{NewCopy, Purpose};
 use super::operations::Running;
-use super::room::{BYTES_PER_SECOND, Evicted};
+use super::room::BYTES_PER_SECOND;
 use super::{Load, OnShortage, OnStored, State};
 use crate::loader::From;
 use crate::mover::Opened;
@@ -113,6 +113,11 @@ impl State {
             }
             _ => None,
         })
+    }
+
+    /// Whether a device has a component's bytes, for whatever model.
+    pub(super) fn has_bytes(&self, plan: &Plan, device: &DeviceId) -> bool {
+        self.with_bytes_of(plan).any(|(on, ..)| on == device)
     }
 
     /// A device that has all of what would be loaded, for other models.

@@ -110,6 +110,7 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(memory::clear::one))
         .routes(routes!(memory::defragment::all))
         .routes(routes!(memory::defragment::one))
+        .routes(routes!(memory::plan::plan))
         .routes(routes!(memory::limits::list))
         .routes(routes!(memory::limits::get, memory::limits::put))
         .routes(routes!(models::list, models::register))

@@ -229,11 +229,14 @@ fn a_limit_holds_for_what_is_asked_from_then_on() {
     let limits = "/api/memory/limits/sim:0";
     assert_eq!(
         daemon.get(limits).data(200),
-        json!({"deviceId": "sim:0", "limitBytes": 64 * MIB, "overridden": false})
+        json!({"deviceId": "sim:0", "limitBytes": 64 * MIB, "overridden": false, "reserveBytes": 0, "aboveBytes": 0})
     );
     let held = daemon.allocated(&json!({"sizeBytes": 32 * MIB}));
     let set = daemon.put(limits, &json!({"limitBytes": 16 * MIB})).data(200);
-    assert_eq!(set, json!({"deviceId": "sim:0", "limitBytes": 16 * MIB, "overridden": true}));
+    assert_eq!(
+        set,
+        json!({"deviceId": "sim:0", "limitBytes": 16 * MIB, "overridden": true, "reserveBytes": 0, "aboveBytes": 16 * MIB})
+    );
     assert_eq!(daemon.get("/api/memory/limits").data(200)["limits"], json!([set]));
     assert_eq!(daemon.status("sim:0")["availableBytes"], 0);
     daemon.allocate(&json!({"sizeBytes": 4096})).error("INSUFFICIENT_MEMORY");

@@ -54,8 +54,14 @@ fn models_limits_and_persistent_allocations_are_known_again() {
         wait_for("its size", || (daemon.model("other")["sizeBytes"] == 5002).then_some(()));
         assert!(daemon.residency("other").is_empty());
         let limits = daemon.get("/api/memory/limits").data(200)["limits"].clone();
-        assert_eq!(limits[0], json!({"deviceId": "sim:0", "limitBytes": 48 * MIB, "overridden": true}));
-        assert_eq!(limits[1], json!({"deviceId": "sim:1", "limitBytes": 32 * MIB, "overridden": false}));
+        assert_eq!(
+            limits[0],
+            json!({"deviceId": "sim:0", "limitBytes": 48 * MIB, "overridden": true, "reserveBytes": 0, "aboveBytes": 0})
+        );
+        assert_eq!(
+            limits[1],
+            json!({"deviceId": "sim:1", "limitBytes": 32 * MIB, "overridden": false, "reserveBytes": 0, "aboveBytes": 0})
+        );
         let mine = daemon.get("/api/memory/allocations?owner=trainer").data(200)["allocations"].clone();
         assert_eq!(mine.as_array().map(Vec::len), Some(1));
         for (field, value) in asked.as_object().expect("an object") {
@@ -137,6 +143,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         vulkan: vramd_daemon::Adapters::None,
         d3d12: vramd_daemon::Adapters::None,
         eviction: vramd_api::EvictionPolicy::default(),
+        page_pool_bytes: 0,
         ram_tier_bytes: None,
         ram_reserve_bytes: None,
         #[cfg(unix)]

@@ -217,6 +217,7 @@ impl Home {
             vulkan: vramd_daemon::Adapters::None,
             d3d12: vramd_daemon::Adapters::None,
             eviction: vramd_api::EvictionPolicy::default(),
+            page_pool_bytes: 0,
             ram_tier_bytes: None,
             ram_reserve_bytes: None,
             #[cfg(unix)]

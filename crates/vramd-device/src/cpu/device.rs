@@ -1,10 +1,15 @@
 //! The device `cpu:0`: the books of what it holds, and the contract's calls.
 
+#[cfg(unix)]
+use std::sync::Arc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vramd_api::attach::{Handle, HandleType};
 use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 
+#[cfg(unix)]
+use super::ahead::Reserve;
+use super::memory::{CHUNK_BYTES, Memory};
 use super::pages::{BASE_PAGE_BYTES, Pages};
 use super::populate::populate;
 use crate::host::Host;
@@ -18,7 +23,13 @@ pub struct Options {
     /// The most that the device may hold; it is then the device's total. Unset: all of the machine, less a
     /// headroom of 2 % or 64 MiB, whichever is more.
     pub limit_bytes: Option<u64>,
+    /// Pages that are made ahead while nothing else is to do, so that who needs many at once does not wait for them.
+    pub ahead_bytes: u64,
 }
+
+/// From this size on, pages of a segment that only the device writes to come when they are first used, and those that were
+/// made ahead are taken.
+const LARGE_BYTES: u64 = 64 << 20;
 
 /// The machine's memory as a device.
 #[derive(Debug)]
@@ -27,7 +38,9 @@ pub struct Device {
     host: Host,
     pages: Pages,
     books: Mutex<Books>,
-    segments: Table<Segment>,
+    segments: Table<Memory>,
+    #[cfg(unix)]
+    reserve: Option<Arc<Reserve>>,
 }
 
 #[derive(Debug, Default)]
@@ -40,11 +53,18 @@ struct Books {
 
 impl Device {
     pub fn open(options: Options) -> Result<Self, DeviceError> {
-        Ok(Self::of(Host::probe()?, options))
+        #[cfg_attr(not(unix), allow(unused_mut, reason = "no pages are made ahead there"))]
+        let mut device = Self::of(Host::probe()?, options);
+        #[cfg(unix)]
+        if options.ahead_bytes > 0 && device.pages.backing != Backing::HugePagePool {
+            let bytes = options.ahead_bytes.next_multiple_of(CHUNK_BYTES).min(device.facts.total_bytes);
+            device.reserve = Some(Reserve::start(Host::probe()?, bytes, device.pages.backing)?);
+        }
+        Ok(device)
     }
 
     fn of(host: Host, options: Options) -> Self {
-        let Options { limit_bytes } = options;
+        let Options { limit_bytes, .. } = options;
         let pages = Pages::choose(&host);
         let total_bytes = limit_bytes.map_or(host.total_bytes(), |limit| limit.min(host.total_bytes()));
         let facts = Facts {
@@ -68,7 +88,23 @@ impl Device {
             },
             notes: pages.notes.clone(),
         };
-        Self { facts, host, pages, books: Mutex::default(), segments: Table::default() }
+        Self {
+            facts,
+            host,
+            pages,
+            books: Mutex::default(),
+            segments: Table::default(),
+            #[cfg(unix)]
+            reserve: None,
+        }
+    }
+
+    /// What is ready to be taken, and counts as available too.
+    fn ahead_bytes(&self) -> u64 {
+        #[cfg(unix)]
+        return self.reserve.as_ref().map_or(0, |reserve| reserve.populated());
+        #[cfg(not(unix))]
+        0
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -78,7 +114,8 @@ impl Device {
 
     /// What could be created now in pages of the machine's common memory.
     fn available_bytes(&self, books: &Books) -> Result<u64, DeviceError> {
-        let machine = self.host.available_bytes()?.saturating_sub(books.pending);
+        let machine = self.host.available_bytes()?.saturating_add(self.ahead_bytes());
+        let machine = machine.saturating_sub(books.pending);
         Ok(machine.min(self.facts.total_bytes.saturating_sub(books.held)))
     }
 
@@ -105,7 +142,7 @@ impl Device {
         name: &str,
         bytes: u64,
         writers: Writers,
-    ) -> Result<Option<Segment>, DeviceError> {
+    ) -> Result<Option<Memory>, DeviceError> {
         if self.host.free_huge_page_bytes() < bytes {
             tracing::info!(segment = name, bytes, "the huge page pool has not enough: 4 KiB pages instead");
             return Ok(None);
@@ -116,7 +153,7 @@ impl Device {
         match made {
             Ok(segment) => {
                 taken.keep();
-                Ok(Some(segment))
+                Ok(Some(Memory::all_there(segment)))
             }
             // Somebody else was quicker.
             Err(failed) if failed.is_full() => Ok(None),
@@ -129,15 +166,66 @@ impl Device {
         name: &str,
         bytes: u64,
         writers: Writers,
-    ) -> Result<Segment, DeviceError> {
+    ) -> Result<Memory, DeviceError> {
         let transparent = self.pages.backing == Backing::TransparentHugePages;
         let backing = if transparent { Backing::TransparentHugePages } else { Backing::SmallPages };
         let taken = self.take(bytes, From::CommonMemory)?;
-        let segment =
-            Segment::create(name, bytes, writers, backing).map_err(|failed| self.explain(failed, bytes))?;
+        let (segment, there) = self.segment(name, bytes, writers, backing)?;
+        taken.populated(there);
+        if writers == Writers::DeviceOnly && bytes >= LARGE_BYTES {
+            taken.keep();
+            return Ok(Memory::coming(segment, there));
+        }
         self.bring_in(&segment, &taken)?;
         taken.keep();
-        Ok(segment)
+        Ok(Memory::all_there(segment))
+    }
+
+    /// A segment, and as many bytes of it as have their pages already.
+    fn segment(
+        &self,
+        name: &str,
+        bytes: u64,
+        writers: Writers,
+        backing: Backing,
+    ) -> Result<(Segment, u64), DeviceError> {
+        #[cfg(unix)]
+        if let Some(reserve) = &self.reserve
+            // What is ready is not to be had otherwise.
+            && (bytes >= LARGE_BYTES || self.host.available_bytes()? < bytes)
+            && let Some(ahead) = reserve.take()
+        {
+            // Of whole chunks, so that each has its pages or has none.
+            let there = ahead.populated().min(bytes);
+            let segment = Segment::of(ahead, bytes, writers, backing);
+            return segment.map(|it| (it, there)).map_err(|failed| self.explain(failed, bytes));
+        }
+        let segment = Segment::create(name, bytes, writers, backing);
+        segment.map(|it| (it, 0)).map_err(|failed| self.explain(failed, bytes))
+    }
+
+    /// Makes sure of a range's pages. A writer may have punched holes, and some may not have come yet; with no page left to
+    /// fill them, an access there would be a SIGBUS.
+    fn present(&self, memory: &Memory, call: Call, offset: u64, bytes: u64) -> Result<(), DeviceError> {
+        if !memory.is_coming() {
+            let start = offset & !(BASE_PAGE_BYTES - 1);
+            let end = (offset + bytes).next_multiple_of(BASE_PAGE_BYTES);
+            let there = memory.segment.populate(start, end - start);
+            return there.map_err(|failed| failed.explain(call, bytes, 0));
+        }
+        let spare = self.host.headroom_bytes() / 2;
+        for (offset, bytes) in memory.missing(offset, bytes) {
+            let available = self.host.free_bytes()?.saturating_sub(spare);
+            if available < bytes {
+                return Err(DeviceError::OutOfMemory { requested: bytes, available });
+            }
+            memory
+                .segment
+                .populate(offset, bytes)
+                .map_err(|failed| failed.explain(call, bytes, available))?;
+            self.books().pending -= memory.came(offset, bytes);
+        }
+        Ok(())
     }
 
     /// Populates a segment for as long as the machine has room.
@@ -146,7 +234,9 @@ impl Device {
         // Half of the headroom may go to those who take memory at the same time, so that a request for all that
         // is available is not refused for their noise.
         let spare = self.host.headroom_bytes() / 2;
-        populate(requested, |offset, chunk| {
+        let there = requested - taken.pending();
+        populate(requested - there, |offset, chunk| {
+            let offset = there + offset;
             let available = self.host.free_bytes()?.saturating_sub(spare);
             if available < chunk {
                 return Err(DeviceError::OutOfMemory { requested, available });
@@ -182,8 +272,14 @@ impl Taken<'_> {
         self.device.books().pending -= bytes;
     }
 
+    fn pending(&self) -> u64 {
+        *self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What has not come yet stays pending.
     fn keep(mut self) {
         self.bytes = 0;
+        *self.pending.get_mut().unwrap_or_else(PoisonError::into_inner) = 0;
     }
 }
 
@@ -193,14 +289,6 @@ impl Drop for Taken<'_> {
         books.held -= self.bytes;
         books.pending -= *self.pending.get_mut().unwrap_or_else(PoisonError::into_inner);
     }
-}
-
-/// Makes sure of a range's pages. A writer may have punched holes; with no page left to fill them, an access there
-/// would be a SIGBUS.
-fn present(segment: &Segment, call: Call, offset: u64, bytes: u64) -> Result<(), DeviceError> {
-    let start = offset & !(BASE_PAGE_BYTES - 1);
-    let end = (offset + bytes).next_multiple_of(BASE_PAGE_BYTES);
-    segment.populate(start, end - start).map_err(|failed| failed.explain(call, bytes, 0))
 }
 
 impl crate::Device for Device {
@@ -216,7 +304,13 @@ impl crate::Device for Device {
             let pool = available_bytes.saturating_add(self.host.free_huge_page_bytes());
             available_bytes = pool.min(total.saturating_sub(books.held));
         }
-        Ok(Sample { used_bytes: total - available_bytes, available_bytes, held_bytes: books.held })
+        let ready_bytes = self.ahead_bytes().min(available_bytes);
+        Ok(Sample {
+            used_bytes: total - available_bytes,
+            available_bytes,
+            held_bytes: books.held,
+            ready_bytes,
+        })
     }
 
     fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError> {
@@ -233,9 +327,11 @@ impl crate::Device for Device {
 
     fn destroy(&self, segment: SegmentId) -> Result<(), DeviceError> {
         let removed = self.segments.remove(segment)?;
-        let bytes = removed.bytes();
+        let (bytes, missing) = (removed.bytes(), removed.missing_bytes());
         drop(removed);
-        self.books().held -= bytes;
+        let mut books = self.books();
+        books.held -= bytes;
+        books.pending -= missing;
         Ok(())
     }
 
@@ -244,8 +340,8 @@ impl crate::Device for Device {
         if range.bytes == 0 {
             return Ok(());
         }
-        present(&segment, Call::Zero, range.offset, range.bytes)?;
-        segment.zero(range.offset, range.bytes);
+        self.present(&segment, Call::Zero, range.offset, range.bytes)?;
+        segment.segment.zero(range.offset, range.bytes);
         Ok(())
     }
 
@@ -253,8 +349,8 @@ impl crate::Device for Device {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
         let segment = self.segments.get_range(Call::Write, range)?;
         if !bytes.is_empty() {
-            present(&segment, Call::Write, offset, range.bytes)?;
-            segment.write(offset, bytes);
+            self.present(&segment, Call::Write, offset, range.bytes)?;
+            segment.segment.write(offset, bytes);
         }
         Ok(())
     }
@@ -263,8 +359,8 @@ impl crate::Device for Device {
         let range = Range { segment, offset, bytes: bytes.len() as u64 };
         let segment = self.segments.get_range(Call::Read, range)?;
         if !bytes.is_empty() {
-            present(&segment, Call::Read, offset, range.bytes)?;
-            segment.read(offset, bytes);
+            self.present(&segment, Call::Read, offset, range.bytes)?;
+            segment.segment.read(offset, bytes);
         }
         Ok(())
     }
@@ -272,23 +368,28 @@ impl crate::Device for Device {
     fn copy(&self, from: Range, to: SegmentId, to_offset: u64) -> Result<(), DeviceError> {
         let (source, target) = self.segments.get_copy(from, to, to_offset)?;
         if from.bytes > 0 {
-            present(&source, Call::Copy, from.offset, from.bytes)?;
-            present(&target, Call::Copy, to_offset, from.bytes)?;
-            source.copy(from.offset, &target, to_offset, from.bytes);
+            self.present(&source, Call::Copy, from.offset, from.bytes)?;
+            self.present(&target, Call::Copy, to_offset, from.bytes)?;
+            source.segment.copy(from.offset, &target.segment, to_offset, from.bytes);
         }
         Ok(())
     }
 
     fn fill_from_file(&self, range: Range, source: &Source, source_offset: u64) -> Result<(), DeviceError> {
-        self.segments
-            .get_range(Call::FillFromFile, range)?
-            .fill(range.offset, range.bytes, source, source_offset)
-            .map_err(DeviceError::Source)
+        let target = self.segments.get_range(Call::FillFromFile, range)?;
+        if target.is_coming() {
+            self.present(&target, Call::FillFromFile, range.offset, range.bytes)?;
+        }
+        #[cfg(unix)]
+        if let Some(reserve) = &self.reserve {
+            reserve.rest();
+        }
+        let read = target.segment.fill(range.offset, range.bytes, source, source_offset);
+        read.map_err(DeviceError::Source)
     }
 
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
-        let segment = self.segments.get(Call::Importers, segment)?;
-        segment.importers(processes)
+        self.segments.get(Call::Importers, segment)?.segment.importers(processes)
     }
 
     /// It is never lost.
@@ -297,7 +398,10 @@ impl crate::Device for Device {
     }
 
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
-        let descriptor = self.segments.get(Call::Export, segment)?.export(segment, access)?;
+        let memory = self.segments.get(Call::Export, segment)?;
+        // Those of padding, which nobody has used.
+        self.present(&memory, Call::Export, 0, memory.bytes())?;
+        let descriptor = memory.segment.export(segment, access)?;
         Ok(Exported { descriptor, handle: Handle::HOST })
     }
 }
@@ -325,7 +429,7 @@ mod tests {
         let (_tree, device) = device(164 * MIB);
         assert_eq!(
             device.sample().unwrap(),
-            Sample { used_bytes: 924 * MIB, available_bytes: 100 * MIB, held_bytes: 0 }
+            Sample { used_bytes: 924 * MIB, available_bytes: 100 * MIB, held_bytes: 0, ready_bytes: 0 }
         );
         let refused = device.create(SegmentId(1), 101 * MIB, Writers::DeviceOnly);
         assert!(

@@ -476,7 +476,7 @@ impl crate::Device for Device {
         self.release_left();
         let figures = self.figures().map_err(|error| self.explain_nvml(error));
         let (free, available_bytes, held_bytes) = figures?;
-        Ok(Sample { used_bytes: self.facts.total_bytes - free, available_bytes, held_bytes })
+        Ok(Sample { used_bytes: self.facts.total_bytes - free, available_bytes, held_bytes, ready_bytes: 0 })
     }
 
     fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError> {

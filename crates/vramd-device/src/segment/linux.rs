@@ -27,15 +27,11 @@ pub(super) struct SharedMemory {
 impl SharedMemory {
     pub(super) fn create(name: &str, bytes: u64, writers: Writers, backing: Backing) -> Result<Self, Failed> {
         let file = memory_file(name, backing)?;
-        rustix::fs::ftruncate(&file, bytes).map_err(Failed::at("ftruncate"))?;
-        // Another user's process must not turn a read descriptor into a writable one through /proc.
-        rustix::fs::fchmod(&file, Mode::RUSR).map_err(Failed::at("fchmod"))?;
-        let mapping = Mapping::of(&file, bytes)?;
-        // Other people's data has no place in a core file.
-        mapping.advise(0, bytes, Advice::LinuxDontDump).map_err(Failed::at(ADVISE))?;
-        if backing == Backing::TransparentHugePages {
-            mapping.advise(0, bytes, Advice::LinuxHugepage).map_err(Failed::at(ADVISE))?;
-        }
+        Self::of(file, bytes, writers, backing)
+    }
+
+    fn of(file: OwnedFd, bytes: u64, writers: Writers, backing: Backing) -> Result<Self, Failed> {
+        let mapping = map(&file, bytes, backing)?;
         let mut seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         if writers == Writers::DeviceOnly {
             seals |= SealFlags::FUTURE_WRITE;
@@ -59,14 +55,7 @@ impl SharedMemory {
 
     /// Makes the pages of a range present, as zeros where they never were.
     pub(super) fn populate(&self, offset: u64, bytes: u64) -> Result<(), Failed> {
-        loop {
-            match self.mapping.advise(offset, bytes, Advice::LinuxPopulateWrite) {
-                Err(Errno::INTR | Errno::AGAIN) => {}
-                // The fault would have been a SIGBUS: the pool or its control group gave less than it promised.
-                Err(Errno::FAULT) => return Err(Failed::at(ADVISE)(Errno::NOMEM)),
-                done => return done.map_err(Failed::at(ADVISE)),
-            }
-        }
+        self.mapping.populate(offset, bytes)
     }
 
     /// Calls `each` for the parts of a range that have pages.
@@ -145,6 +134,64 @@ fn memory_file(name: &str, backing: Backing) -> Result<OwnedFd, Failed> {
     .map_err(Failed::at("memfd_create"))
 }
 
+/// Gives a memory file its size and maps it.
+fn map(file: &OwnedFd, bytes: u64, backing: Backing) -> Result<Mapping, Failed> {
+    rustix::fs::ftruncate(file, bytes).map_err(Failed::at("ftruncate"))?;
+    // Another user's process must not turn a read descriptor into a writable one through /proc.
+    rustix::fs::fchmod(file, Mode::RUSR).map_err(Failed::at("fchmod"))?;
+    let mapping = Mapping::of(file, bytes)?;
+    // Other people's data has no place in a core file.
+    mapping.advise(0, bytes, Advice::LinuxDontDump).map_err(Failed::at(ADVISE))?;
+    if backing == Backing::TransparentHugePages {
+        mapping.advise(0, bytes, Advice::LinuxHugepage).map_err(Failed::at(ADVISE))?;
+    }
+    Ok(mapping)
+}
+
+/// A memory file that is no segment yet: its pages are made ahead, and nobody else has it.
+#[derive(Debug)]
+pub(crate) struct Ahead {
+    file: OwnedFd,
+    mapping: Mapping,
+    populated: u64,
+}
+
+impl Ahead {
+    pub(crate) fn create(name: &str, bytes: u64, backing: Backing) -> Result<Self, Failed> {
+        let file = memory_file(name, backing)?;
+        let mapping = map(&file, bytes, backing)?;
+        Ok(Self { file, mapping, populated: 0 })
+    }
+
+    /// As many bytes from the start on have their pages, of zeros.
+    pub(crate) fn populated(&self) -> u64 {
+        self.populated
+    }
+
+    pub(crate) fn is_complete(&self) -> bool {
+        self.populated == self.mapping.bytes as u64
+    }
+
+    /// Makes the next pages.
+    pub(crate) fn populate_next(&mut self, bytes: u64) -> Result<(), Failed> {
+        let bytes = bytes.min(self.mapping.bytes as u64 - self.populated);
+        self.mapping.populate(self.populated, bytes)?;
+        self.populated += bytes;
+        Ok(())
+    }
+
+    /// A segment of another size; pages beyond it go back to the system.
+    pub(super) fn into_memory(
+        self,
+        bytes: u64,
+        writers: Writers,
+        backing: Backing,
+    ) -> Result<SharedMemory, Failed> {
+        drop(self.mapping);
+        SharedMemory::of(self.file, bytes, writers, backing)
+    }
+}
+
 fn too_large() -> Failed {
     Failed::at("mmap")(Errno::NOMEM)
 }
@@ -193,6 +240,17 @@ impl Mapping {
         mapped.map_err(Failed::at("mmap"))?;
         let base = NonNull::new(base).expect("the kernel maps nothing at address 0 unless asked to");
         Ok(Self { base, bytes })
+    }
+
+    fn populate(&self, offset: u64, bytes: u64) -> Result<(), Failed> {
+        loop {
+            match self.advise(offset, bytes, Advice::LinuxPopulateWrite) {
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                // The fault would have been a SIGBUS: the pool or its control group gave less than it promised.
+                Err(Errno::FAULT) => return Err(Failed::at(ADVISE)(Errno::NOMEM)),
+                done => return done.map_err(Failed::at(ADVISE)),
+            }
+        }
     }
 
     fn advise(&self, offset: u64, bytes: u64, advice: Advice) -> Result<(), Errno> {

@@ -12,6 +12,8 @@ use std::io;
 use std::ptr;
 
 #[cfg(unix)]
+pub(crate) use linux::Ahead;
+#[cfg(unix)]
 use linux::SharedMemory;
 #[cfg(windows)]
 use windows::SharedMemory;
@@ -79,6 +81,12 @@ impl Extent for Segment {
 impl Segment {
     pub(crate) fn create(name: &str, bytes: u64, writers: Writers, backing: Backing) -> Result<Self, Failed> {
         Ok(Self { memory: SharedMemory::create(name, bytes, writers, backing)?, writers })
+    }
+
+    /// One of memory that was made ahead.
+    #[cfg(unix)]
+    pub(crate) fn of(ahead: Ahead, bytes: u64, writers: Writers, backing: Backing) -> Result<Self, Failed> {
+        Ok(Self { memory: ahead.into_memory(bytes, writers, backing)?, writers })
     }
 
     /// Makes the pages of a range present, as zeros where they never were.

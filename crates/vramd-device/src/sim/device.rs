@@ -123,7 +123,12 @@ impl crate::Device for Device {
         self.faults.enter(Call::Sample, 0)?;
         let held_bytes = *self.held();
         let available_bytes = self.available_bytes(held_bytes);
-        Ok(Sample { used_bytes: self.facts.total_bytes - available_bytes, available_bytes, held_bytes })
+        Ok(Sample {
+            used_bytes: self.facts.total_bytes - available_bytes,
+            available_bytes,
+            held_bytes,
+            ready_bytes: 0,
+        })
     }
 
     fn create(&self, segment: SegmentId, bytes: u64, writers: Writers) -> Result<(), DeviceError> {

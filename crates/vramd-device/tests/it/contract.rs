@@ -18,7 +18,7 @@ use crate::importer::Importer;
 const TOTAL: u64 = 64 << 20;
 
 pub fn open_cpu() -> cpu::Device {
-    cpu::Device::open(cpu::Options { limit_bytes: Some(TOTAL) }).unwrap()
+    cpu::Device::open(cpu::Options { limit_bytes: Some(TOTAL), ahead_bytes: 0 }).unwrap()
 }
 
 pub fn open_sim() -> sim::Device {

@@ -3,12 +3,12 @@
 use std::fs;
 
 use vramd_api::MemoryType;
-use vramd_device::{Device, DeviceError, SegmentId, Writers, cpu};
+use vramd_device::{Device, DeviceError, ExportAccess, SegmentId, Writers, cpu};
 
 use crate::fresh;
 
 fn open(limit_bytes: Option<u64>) -> cpu::Device {
-    cpu::Device::open(cpu::Options { limit_bytes }).unwrap()
+    cpu::Device::open(cpu::Options { limit_bytes, ahead_bytes: 0 }).unwrap()
 }
 
 /// Bytes of a segment that are present in our mapping of it; nothing when there is no mapping.
@@ -38,13 +38,58 @@ fn every_page_is_there_from_the_start_and_none_after_the_end() {
     // One below and one above the size from which several threads bring the pages in.
     for bytes in [6 << 20, 258 << 20] {
         let id = fresh();
-        device.create(id, bytes, Writers::DeviceOnly).unwrap();
+        device.create(id, bytes, Writers::Importers).unwrap();
         assert_eq!(resident_bytes(id), Some(bytes));
         assert!(is_open(id));
         device.destroy(id).unwrap();
         assert_eq!(resident_bytes(id), None);
         assert!(!is_open(id));
     }
+}
+
+#[test]
+fn pages_of_large_segments_that_only_the_device_writes_to_come_with_their_use() {
+    let device = open(None);
+    let before = device.sample().unwrap();
+    let (id, bytes) = (fresh(), 80 << 20);
+    device.create(id, bytes, Writers::DeviceOnly).unwrap();
+    assert_eq!(resident_bytes(id), Some(0));
+    // They are this segment's all the same.
+    assert_eq!(device.sample().unwrap().held_bytes - before.held_bytes, bytes);
+    device.write(id, (8 << 20) - 1, &[1, 2]).unwrap();
+    assert_eq!(resident_bytes(id), Some(8 << 20));
+    let mut read = [9; 3];
+    device.read(id, (8 << 20) - 1, &mut read).unwrap();
+    assert_eq!(read, [1, 2, 0]);
+    // Whoever maps it finds all of them.
+    device.export(id, ExportAccess::Read).unwrap();
+    assert_eq!(resident_bytes(id), Some(bytes));
+    device.destroy(id).unwrap();
+    assert_eq!(device.sample().unwrap().held_bytes, before.held_bytes);
+}
+
+#[test]
+fn pages_that_were_made_ahead_are_taken_and_count_as_available() {
+    let bytes = 96 << 20;
+    let device = cpu::Device::open(cpu::Options { limit_bytes: None, ahead_bytes: bytes }).unwrap();
+    let began = std::time::Instant::now();
+    while device.sample().unwrap().ready_bytes < bytes {
+        assert!(began.elapsed().as_secs() < 30, "they are not made");
+        std::thread::yield_now();
+    }
+    assert!(device.sample().unwrap().available_bytes >= bytes);
+    let id = fresh();
+    // One that is larger than what is ready, and one when nothing is.
+    device.create(id, 128 << 20, Writers::DeviceOnly).unwrap();
+    assert_eq!(device.sample().unwrap().ready_bytes, 0);
+    let mut read = vec![1; 4096];
+    for at in [0, (96 << 20) - 4096, (128 << 20) - 4096] {
+        device.read(id, at, &mut read).unwrap();
+        assert!(read.iter().all(|byte| *byte == 0), "at {at}");
+    }
+    let exported = device.export(id, ExportAccess::Read).unwrap();
+    assert_eq!(fs::File::from(exported.descriptor).metadata().unwrap().len(), 128 << 20);
+    device.destroy(id).unwrap();
 }
 
 #[test]

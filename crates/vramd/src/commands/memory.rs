@@ -1,9 +1,8 @@
-//! `vramd status`, `devices`, `limits`.
+//! `vramd status`, `devices`.
 
 use vramd_api::client::Client;
-use vramd_api::{Bytes, DeviceCapabilities, DeviceLimits, DeviceStatus, SetLimits};
+use vramd_api::{Bytes, DeviceCapabilities, DeviceStatus};
 
-use crate::arguments::Limit;
 use crate::error::CommandError;
 use crate::output::{Output, list, percent, table, time_since, word};
 
@@ -70,6 +69,7 @@ fn details(status: &DeviceStatus) -> String {
                 size(status.largest_free_bytes)
             ),
         ),
+        ("  ready", size(status.ready_bytes)),
         ("limit", size(status.limit_bytes)),
         ("fragmentation", percent(status.fragmentation)),
         ("pressure", format!("{} {}", word(status.pressure.level), percent(status.pressure.ratio))),
@@ -125,36 +125,4 @@ fn capabilities(can: DeviceCapabilities) -> String {
     ];
     let words: Vec<_> = all.into_iter().filter_map(|(can, word)| can.then_some(word)).collect();
     words.join(",")
-}
-
-pub async fn limits(
-    client: &Client,
-    device: Option<String>,
-    limit: Option<Limit>,
-    output: Output,
-) -> Result<(), CommandError> {
-    let Some(device) = device else {
-        return output.data(&client.limits().await?, |page| limits_table(&page.limits));
-    };
-    let limits = match limit {
-        None => client.device_limits(&device).await?,
-        Some(limit) => {
-            let limit_bytes = match limit {
-                Limit::Configured => None,
-                Limit::Bytes(bytes) => Some(bytes),
-            };
-            client.set_limits(&device, &SetLimits { limit_bytes }).await?
-        }
-    };
-    output.data(&limits, |limits| limits_table(std::slice::from_ref(limits)))
-}
-
-fn limits_table(limits: &[DeviceLimits]) -> String {
-    table(
-        ["DEVICE", ">LIMIT", "FROM"],
-        limits.iter().map(|limits| {
-            let from = if limits.overridden { "a call" } else { "the configuration" };
-            [limits.device_id.to_string(), Bytes::show(limits.limit_bytes), from.to_owned()]
-        }),
-    )
 }

@@ -6,10 +6,12 @@ mod config;
 mod doctor;
 mod events;
 mod generate;
+mod limits;
 mod memory;
 mod models;
 mod movement;
 mod operations;
+mod plan;
 mod record;
 mod replay;
 mod serve;
@@ -49,7 +51,7 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
             usage::usage(client, device, window.as_deref(), step.as_deref(), output).await?;
         }
         Question::Devices => memory::devices(client, output).await?,
-        Question::Limits { device, limit } => memory::limits(client, device, limit, output).await?,
+        Question::Limits(arguments) => limits::limits(client, arguments, output).await?,
         Question::Alloc(arguments) => allocations::alloc(client, arguments, output).await?,
         Question::Free { ids } => return allocations::free(client, &ids, output).await,
         Question::Renew { id, lease_seconds } => {
@@ -58,6 +60,7 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
         Question::Allocations(arguments) => allocations::list(client, arguments, output).await?,
         Question::Ps { device } => allocations::holders(client, device, output).await?,
         Question::Models { command } => models::models(client, command, output).await?,
+        Question::Plan { models, device } => return plan::plan(client, models, device, output).await,
         Question::Pin { model } => models::pin(client, &model, output).await?,
         Question::Unpin { model } => models::unpin(client, &model, output).await?,
         Question::Touch { model, keep_alive } => models::touch(client, &model, keep_alive, output).await?,

@@ -4,6 +4,7 @@ pub mod allocations;
 pub mod clear;
 pub mod defragment;
 pub mod limits;
+pub mod plan;
 pub mod status;
 pub mod transfers;
 pub mod usage;
