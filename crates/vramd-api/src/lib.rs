@@ -32,8 +32,8 @@ pub use memory::{
     SetLimits, ShareLimits, ShareUse, TotalStatus,
 };
 pub use model::{
-    Component, ComponentSource, EvictionPolicy, KeepAlive, LoadRequest, Model, ModelPage, RegisterModel,
-    Residency, ResidencyState, TouchRequest, UnloadRequest,
+    Component, ComponentSource, EvictionPolicy, KeepAlive, LoadRequest, Model, ModelPage, PrefetchRequest,
+    RegisterModel, Residency, ResidencyState, TouchRequest, UnloadRequest,
 };
 pub use movement::{
     Checksum, ClearRequest, ClearTarget, Cleared, CopyRequest, DefragmentPlan, DefragmentPlans,

@@ -9,7 +9,9 @@ use serde::de::IntoDeserializer as _;
 use serde::{Deserialize, Serialize};
 use utoipa::{PartialSchema, ToSchema, openapi};
 
-use crate::{AllocationId, ApiError, ComponentName, DeviceId, ModelName, OnShortage, OperationId, Priority};
+use crate::{
+    AllocationId, ApiError, Checksum, ComponentName, DeviceId, ModelName, OnShortage, OperationId, Priority,
+};
 
 /// How long an idle model stays resident: a duration (`"5m"`, `"1h30m"`, `300` seconds), 0 for not at all,
 /// or −1 for ever.
@@ -204,6 +206,9 @@ pub struct LoadRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 86400)]
     pub timeout_seconds: Option<u64>,
+    /// Sum the bytes that have arrived; every later load of the same files is held to that, until the daemon ends.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub checksum: bool,
 }
 
 impl fmt::Display for EvictionPolicy {
@@ -229,6 +234,15 @@ pub enum EvictionPolicy {
     LeastRecentlyUsed,
     LeastFrequentlyUsed,
     LargestFirst,
+}
+
+/// `POST /api/models/{name}/prefetch`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PrefetchRequest {
+    /// Where it will be used: a device's id or uuid. Default: the first card that could hold it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_id: Option<String>,
 }
 
 /// `POST /api/models/{name}/unload`.
@@ -277,6 +291,9 @@ pub struct Component {
     pub shard_count: u64,
     /// One entry for each device where it is more than on disk; without any, it is `OnDisk` only.
     pub residency: Vec<Residency>,
+    /// Of its bytes as its files have them, if a load since the daemon's start was asked for one; every later load is held to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checksum: Option<Checksum>,
     /// Why the file could not be read when it was last looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ApiError>,

@@ -90,6 +90,12 @@ pub struct Checksum {
     pub value: String,
 }
 
+impl Checksum {
+    pub fn crc64(value: u64) -> Self {
+        Self { algorithm: "CRC-64/NVME".to_owned(), value: format!("{value:016x}") }
+    }
+}
+
 /// `POST /api/memory/copy`: from one allocation into another, on any devices.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

@@ -18,6 +18,7 @@ pub mod quiet_hours;
 mod ranges;
 pub mod replay;
 pub mod simulation;
+pub mod succession;
 pub mod tiers;
 pub mod trial;
 pub mod turns;

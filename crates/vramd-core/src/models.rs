@@ -10,8 +10,8 @@ use imbl::OrdMap;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
 use vramd_api::{
-    AllocationId, ApiError, ComponentName, DeviceId, Holder, KeepAlive, ModelName, OperationId, Priority,
-    ResidencyState,
+    AllocationId, ApiError, Checksum, ComponentName, DeviceId, Holder, KeepAlive, ModelName, OperationId,
+    Priority, ResidencyState,
 };
 
 use crate::eviction::Popularity;
@@ -76,6 +76,8 @@ pub struct Component {
     pub residency: BTreeMap<DeviceId, Residency>,
     /// What it took to bring it to a device, the last time.
     pub load_seconds: BTreeMap<DeviceId, f64>,
+    /// Of its bytes, as of those files, if a load was asked for one.
+    pub checksum: Option<(Arc<Plan>, u64)>,
 }
 
 #[derive(Debug, Clone)]
@@ -297,6 +299,7 @@ impl Component {
                     }
                 })
                 .collect(),
+            checksum: self.checksum.as_ref().map(|(_, value)| Checksum::crc64(*value)),
             error: self.plan.as_ref().err().map(|error| (**error).clone()),
         }
     }

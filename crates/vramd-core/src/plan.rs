@@ -34,7 +34,7 @@ pub enum Outcome {
     No { missing: Option<u64> },
 }
 
-/// Tries all of `asks` in order.
+/// Tries all of `asks` in order, on books in which nothing is on its way back ([`Ledger::settle`]).
 pub fn plan(
     mut ledger: Ledger,
     asks: &[&Ask],
@@ -73,7 +73,11 @@ fn one(
             let one = &idle[*at];
             !gone[*at] && one.device == device && one.candidate.priority <= first.priority
         };
-        let here: Vec<usize> = (0..idle.len()).filter(may_go).collect();
+        let mut here: Vec<usize> = (0..idle.len()).filter(may_go).collect();
+        let blocks: Vec<_> =
+            here.iter().map(|at| (idle[*at].allocation, idle[*at].candidate.loss())).collect();
+        let mut may = ledger.above_reserves(&device, &blocks, first).into_iter();
+        here.retain(|_| may.next().unwrap_or(true));
         let candidates: Vec<Candidate> = here.iter().map(|at| idle[*at].candidate).collect();
         let Some(chosen) = eviction::choose(&candidates, lacks, policy(&device)) else {
             let all = candidates.iter().fold(0_u64, |sum, one| sum.saturating_add(one.bytes));

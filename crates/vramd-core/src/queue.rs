@@ -1,7 +1,7 @@
 //! Requests that wait for room: by priority, then by age.
 //!
 //! Among those who wait nobody overtakes for the same memory: while a request cannot be granted, the devices that it
-//! could go to are closed to those behind it, but for the room that these have made themselves and claimed ([`Ledger::claim`]). Requests that
+//! could go to are closed to those behind it, unless it waits for a limit of its own, but for the room that these have made themselves and claimed ([`Ledger::claim`]). Requests that
 //! do not wait are not held up by those that do, and cannot have what is claimed.
 
 use std::cmp::Reverse;
@@ -74,7 +74,7 @@ impl Queue {
             if let Some((device, bytes)) = claim {
                 ledger.claim(waiting.id(), &device, bytes);
             }
-            closed.extend(open);
+            closed.extend(kept_from_others(waiting, ledger, open));
             true
         });
         granted
@@ -94,7 +94,7 @@ impl Queue {
         let mut closed = BTreeSet::new();
         let next = |waiting| {
             let open = open_to(waiting, ledger, &closed);
-            closed.extend(open.iter().cloned());
+            closed.extend(kept_from_others(waiting, ledger, open.clone()));
             (!open.is_empty()).then_some((waiting, open))
         };
         self.entries.values().filter_map(next).collect()
@@ -120,6 +120,12 @@ impl Queue {
         let unwanted = self.entries.extract_if(.., |_, waiting| !wanted(waiting.id()));
         unwanted.map(|(_, waiting)| waiting.id()).collect()
     }
+}
+
+/// The devices that are closed to those behind: not where it is a limit of their own that requests wait for.
+fn kept_from_others(waiting: &Waiting, ledger: &Ledger, mut open: Vec<DeviceId>) -> Vec<DeviceId> {
+    open.retain(|device| !ledger.is_limited(&waiting.requests, device));
+    open
 }
 
 /// The devices that requests may go to and that nobody before them waits for, or where room was made for them: nobody would

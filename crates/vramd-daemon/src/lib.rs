@@ -28,12 +28,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
 use vramd_api::{ComponentName, DeviceId, EvictionPolicy, ModelName, ReadyFile};
 
 pub use clock::LocalTime;
 pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, directml, vulkan_adapters};
-use driver::{Driver, Event, Load, OnShortage, Schedule, Tiers};
+use driver::{Driver, Event, Load, OnShortage, Rules, Schedule, Tiers};
 pub use http::openapi_json;
 use platform::LocalListener;
 use server::{RemoveOnDrop, Server};
@@ -45,6 +46,8 @@ pub use vramd_device::cuda::{LoaderCommand, serve as serve_loader};
 
 /// How long the driver may take to end what runs when the daemon stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// What usually follows is prefetched so long after what it follows.
+const PREFETCH_PAUSE: Duration = Duration::from_secs(1);
 
 /// Settings, resolved.
 #[derive(Debug, Clone)]
@@ -193,9 +196,10 @@ pub async fn serve_on(
         ram_bytes: config.ram_tier_bytes.unwrap_or(ram_bytes / 2),
         reserve_bytes: config.ram_reserve_bytes.unwrap_or(ram_bytes / 10),
     };
-    let policies = (config.eviction, tiers);
+    let rules = Rules { schedule, eviction: config.eviction, tiers };
+    let (unasked, to_load) = tokio::sync::mpsc::unbounded_channel();
     let (driver, mut task) =
-        Driver::start(devices, store, stored, run, schedule, policies).map_err(StartError::Threads)?;
+        Driver::start(devices, store, stored, run, rules, unasked).map_err(StartError::Threads)?;
     let stopping = CancellationToken::new();
     let usage = usage::UsageHistory::default();
     let sampler = tokio::spawn(usage::sample(driver.clone(), usage.clone()));
@@ -204,7 +208,8 @@ pub async fn serve_on(
     let server = tokio::spawn(
         Server::new(http::Service::new(app), driver.clone(), stopping.clone()).run(tcp, listener),
     );
-    let restore = tokio::spawn(restore(driver.clone(), roots, known, residents));
+    let restore = tokio::spawn(restore(driver.clone(), roots.clone(), known, residents));
+    let prefetcher = tokio::spawn(load_unasked(driver.clone(), roots, to_load));
 
     let ready = ReadyFile {
         address: address.map(|address| address.to_string()),
@@ -219,6 +224,7 @@ pub async fn serve_on(
     };
     tracing::info!("vramd stops");
     restore.abort();
+    prefetcher.abort();
     sampler.abort();
     // First the driver, so that whoever follows the events hears of it and what waits is answered.
     driver.stop().await;
@@ -242,6 +248,19 @@ async fn announce(driver: &Driver, path: Option<&Path>, ready: ReadyFile) -> Res
     std::future::pending().await
 }
 
+/// Begins the loads that nobody asked for: what usually follows, and what comes back once there is room.
+async fn load_unasked(driver: Driver, roots: Arc<Roots>, mut loads: UnboundedReceiver<Load>) {
+    while let Some(load) = loads.recv().await {
+        if load.cache_for.is_some() {
+            // What it follows has the disk first.
+            tokio::time::sleep(PREFETCH_PAUSE).await;
+        }
+        if let Err(error) = loader::begin(&driver, &roots, &load).await {
+            tracing::debug!(model = %load.model, %error, "a load that nobody asked for does not begin");
+        }
+    }
+}
+
 /// The components that were resident, by model and device.
 type Residents = BTreeMap<(ModelName, DeviceId), Vec<ComponentName>>;
 
@@ -250,7 +269,16 @@ async fn restore(driver: Driver, roots: Arc<Roots>, known: Vec<ModelName>, resid
     for ((model, device), components) in residents {
         let shortage = OnShortage { evict: false, spill: false, wait_seconds: None };
         let (device, components) = (Some(device), Some(components));
-        let load = Load { model, device, components, keep_alive: None, shortage, unasked: false };
+        let load = Load {
+            model,
+            device,
+            components,
+            keep_alive: None,
+            shortage,
+            checksum: false,
+            unasked: false,
+            cache_for: None,
+        };
         if let Err(error) = loader::begin(&driver, &roots, &load).await {
             tracing::warn!(model = %load.model, %error, "a model that was resident cannot be loaded again");
         }

@@ -27,26 +27,33 @@ pub struct Target {
     pub offset: u64,
     pub plan: Arc<Plan>,
     pub from: From,
+    /// Sum what has arrived.
+    pub checksum: bool,
 }
 
 /// Where a component's bytes come from.
 #[derive(Debug)]
 pub enum From {
     Files(Prepared),
-    /// A block on another device that has them.
+    /// A block on another device that has them; `files` in case that it cannot be read.
     Block {
         device: Arc<Opened>,
         segment: SegmentId,
         offset: u64,
+        files: Prepared,
     },
 }
 
 /// One read.
 struct Piece<'a> {
+    /// Which target it is of.
+    target: usize,
     from: &'a From,
-    /// Of `From::Files`.
+    checksum: bool,
     file: usize,
-    source_offset: u64,
+    file_offset: u64,
+    /// In `From::Block`.
+    block_offset: u64,
     range: Range,
 }
 
@@ -54,17 +61,35 @@ impl Piece<'_> {
     fn read(&self, device: &dyn Device, buffer: &mut Vec<u8>) -> Result<(), LoadFailure> {
         match self.from {
             From::Files(prepared) => device
-                .fill_from_file(self.range, &prepared.files[self.file], self.source_offset)
+                .fill_from_file(self.range, &prepared.files[self.file], self.file_offset)
                 .map_err(|error| LoadFailure::Device(device.facts().device.clone(), error)),
-            From::Block { device: from, segment, .. } => {
-                let source = Range { segment: *segment, offset: self.source_offset, bytes: self.range.bytes };
-                let copied = mover::copy((&*from.0, source), (device, self.range), buffer, &mut |_| {});
-                copied.map(|_| ()).map_err(|failure| match failure {
-                    CopyFailure::Device(device, error) => LoadFailure::Device(device, error),
-                    CopyFailure::Cancelled | CopyFailure::Checksum(_) => LoadFailure::Cancelled,
-                })
+            From::Block { device: from, segment, files, .. } => {
+                let source = Range { segment: *segment, offset: self.block_offset, bytes: self.range.bytes };
+                let to = &device.facts().device;
+                match mover::copy((&*from.0, source), (device, self.range), buffer, &mut |_| {}) {
+                    Ok(_) => Ok(()),
+                    Err(CopyFailure::Device(on, error)) if on != *to => {
+                        tracing::warn!(device = %on, %error, "what another device has cannot be copied: its files are read");
+                        let read =
+                            device.fill_from_file(self.range, &files.files[self.file], self.file_offset);
+                        read.map_err(|error| LoadFailure::Device(to.clone(), error))
+                    }
+                    Err(CopyFailure::Device(on, error)) => Err(LoadFailure::Device(on, error)),
+                    Err(CopyFailure::Cancelled | CopyFailure::Checksum(_)) => Err(LoadFailure::Cancelled),
+                }
             }
         }
+    }
+}
+
+impl Piece<'_> {
+    /// The checksum of what has arrived, if it is wanted.
+    fn sum(&self, device: &dyn Device, buffer: &mut Vec<u8>) -> Result<Option<mover::Sum>, LoadFailure> {
+        if !self.checksum {
+            return Ok(None);
+        }
+        let sum = mover::Sum::of(device, self.range, buffer);
+        sum.map(Some).map_err(|error| LoadFailure::Device(device.facts().device.clone(), error))
     }
 }
 
@@ -105,23 +130,36 @@ pub async fn prepare(
     })?
 }
 
-/// Reads all targets. Blocking. On an error the blocks' contents are undefined.
-pub fn read(device: &dyn Device, targets: &[Target], progress: &Progress) -> Result<(), LoadFailure> {
-    let pieces: Vec<Piece<'_>> = targets.iter().flat_map(pieces).collect();
+/// Reads all targets; answers the checksum of each that was to be summed. Blocking. On an error the blocks' contents are undefined.
+pub fn read(
+    device: &dyn Device,
+    targets: &[Target],
+    progress: &Progress,
+) -> Result<Vec<Option<u64>>, LoadFailure> {
+    let pieces: Vec<Piece<'_>> = targets.iter().enumerate().flat_map(pieces).collect();
     let next = AtomicUsize::new(0);
+    let sums: Mutex<BTreeMap<usize, (usize, mover::Sum)>> = Mutex::default();
     let failure: Mutex<Option<LoadFailure>> = Mutex::new(None);
     let work = || {
         let mut buffer = Vec::new();
-        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(piece) = pieces.get(number) else { return };
             let outcome = if progress.cancelled.load(Ordering::Relaxed) {
                 Err(LoadFailure::Cancelled)
             } else {
-                piece.read(device, &mut buffer)
+                piece.read(device, &mut buffer).and_then(|()| piece.sum(device, &mut buffer))
             };
-            if let Err(error) = outcome {
-                failure.lock().expect("no thread panics while it holds this").get_or_insert(error);
-                next.store(pieces.len(), Ordering::Relaxed);
-                return;
+            match outcome {
+                Err(error) => {
+                    failure.lock().expect(HELD).get_or_insert(error);
+                    next.store(pieces.len(), Ordering::Relaxed);
+                    return;
+                }
+                Ok(None) => {}
+                Ok(Some(sum)) => {
+                    sums.lock().expect(HELD).insert(number, (piece.target, sum));
+                }
             }
             progress.done.fetch_add(piece.range.bytes, Ordering::Relaxed);
         }
@@ -132,29 +170,39 @@ pub fn read(device: &dyn Device, targets: &[Target], progress: &Progress) -> Res
         }
         work();
     });
-    match failure.into_inner().expect("no thread panics while it holds this") {
-        Some(failure) => Err(failure),
-        None => targets.iter().try_for_each(|target| match &target.from {
-            From::Files(prepared) => prepared.unchanged().map_err(|error| {
-                LoadFailure::Device(device.facts().device.clone(), DeviceError::Source(error))
-            }),
-            From::Block { .. } => Ok(()),
-        }),
+    if let Some(failure) = failure.into_inner().expect(HELD) {
+        return Err(failure);
     }
+    for target in targets {
+        let (From::Files(prepared) | From::Block { files: prepared, .. }) = &target.from;
+        let unchanged = prepared.unchanged().map_err(DeviceError::Source);
+        unchanged.map_err(|error| LoadFailure::Device(device.facts().device.clone(), error))?;
+    }
+    let mut joined: Vec<Option<mover::Sum>> = vec![None; targets.len()];
+    for (target, sum) in sums.into_inner().expect(HELD).into_values() {
+        joined[target] = Some(joined[target].map_or(sum, |before| before.then(sum)));
+    }
+    Ok(joined.into_iter().map(|sum| sum.map(|sum| sum.value)).collect())
 }
 
-fn pieces(target: &Target) -> impl Iterator<Item = Piece<'_>> {
+/// Why a lock is never poisoned.
+const HELD: &str = "no thread panics while it holds this";
+
+fn pieces((number, target): (usize, &Target)) -> impl Iterator<Item = Piece<'_>> {
     target.plan.layout.spans.iter().flat_map(move |span| {
         (0..span.bytes.div_ceil(PIECE_BYTES)).map(move |index| {
             let start = index * PIECE_BYTES;
-            let source_offset = match &target.from {
-                From::Files(_) => span.source_offset + start,
-                From::Block { offset, .. } => offset + span.block_offset + start,
+            let within = match &target.from {
+                From::Files(_) => 0,
+                From::Block { offset, .. } => *offset,
             };
             Piece {
+                target: number,
                 from: &target.from,
+                checksum: target.checksum,
                 file: span.file,
-                source_offset,
+                file_offset: span.source_offset + start,
+                block_offset: within + span.block_offset + start,
                 range: Range {
                     segment: target.segment,
                     offset: target.offset + span.block_offset + start,

@@ -25,9 +25,6 @@ const DEVICE_PIECE_BYTES: u64 = 32 << 20;
 /// Two keep both ends of a copy busy; a few more let several devices work at once.
 const THREADS: usize = 4;
 
-/// The name of the checksum in answers.
-pub const CHECKSUM: &str = "CRC-64/NVME";
-
 /// One block to copy.
 #[derive(Debug)]
 pub struct Job {
@@ -293,10 +290,8 @@ impl State {
 
 impl Active {
     fn end(self) {
-        let join = |(sum, bytes), (next, more)| {
-            (crc_fast::checksum_combine(Crc64Nvme, sum, next, more), bytes + more)
-        };
-        let sum = self.sums.into_values().reduce(join).map(|(sum, _)| sum);
+        let sums = self.sums.into_values().map(|(value, bytes)| Sum { value, bytes });
+        let sum = sums.reduce(Sum::then).map(|sum| sum.value);
         let outcome = self.failed.map_or(Ok(sum), Err);
         (self.done)(outcome);
     }
@@ -365,6 +360,31 @@ pub fn copy(
         to.write_from(target, buffer, fill).map_err(|error| (to, from, error))
     };
     copied.map(|()| false).map_err(|(called, other, error)| on(if other_end { other } else { called })(error))
+}
+
+/// The checksum of some bytes, which can be joined with that of those after them.
+#[derive(Debug, Clone, Copy)]
+pub struct Sum {
+    pub value: u64,
+    bytes: u64,
+}
+
+impl Sum {
+    /// Of a range.
+    pub fn of(device: &dyn Device, range: Range, buffer: &mut Vec<u8>) -> Result<Self, DeviceError> {
+        let mut digest = Digest::new(Crc64Nvme);
+        let take = &mut |_, part: &[u8]| {
+            digest.update(part);
+            Ok(())
+        };
+        device.read_into(range, buffer, take)?;
+        Ok(Self { value: digest.finalize(), bytes: range.bytes })
+    }
+
+    pub fn then(self, next: Self) -> Self {
+        let value = crc_fast::checksum_combine(Crc64Nvme, self.value, next.value, next.bytes);
+        Self { value, bytes: self.bytes + next.bytes }
+    }
 }
 
 /// Reads what is there into a checksum.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use vramd_api::{ApiError, ComponentName, ErrorCode};
 use vramd_core::layout::{self, FileHeader, GgufError, Index, Layout, Split};
-use vramd_core::models::Plan;
+use vramd_core::models::{FileIdentity, Plan};
 use vramd_device::Source;
 
 use crate::platform::{self, Directory, OpenError};
@@ -43,15 +43,34 @@ pub struct Prepared {
     /// As it was registered.
     pub path: String,
     pub plan: Arc<Plan>,
-    /// In the order that the layout's spans count them. None: its bytes come from elsewhere.
+    /// In the order that the layout's spans count them.
     pub files: Vec<Source>,
 }
 
+/// Open files, each with what it was before its header is read.
+#[derive(Default)]
+struct Files {
+    sources: Vec<Source>,
+    identities: Vec<FileIdentity>,
+}
+
+impl Files {
+    /// Takes an open file in; answers it.
+    fn push(&mut self, buffered: File, shown: &str) -> Result<&File, ApiError> {
+        let identity = platform::identity(&buffered).map_err(|error| read_failed(shown, &error))?;
+        self.identities.push(identity);
+        // As a device reads it: direct too, where the file system takes that. Opening a pipe anew would wait for a writer.
+        let is_file = buffered.metadata().is_ok_and(|metadata| metadata.is_file());
+        let direct = if is_file { platform::reopen_direct(&buffered) } else { None };
+        self.sources.push(Source { direct, buffered });
+        Ok(&self.sources[self.sources.len() - 1].buffered)
+    }
+}
+
 impl Prepared {
-    fn new(path: &str, layout: Layout, files: Vec<Source>) -> Result<Self, ApiError> {
-        let identities = files.iter().map(|file| platform::identity(&file.buffered));
-        let identities = identities.collect::<Result<_, _>>().map_err(|error| read_failed(path, &error))?;
-        Ok(Self { path: path.to_owned(), plan: Arc::new(Plan::new(layout, identities)), files })
+    fn new(path: &str, layout: Layout, files: Files) -> Self {
+        let Files { sources, identities } = files;
+        Self { path: path.to_owned(), plan: Arc::new(Plan::new(layout, identities)), files: sources }
     }
 
     /// An error if a file was written to since its header was read: header and payload would not belong together.
@@ -114,27 +133,27 @@ impl Roots {
             Some("json") => {}
             Some("gguf") => return prepare_gguf(path, &place, file),
             _ => {
-                let header = read_header(&file, &shown, place.file_name(), 0)?;
+                let mut files = Files::default();
+                let header = read_header(files.push(file, &shown)?, &shown, place.file_name(), 0)?;
                 let layout = Layout::build(vec![header], None).map_err(|e| bad_file(&shown, &e, e.hint()))?;
-                return Prepared::new(path, layout, vec![source(file)]);
+                return Ok(Prepared::new(path, layout, files));
             }
         }
         let index = read_index(&mut file, &shown)?;
         let mut headers = Vec::new();
         let mut kept_bytes = 0;
-        let mut files = Vec::new();
+        let mut files = Files::default();
         for name in index.files() {
             let shard = place.beside(name);
             let shown = shard.shown();
             let file = shard.open(&shown)?;
-            let header = read_header(&file, &shown, name.clone(), kept_bytes)?;
+            let header = read_header(files.push(file, &shown)?, &shown, name.clone(), kept_bytes)?;
             kept_bytes += header.payload_offset;
             headers.push(header);
-            files.push(source(file));
         }
         let layout =
             Layout::build(headers, Some(&index)).map_err(|error| bad_file(&shown, &error, error.hint()))?;
-        Prepared::new(path, layout, files)
+        Ok(Prepared::new(path, layout, files))
     }
 
     fn place(&self, path: &str) -> Result<Place<'_>, ApiError> {
@@ -215,20 +234,16 @@ impl Place<'_> {
     }
 }
 
-/// The file as a device reads it: direct too, where the file system takes that.
-fn source(buffered: File) -> Source {
-    Source { direct: platform::reopen_direct(&buffered), buffered }
-}
-
 /// The first bytes of a GGUF file that are read for its header; more are when it is longer.
 const GGUF_BYTES: u64 = 1 << 20;
 
 /// A GGUF file, or all of those that a model was split into, of which it is the first.
 fn prepare_gguf(path: &str, place: &Place<'_>, file: File) -> Result<Prepared, ApiError> {
     let shown = place.shown();
-    let (first, split) = read_gguf(&file, &shown, &place.file_name(), 0)?;
+    let mut files = Files::default();
+    let (first, split) = read_gguf(files.push(file, &shown)?, &shown, &place.file_name(), 0)?;
     let mut kept_bytes = first.payload_offset;
-    let (mut headers, mut files) = (vec![first], vec![source(file)]);
+    let mut headers = vec![first];
     let bad = |shown: &str, what: String| {
         ApiError::new(ErrorCode::InvalidModelFile, format!("{shown}: {what}"))
             .hint("the files are not of one model, or not named as they were written: fetch them again together")
@@ -250,7 +265,7 @@ fn prepare_gguf(path: &str, place: &Place<'_>, file: File) -> Result<Prepared, A
             let sibling = place.beside(&name);
             let shown = sibling.shown();
             let file = sibling.open(&shown)?;
-            let (header, of) = read_gguf(&file, &shown, &name, kept_bytes)?;
+            let (header, of) = read_gguf(files.push(file, &shown)?, &shown, &name, kept_bytes)?;
             if of != Some(Split { number, ..split }) {
                 return Err(bad(
                     &shown,
@@ -259,7 +274,6 @@ fn prepare_gguf(path: &str, place: &Place<'_>, file: File) -> Result<Prepared, A
             }
             kept_bytes += header.payload_offset;
             headers.push(header);
-            files.push(source(file));
         }
         let found: u64 = headers.iter().map(|file| file.header.tensors.len() as u64).sum();
         if found != split.tensors {
@@ -268,7 +282,7 @@ fn prepare_gguf(path: &str, place: &Place<'_>, file: File) -> Result<Prepared, A
         }
     }
     let layout = Layout::build(headers, None).map_err(|error| bad_file(&shown, &error, error.hint()))?;
-    Prepared::new(path, layout, files)
+    Ok(Prepared::new(path, layout, files))
 }
 
 fn read_gguf(

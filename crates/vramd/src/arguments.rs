@@ -116,6 +116,13 @@ pub enum Question {
     },
     /// Load a model into memory; Ctrl-C cancels
     Load(LoadArguments),
+    /// Bring a model to host memory before it is used on a card; Ctrl-C cancels
+    Prefetch {
+        model: ModelName,
+        /// Where it will be used: a device's id or uuid [default: the first card that could hold it]
+        #[arg(long, value_name = "DEVICE")]
+        device: Option<String>,
+    },
     /// Take a model out of memory
     Unload {
         model: ModelName,
@@ -250,14 +257,14 @@ pub struct ServeArguments {
     #[arg(long, value_name = "POLICY", ignore_case = true, value_parser = words(EVICTION_POLICIES))]
     eviction: Option<EvictionPolicy>,
     /// Host memory whose pages are made ahead, such as 8GiB, so that loads need not wait for theirs [default: none]
-    #[arg(long, value_name = "SIZE")]
-    page_pool: Option<Bytes>,
-    /// The most host memory for models that had to go from a card, such as 24GiB; 0 keeps none [default: half of it]
-    #[arg(long, value_name = "SIZE")]
-    ram_tier: Option<Bytes>,
+    #[arg(long, value_name = "SIZE|none")]
+    page_pool: Option<Switch<Bytes>>,
+    /// The most host memory for models that had to go from a card, such as 24GiB [default: half of it]
+    #[arg(long, value_name = "SIZE|none")]
+    ram_tier: Option<Switch<Bytes>>,
     /// What is left to other programs before such models go from host memory too [default: a tenth of it]
-    #[arg(long, value_name = "SIZE")]
-    ram_reserve: Option<Bytes>,
+    #[arg(long, value_name = "SIZE|none")]
+    ram_reserve: Option<Switch<Bytes>>,
     /// What to log: a level or a filter [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -405,6 +412,9 @@ pub struct LoadArguments {
     /// How long to wait for room [default: 30 with wait, and with evict until what goes is gone]
     #[arg(long, value_name = "SECONDS")]
     pub timeout_seconds: Option<u64>,
+    /// Sum the bytes that arrive; later loads of the same files are held to that
+    #[arg(long)]
+    pub checksum: bool,
     /// Start it and return at once
     #[arg(long)]
     pub no_wait: bool,

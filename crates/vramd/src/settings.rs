@@ -62,12 +62,12 @@ settings! {
         "When devices are defragmented without being asked, in local time: `02:00-05:00`, `12:00-13:00,22:00-06:00`, or `none`.";
     EVICTION = "eviction", "--eviction", "VRAMD_EVICTION", "LowestCost",
         "By what idle models are chosen that go when room is needed: `LowestCost`, `LeastRecentlyUsed`, `LeastFrequentlyUsed` or `LargestFirst`.";
-    PAGE_POOL = "page_pool", "--page-pool", "VRAMD_PAGE_POOL", "0",
-        "Host memory whose pages are made ahead while it is quiet, so that loads need not wait for theirs. It goes when others need the memory. Linux only.";
+    PAGE_POOL = "page_pool", "--page-pool", "VRAMD_PAGE_POOL", "none",
+        "Host memory whose pages are made ahead while it is quiet, so that loads need not wait for theirs: `16GiB`, or `none`. It goes when others need the memory. Linux only.";
     RAM_TIER = "ram_tier", "--ram-tier", "VRAMD_RAM_TIER", "half of the machine's memory",
-        "The most host memory for idle models that had to go from a card and come back from there: `24GiB`, or 0 for none.";
+        "The most host memory for idle models that had to go from a card and come back from there: `24GiB`, or `none`.";
     RAM_RESERVE = "ram_reserve", "--ram-reserve", "VRAMD_RAM_RESERVE", "a tenth of the machine's memory",
-        "What is left to other programs: when less is free, models that had to go from a card go from host memory too.";
+        "What is left to other programs: when less is free, models that had to go from a card go from host memory too: `4GiB`, or `none`.";
     LOG = "log", "--log", "VRAMD_LOG", "info",
         "What to log: a level, or a filter such as `info,vramd_daemon=debug`.";
 }
@@ -115,6 +115,16 @@ impl FromStr for Switch<PathBuf> {
             "" => Err("write a path, or none"),
             "none" => Ok(Self::Off),
             _ => Ok(Self::On(text.into())),
+        }
+    }
+}
+
+impl FromStr for Switch<Bytes> {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "none" => Ok(Self::Off),
+            _ => text.parse().map(Self::On).map_err(|_| "write a size such as 24GiB, or none"),
         }
     }
 }
@@ -179,12 +189,9 @@ pub struct Layer {
     pub ready_file: Option<PathBuf>,
     pub quiet_hours: Option<Switch<QuietHours>>,
     pub eviction: Option<EvictionPolicy>,
-    #[serde(default, deserialize_with = "size")]
-    pub page_pool: Option<Bytes>,
-    #[serde(default, deserialize_with = "size")]
-    pub ram_tier: Option<Bytes>,
-    #[serde(default, deserialize_with = "size")]
-    pub ram_reserve: Option<Bytes>,
+    pub page_pool: Option<Switch<Bytes>>,
+    pub ram_tier: Option<Switch<Bytes>>,
+    pub ram_reserve: Option<Switch<Bytes>>,
     pub log: Option<String>,
 }
 
@@ -228,9 +235,9 @@ pub struct Settings {
     pub ready_file: Sourced<Option<PathBuf>>,
     pub quiet_hours: Sourced<Switch<QuietHours>>,
     pub eviction: Sourced<EvictionPolicy>,
-    pub page_pool: Sourced<Option<Bytes>>,
-    pub ram_tier: Sourced<Option<Bytes>>,
-    pub ram_reserve: Sourced<Option<Bytes>>,
+    pub page_pool: Sourced<Switch<Bytes>>,
+    pub ram_tier: Sourced<Option<Switch<Bytes>>>,
+    pub ram_reserve: Sourced<Option<Switch<Bytes>>>,
     pub log: Sourced<String>,
 }
 
@@ -303,9 +310,9 @@ pub fn resolve(
         d3d12: pick.value(&D3D12, |layer| layer.d3d12).or_default(Adapters::Hardware),
         ready_file: pick.value(&READY_FILE, |layer| layer.ready_file.clone().map(Some)).or_default(None),
         eviction: pick.value(&EVICTION, |layer| layer.eviction).or_default(EvictionPolicy::default()),
-        page_pool: pick.value(&PAGE_POOL, |layer| layer.page_pool.map(Some)).or_default(None),
-        ram_tier: pick.value(&RAM_TIER, |layer| layer.ram_tier.map(Some)).or_default(None),
-        ram_reserve: pick.value(&RAM_RESERVE, |layer| layer.ram_reserve.map(Some)).or_default(None),
+        page_pool: pick.value(&PAGE_POOL, |layer| layer.page_pool.clone()).or_default(Switch::Off),
+        ram_tier: pick.value(&RAM_TIER, |layer| layer.ram_tier.clone().map(Some)).or_default(None),
+        ram_reserve: pick.value(&RAM_RESERVE, |layer| layer.ram_reserve.clone().map(Some)).or_default(None),
         quiet_hours: pick.value(&QUIET_HOURS, |layer| layer.quiet_hours.clone()).or_default(Switch::Off),
         log: pick.value(&LOG, |layer| layer.log.clone()).or_default(LOG.default.to_owned()),
     })
@@ -420,6 +427,8 @@ impl Settings {
     pub fn rows(&self) -> [(&'static str, Value, &Origin); 16] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
+        let shown =
+            |size: Option<&Switch<Bytes>>| json!(size.map(|size| size.shown(|bytes| json!(bytes.get()))));
         [
             (LISTEN.key, self.listen.value.shown(|address| json!(address.to_string())), &self.listen.origin),
             (SOCKET.key, self.socket.value.shown(path), &self.socket.origin),
@@ -437,9 +446,9 @@ impl Settings {
                 &self.quiet_hours.origin,
             ),
             (EVICTION.key, json!(self.eviction.value), &self.eviction.origin),
-            (PAGE_POOL.key, json!(self.page_pool.value.map_or(0, Bytes::get)), &self.page_pool.origin),
-            (RAM_TIER.key, json!(self.ram_tier.value.map(Bytes::get)), &self.ram_tier.origin),
-            (RAM_RESERVE.key, json!(self.ram_reserve.value.map(Bytes::get)), &self.ram_reserve.origin),
+            (PAGE_POOL.key, self.page_pool.value.shown(|bytes| json!(bytes.get())), &self.page_pool.origin),
+            (RAM_TIER.key, shown(self.ram_tier.value.as_ref()), &self.ram_tier.origin),
+            (RAM_RESERVE.key, shown(self.ram_reserve.value.as_ref()), &self.ram_reserve.origin),
             (LOG.key, json!(self.log.value), &self.log.origin),
         ]
     }
@@ -462,9 +471,9 @@ impl Settings {
             loader: LoaderCommand { program: "/proc/self/exe".into(), arguments: vec!["loader".into()] },
             quiet_hours: self.quiet_hours.value.on(),
             eviction: self.eviction.value,
-            page_pool_bytes: self.page_pool.value.map_or(0, Bytes::get),
-            ram_tier_bytes: self.ram_tier.value.map(Bytes::get),
-            ram_reserve_bytes: self.ram_reserve.value.map(Bytes::get),
+            page_pool_bytes: self.page_pool.value.on().map_or(0, Bytes::get),
+            ram_tier_bytes: self.ram_tier.value.map(|it| it.on().map_or(0, Bytes::get)),
+            ram_reserve_bytes: self.ram_reserve.value.map(|it| it.on().map_or(0, Bytes::get)),
             ready_file: absolute(self.ready_file.value)?,
         })
     }

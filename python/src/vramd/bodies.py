@@ -231,6 +231,11 @@ class Residency(TypedDict):
     operationId: NotRequired[str]
 
 
+class Checksum(TypedDict):
+    algorithm: str
+    value: str
+
+
 class Component(TypedDict):
     name: str
     path: str
@@ -238,6 +243,7 @@ class Component(TypedDict):
     tensorCount: int
     shardCount: int
     residency: list[Residency]
+    checksum: NotRequired[Checksum]
     error: NotRequired[ErrorBody]
 
 

@@ -381,6 +381,7 @@ class Client:
         keep_alive: str | int | None = None,
         on_shortage: bodies.OnShortage | None = None,
         timeout_seconds: int | None = None,
+        checksum: bool | None = None,
         wait: bool = True,
         timeout: float | None = None,
         progress: Callable[[bodies.Operation], object] | None = None,
@@ -390,7 +391,8 @@ class Client:
 
         Returns when it is, and raises what went wrong; with ``wait=False`` returns at once. ``timeout``
         bounds the wait, not the load. ``progress`` is called with the operation as it goes on. Without room,
-        idle models go for it, unless ``on_shortage`` says otherwise.
+        idle models go for it, unless ``on_shortage`` says otherwise. With ``checksum`` its bytes are summed,
+        and later loads of the same files are held to that.
         """
         body = _given(
             deviceId=device,
@@ -398,8 +400,23 @@ class Client:
             keepAlive=keep_alive,
             onShortage=on_shortage,
             timeoutSeconds=timeout_seconds,
+            checksum=checksum,
         )
         return self._start(f"{_model(name)}/load", body, idempotency_key, wait, timeout, progress)
+
+    def prefetch(
+        self,
+        name: str,
+        device: str | None = None,
+        *,
+        wait: bool = True,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Operation:
+        """Brings the model to host memory, for its next use on ``device`` or on the first card for it."""
+        return self._start(
+            f"{_model(name)}/prefetch", _given(deviceId=device), idempotency_key, wait, timeout, None
+        )
 
     def unload(
         self,

@@ -9,8 +9,9 @@ use crate::{
     AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType,
     ClearRequest, Cleared, CopyRequest, DefragmentPlans, DefragmentRequest, Device, DeviceLimits, DevicePage,
     DeviceStatus, DeviceUsage, Health, LimitsPage, LoadRequest, MemoryPlan, MemoryStatus, Model, ModelName,
-    ModelPage, Operation, OperationId, OperationPage, OperationState, PlanRequest, RegisterModel, Released,
-    RenewRequest, SetLimits, TouchRequest, TransferRequest, UnloadRequest, UsagePage,
+    ModelPage, Operation, OperationId, OperationPage, OperationState, PlanRequest, PrefetchRequest,
+    RegisterModel, Released, RenewRequest, SetLimits, TouchRequest, TransferRequest, UnloadRequest,
+    UsagePage,
 };
 
 /// Which allocations to list, in which order, and from where on.
@@ -178,6 +179,16 @@ impl Client {
         wait_seconds: u32,
     ) -> Result<Operation, ClientError> {
         self.model_operation(name, "unload", request, wait_seconds).await
+    }
+
+    /// Waits up to `wait_seconds` for the end; the operation says whether it came.
+    pub async fn prefetch(
+        &self,
+        name: &ModelName,
+        request: &PrefetchRequest,
+        wait_seconds: u32,
+    ) -> Result<Operation, ClientError> {
+        self.model_operation(name, "prefetch", request, wait_seconds).await
     }
 
     async fn model_operation(

@@ -202,6 +202,12 @@ impl Book {
         needed.saturating_add(self.staying()).saturating_add(self.claimed).saturating_sub(self.most())
     }
 
+    /// Whether a segment is on its way back.
+    pub fn goes(&self, id: SegmentId) -> bool {
+        let segment = self.segments.get(&id);
+        segment.is_some_and(|one| one.leaving || one.state == SegmentState::Destroying)
+    }
+
     /// What is held once what is on its way back is there.
     pub fn staying(&self) -> u64 {
         self.held - self.spare_bytes() - self.returning()

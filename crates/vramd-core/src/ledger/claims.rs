@@ -1,11 +1,12 @@
 //! Room for those who wait: what they lack, and what is kept for them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use vramd_api::{AllocationId, DeviceId};
+use vramd_api::{AllocationId, Bytes, DeviceId};
 
 use super::book::{Book, Key};
-use super::{Ledger, MEDIUM_BYTES, Release, Request, SHARED_SEGMENT_BYTES, segment_bytes};
+use super::{Allocation, Ledger, MEDIUM_BYTES, Release, Request, SHARED_SEGMENT_BYTES, State, segment_bytes};
 use crate::{Now, placement};
 
 impl Ledger {
@@ -14,24 +15,33 @@ impl Ledger {
     pub fn lacks(&self, requests: &[Request], device: &DeviceId) -> Option<u64> {
         let needed = self.held_for(requests, device)?;
         let book = self.books.get(device).filter(|book| !book.lost && needed <= book.limit())?;
-        let first = requests.first()?;
-        let (shares, all) =
-            (self.shares(book, first), requests.iter().map(|one| one.size_bytes).sum::<u64>());
-        let above = all.saturating_sub(shares.most);
-        // Of those who have limits, only models go for others.
-        if above > 0 && !first.sealed {
+        let standing = self.standing(book, &requests.iter().collect::<Vec<_>>(), true);
+        // Of what has limits of its own, only models may go for models.
+        if standing.above > 0 {
             return None;
         }
-        Some(book.lacks(needed.saturating_add(shares.kept)).max(above))
+        Some(book.lacks(needed.saturating_add(standing.kept)).max(standing.above_models))
     }
 
     /// Whether a device has room for all of `requests` now.
     pub fn has_room(&self, requests: &[Request], device: &DeviceId) -> bool {
-        let Some((book, first)) = self.books.get(device).zip(requests.first()) else { return false };
-        let (shares, all) =
-            (self.shares(book, first), requests.iter().map(|one| one.size_bytes).sum::<u64>());
-        let room = book.room_without_spare().saturating_sub(shares.kept);
-        all <= shares.most && self.held_for(requests, device).is_some_and(|bytes| bytes <= room)
+        let Some(book) = self.books.get(device) else { return false };
+        let standing = self.standing(book, &requests.iter().collect::<Vec<_>>(), false);
+        let room = book.room_without_spare().saturating_sub(standing.kept);
+        let allowed = standing.above == 0 && standing.above_models == 0;
+        allowed && self.held_for(requests, device).is_some_and(|bytes| bytes <= room)
+    }
+
+    /// The same, with that share of the device left free and its soft limit kept.
+    pub fn has_room_to_spare(&self, requests: &[Request], device: &DeviceId, share: f64) -> bool {
+        let Some(book) = self.books.get(device) else { return false };
+        let soft = book.limits.soft_limit_bytes.map_or(u64::MAX, Bytes::get);
+        let left = (book.facts.total_bytes as f64 * share) as u64;
+        let (held, free) = (book.staying(), book.free_bytes());
+        let needed = self.held_for(requests, device).unwrap_or(u64::MAX);
+        self.has_room(requests, device)
+            && held.saturating_add(needed) <= soft
+            && needed.saturating_add(left) <= free
     }
 
     /// What `requests` would hold on a device, at most; None if one is too large for a segment of it.
@@ -61,8 +71,8 @@ impl Ledger {
             return self.could_fit(only, on);
         }
         self.devices_for(&requests[0], on).iter().any(|device| {
-            let total =
-                self.books.get(device).map_or(0, |book| if book.lost { 0 } else { book.facts.total_bytes });
+            let book = self.books.get(device).filter(|book| !book.lost && Self::may_ever(book, requests));
+            let total = book.map_or(0, |book| book.facts.total_bytes);
             self.held_for(requests, device).is_some_and(|bytes| bytes <= total)
         })
     }
@@ -74,6 +84,26 @@ impl Ledger {
             && let Some(segment) = book.segments.get_mut(&allocation.segment)
         {
             segment.leaving = true;
+        }
+    }
+
+    /// Takes all that is on its way back out of the books: for plans.
+    pub fn settle(&mut self, now: Now) {
+        let goes =
+            |it: &&Arc<Allocation>| self.books.get(&it.device).is_some_and(|book| book.goes(it.segment));
+        let leaving: Vec<_> = self.allocations.values().filter(goes).map(|it| it.request.id).collect();
+        for id in leaving {
+            self.forget(id, now);
+        }
+        let releasing = self.allocations.values().filter(|it| it.state == State::Releasing);
+        for id in releasing.map(|it| it.request.id).collect::<Vec<_>>() {
+            self.released(id);
+        }
+        for book in self.books.values_mut() {
+            let gone: Vec<_> = book.segments.keys().copied().filter(|id| book.goes(*id)).collect();
+            for id in gone {
+                book.remove(id);
+            }
         }
     }
 
@@ -94,7 +124,12 @@ impl Ledger {
     pub fn nearest(&self, requests: &[Request]) -> Vec<DeviceId> {
         let Some(first) = requests.first() else { return Vec::new() };
         let mut able = self.devices_for(first, &[]);
-        able.retain(|device| self.could_fit_all(requests, std::slice::from_ref(device)));
+        // A limit may be raised, but a device with too low a one is not for these.
+        let allowed = |device: &DeviceId| {
+            let most = self.limit(device).unwrap_or_default();
+            self.held_for(requests, device).is_some_and(|bytes| bytes <= most)
+        };
+        able.retain(|device| allowed(device) && self.could_fit_all(requests, std::slice::from_ref(device)));
         let rank = |device: &DeviceId| {
             self.books.get(device).map(|it| placement::rank(it.facts.memory_type, first.allocation_type))
         };

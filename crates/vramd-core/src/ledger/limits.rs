@@ -4,16 +4,18 @@
 
 use std::sync::Arc;
 
-use vramd_api::{Bytes, DeviceId, DeviceLimits, OwnerName, SetLimits, ShareLimits, ShareUse};
+use vramd_api::{AllocationId, Bytes, DeviceId, DeviceLimits, OwnerName, SetLimits, ShareLimits, ShareUse};
 
 use super::book::Book;
-use super::{Allocations, Ledger, Request};
+use super::{Allocation, Allocations, Ledger, Request};
 
-/// What a request may take on a device, beside what there is.
+/// How requests stand to the limits and reserves of a device's owners and purposes.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Shares {
-    /// By the limits of its owner and purpose.
-    pub most: u64,
+pub(super) struct Standing {
+    /// Bytes above the limits of their own owners and purposes.
+    pub above: u64,
+    /// The same, of the limit of all models: other models may go for that.
+    pub above_models: u64,
     /// What others have in reserve.
     pub kept: u64,
 }
@@ -118,24 +120,79 @@ impl Ledger {
         used_by(&self.allocations, &book.facts.device, party)
     }
 
-    pub(super) fn shares(&self, book: &Book, request: &Request) -> Shares {
-        let mut shares = Shares { most: u64::MAX, kept: 0 };
+    /// How `requests` stand on a device. `returning`: what is on its way back counts as there.
+    pub(super) fn standing(&self, book: &Book, requests: &[&Request], returning: bool) -> Standing {
+        let mut standing = Standing { above: 0, above_models: 0, kept: 0 };
         for (party, share) in parties(&book.limits) {
-            let used = self.used_by(book, party);
-            if !party.has(request) {
+            let mut used = self.used_by(book, party);
+            if returning {
+                used = used.saturating_sub(self.leaving(book, party));
+            }
+            let own = requests.iter().filter(|request| party.has(request));
+            let own = own.fold(0_u64, |sum, request| sum.saturating_add(request.size_bytes));
+            if own == 0 {
                 let reserve = share.reserve_bytes.map_or(0, Bytes::get);
-                shares.kept = shares.kept.saturating_add(reserve.saturating_sub(used));
+                standing.kept = standing.kept.saturating_add(reserve.saturating_sub(used));
             } else if let Some(limit) = share.limit_bytes {
-                shares.most = shares.most.min(limit.get().saturating_sub(used));
+                let above = used.saturating_add(own).saturating_sub(limit.get());
+                let models = matches!(party, Party::Owner("vramd"));
+                let which = if models { &mut standing.above_models } else { &mut standing.above };
+                *which = above.max(*which);
             }
         }
-        shares
+        standing
     }
 
-    /// Whether the limits of its owner and purpose would ever let it have as much.
-    pub(super) fn may_ever(book: &Book, request: &Request) -> bool {
-        let mut limits = parties(&book.limits).filter(|(party, _)| party.has(request));
-        limits.all(|(_, share)| share.limit_bytes.is_none_or(|limit| request.size_bytes <= limit.get()))
+    /// What of a party's is on its way back.
+    fn leaving(&self, book: &Book, party: Party<'_>) -> u64 {
+        let goes = |it: &&Arc<Allocation>| {
+            it.device == book.facts.device && party.has(&it.request) && book.goes(it.segment)
+        };
+        self.allocations.values().filter(goes).map(|it| it.block_bytes).sum()
+    }
+
+    /// Whether requests are above limits of their own, so that no room helps them.
+    pub fn is_limited(&self, requests: &[Request], device: &DeviceId) -> bool {
+        let Some(book) = self.books.get(device) else { return false };
+        let standing = self.standing(book, &requests.iter().collect::<Vec<_>>(), false);
+        standing.above > 0 || standing.above_models > 0
+    }
+
+    /// Whether the limits of their owners and purposes would ever let requests have as much together.
+    pub(super) fn may_ever(book: &Book, requests: &[Request]) -> bool {
+        parties(&book.limits).all(|(party, share)| {
+            let own = requests.iter().filter(|request| party.has(request));
+            let own = own.fold(0_u64, |sum, request| sum.saturating_add(request.size_bytes));
+            share.limit_bytes.is_none_or(|limit| own <= limit.get())
+        })
+    }
+
+    /// Of blocks that could go, given by what their absence costs, those that may: no more than their owners and purposes have above
+    /// their reserves. `whose`: for that request, which takes from its own.
+    pub fn above_reserves(
+        &self,
+        device: &DeviceId,
+        blocks: &[(AllocationId, f64)],
+        whose: &Request,
+    ) -> Vec<bool> {
+        let mut may = vec![true; blocks.len()];
+        let Some(book) = self.books.get(device) else { return may };
+        let mut order: Vec<usize> = (0..blocks.len()).collect();
+        order.sort_by(|a, b| blocks[*a].1.total_cmp(&blocks[*b].1));
+        for (party, share) in parties(&book.limits).filter(|(party, _)| !party.has(whose)) {
+            let Some(reserve) = share.reserve_bytes.map(Bytes::get) else { continue };
+            let used = self.used_by(book, party).saturating_sub(self.leaving(book, party));
+            let mut left = used.saturating_sub(reserve);
+            for at in &order {
+                let Some(held) = self.allocation(blocks[*at].0).filter(|held| party.has(&held.request))
+                else {
+                    continue;
+                };
+                may[*at] &= held.block_bytes <= left;
+                left = left.saturating_sub(held.block_bytes);
+            }
+        }
+        may
     }
 
     /// Which limit of an owner or a purpose is in a request's way, in words.

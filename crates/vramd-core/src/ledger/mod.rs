@@ -287,7 +287,7 @@ impl Ledger {
             !book.lost
                 && segment_bytes(request.size_bytes, book)
                     <= book.facts.total_bytes.min(book.facts.max_segment_bytes)
-                && Self::may_ever(book, request)
+                && Self::may_ever(book, std::slice::from_ref(request))
         })
     }
 
@@ -304,12 +304,12 @@ impl Ledger {
     }
 
     fn find(&self, book: &Book, request: &Request) -> Option<Place> {
-        let share = self.shares(book, request);
-        if book.lost || request.size_bytes > share.most {
+        let standing = self.standing(book, &[request], false);
+        if book.lost || standing.above > 0 || standing.above_models > 0 {
             return None;
         }
-        let room = book.room().saturating_sub(share.kept);
-        let room_without_spare = book.room_without_spare().saturating_sub(share.kept);
+        let room = book.room().saturating_sub(standing.kept);
+        let room_without_spare = book.room_without_spare().saturating_sub(standing.kept);
         let block = request.size_bytes.checked_next_multiple_of(BLOCK_QUANTUM)?;
         if let Some(key) = Key::of(request) {
             let fitting = book.open_shared(&key).find_map(|(id, segment)| {

@@ -286,6 +286,7 @@ impl State {
             return;
         }
         model.used(now);
+        self.note_use(name);
         self.try_policies(name, device);
     }
 

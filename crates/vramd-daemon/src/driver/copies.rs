@@ -92,6 +92,12 @@ pub(super) struct NewCopy {
     pub checksum: bool,
 }
 
+impl Copy {
+    pub(super) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
 impl State {
     /// Takes a copy into the books; its target is reserved, or there ([`Purpose::Into`]).
     pub(super) fn begin_copy(&mut self, new: NewCopy) -> CopyId {
@@ -230,7 +236,8 @@ impl State {
                 let moves = matches!(purpose, Purpose::Component { moves: true });
                 match self.ledger.allocation(source) {
                     Some(source) if source.writes == writes && !source.is_written() => {
-                        (moves && source.is_attached()).then_some(Fixed::Reader)
+                        let used = source.is_attached() || source.model_count() > 1;
+                        (moves && used).then_some(Fixed::Reader)
                     }
                     _ => Some(Fixed::Written),
                 }
@@ -366,7 +373,7 @@ impl State {
             return;
         }
         for copy in self.copies.values().filter(|copy| copy.source == id || copy.target == id) {
-            copy.cancelled.store(true, Ordering::Relaxed);
+            copy.cancel();
         }
         self.mover.sweep();
     }

@@ -67,8 +67,9 @@ impl State {
                 }
             }
         }
-        let (ledger, now) = (self.ledger.clone(), self.now);
+        let (mut ledger, now) = (self.ledger.clone(), self.now);
         Ok(move || {
+            ledger.settle(now);
             let policy = |device: &DeviceId| policies.get(device).copied().unwrap_or_default();
             let all: Vec<&Ask> = asks.iter().collect();
             let outcomes = plan::plan(ledger.clone(), &all, &idle, &policy, now);
@@ -113,7 +114,9 @@ impl State {
             components: None,
             keep_alive: None,
             shortage: OnShortage { evict: true, spill: false, wait_seconds: None },
+            checksum: false,
             unasked: false,
+            cache_for: None,
         };
         let is_there = |component: &ComponentName| {
             let entry = &model.components[component];

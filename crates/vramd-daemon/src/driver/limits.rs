@@ -3,6 +3,7 @@
 use vramd_api::{ApiError, DeviceId, DeviceLimits, EventKind, EvictedComponent, Priority, SetLimits};
 use vramd_core::eviction::{self, Candidate};
 
+use super::tiers::PROMOTE_LATER_SECONDS;
 use super::{OnStored, Reply, State};
 use crate::store::Change;
 
@@ -44,7 +45,10 @@ impl State {
         }
         let devices: Vec<DeviceId> = self.ledger.devices().map(|facts| facts.device.clone()).collect();
         for device in devices {
-            self.shrink(&device, self.ledger.above_soft(&device), "the soft limit");
+            let gone = self.shrink(&device, self.ledger.above_soft(&device), "the soft limit");
+            if !gone.is_empty() {
+                self.promote_later(PROMOTE_LATER_SECONDS);
+            }
         }
     }
 

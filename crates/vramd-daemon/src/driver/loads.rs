@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use uuid::Uuid;
 use vramd_api::{
-    AllocationId, AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, Holder, LeaseId,
-    OperationId, OperationKind, Priority,
+    AllocationId, AllocationType, ApiError, Checksum, ComponentName, DeviceId, ErrorCode, EventKind, Holder,
+    LeaseId, OperationId, OperationKind, Priority,
 };
 use vramd_core::ledger::{Grant, Lease, Request, Shortage, Task};
 use vramd_core::models::{Model, Residency};
@@ -18,7 +18,7 @@ use super::copies::flow;
 use super::models::no_component;
 use super::operations::{Loading, Running, Unloading};
 use super::room::{GRACE_SECONDS, WaitingLoad, nothing_to_evict};
-use super::tiers::Shared;
+use super::tiers::{PROMOTE_LATER_SECONDS, Shared};
 use super::{Event, Load, LoadAnswer, LoadFailure, OnStored, Part, Reply, State};
 use crate::loader::{self, From, Target};
 use crate::source::Prepared;
@@ -42,6 +42,9 @@ impl State {
     ) -> Result<LoadAnswer, ApiError> {
         if self.stopping {
             return Err(ApiError::new(ErrorCode::Unavailable, "the daemon is stopping"));
+        }
+        if let Some(answer) = self.check_prefetch(load)? {
+            return Ok(answer);
         }
         let model = self.changeable(&load.model)?;
         let wanted: Vec<ComponentName> = match &load.components {
@@ -126,7 +129,7 @@ impl State {
         let residencies = wanted.iter().flat_map(|name| &model.components[name].residency);
         let staying = residencies.filter(|(_, residency)| !matches!(residency, Residency::Evicting { .. }));
         for (device, residency) in staying {
-            let device = residency.cached_from().unwrap_or(device);
+            let device = residency.cached_from().filter(|from| !self.ledger.is_lost(from)).unwrap_or(device);
             *counts.entry(device).or_default() += usize::from(!self.ledger.is_lost(device));
         }
         let most = counts.into_iter().max_by_key(|(_, count)| *count);
@@ -142,6 +145,15 @@ impl State {
     ) -> Result<LoadAnswer, ApiError> {
         if brings_all {
             self.set_keep_alive(load);
+            if let Some(Running::Load(loading)) = self.operations.running.get_mut(&operation)
+                && !load.unasked
+                && std::mem::take(&mut loading.unasked)
+            {
+                // Now somebody waits for it.
+                let device = loading.device.clone();
+                loading.cache_for = None;
+                self.try_policies(&load.model, &device);
+            }
             return Ok(LoadAnswer::Operation(Box::new(self.operations.show(operation)?)));
         }
         Err(ApiError::new(
@@ -181,6 +193,8 @@ impl State {
         }
         let Some(model) = self.models.get_mut(&load.model) else { return };
         model.used(self.now);
+        self.note_use(&load.model);
+        let Some(model) = self.models.get_mut(&load.model) else { return };
         if let Some(keep_alive) = load.keep_alive.filter(|keep_alive| *keep_alive != model.keep_alive) {
             model.keep_alive = keep_alive;
             self.store(Change::SetKeepAlive(load.model.clone(), keep_alive), OnStored::Nothing);
@@ -194,16 +208,17 @@ impl State {
         mut prepared: BTreeMap<ComponentName, Prepared>,
         wanted: Vec<ComponentName>,
     ) -> Result<LoadAnswer, ApiError> {
-        let device = device.or_else(|| self.has_all(&prepared));
+        let device = device.or_else(|| self.has_all(load, &prepared));
         let shared = match &device {
-            Some(device) => self.share(device, &mut prepared),
-            None => BTreeMap::new(),
+            // What may go elsewhere as a whole has no part here.
+            Some(device) if !load.shortage.spill => self.share(device, &mut prepared),
+            _ => BTreeMap::new(),
         };
-        let leases: Vec<LeaseId> = shared.values().map(|part| part.lease).collect();
+        let leases: Vec<_> = shared.values().map(|part| (part.allocation, part.lease)).collect();
         let begun = self.admit_load(load, device.as_ref(), prepared, shared, wanted);
         if begun.is_err() {
-            for lease in leases {
-                self.finish_lease(lease);
+            for (allocation, lease) in leases {
+                self.give_up_share(allocation, lease);
             }
         }
         begun
@@ -242,11 +257,24 @@ impl State {
             self.ledger.reserve_all(&requests, &on, self.now)
         };
         let mut spilled_from = Vec::new();
-        let grants = grants.or_else(|| {
-            let ram = self.ram().filter(|ram| load.shortage.spill && !on.contains(ram))?;
-            spilled_from.clone_from(&on);
-            self.ledger.reserve_all(&requests, &[ram], self.now)
-        });
+        let ram = self.ram().filter(|ram| load.shortage.spill && !on.contains(ram));
+        let grants = match ram {
+            Some(ram) if grants.is_none() => {
+                let model = self.changeable(&load.model)?;
+                let in_ram = |name: &ComponentName| model.components[name].residency.get(&ram);
+                if wanted.iter().all(|name| matches!(in_ram(name), Some(Residency::Resident { .. }))) {
+                    return self.loaded_already(load, &ram);
+                }
+                // All of it goes there, or none.
+                if prepared.len() == wanted.len() && wanted.iter().all(|name| in_ram(name).is_none()) {
+                    spilled_from.clone_from(&on);
+                    self.ledger.reserve_all(&requests, &[ram], self.now)
+                } else {
+                    None
+                }
+            }
+            _ => grants,
+        };
         let load = Load { device: device.cloned(), ..load.clone() };
         let operation = |state: &mut Self, waits: bool| {
             let subject = device
@@ -326,7 +354,7 @@ impl State {
                 self.granted(allocation, grant);
             }
             for part in shared.into_values() {
-                self.finish_lease(part.lease);
+                self.give_up_share(part.allocation, part.lease);
             }
             let error = ApiError::new(ErrorCode::Conflict, format!("model {} changed meanwhile", load.model))
                 .hint("load it again: some of it may be there already");
@@ -345,6 +373,7 @@ impl State {
             evicted,
             spilled_from,
             unasked: load.unasked,
+            cache_for: load.cache_for.clone(),
         };
         for ((component, prepared), (allocation, _)) in prepared.into_iter().zip(&grants) {
             let (allocation, plan) = (*allocation, prepared.plan.clone());
@@ -356,16 +385,30 @@ impl State {
                 lease: LeaseId(Uuid::now_v7()),
                 is_shared: false,
                 origin,
+                sums: false,
+                checksum: None,
             });
             loading.prepared.push(prepared);
         }
         for (component, Shared { allocation, plan, lease }) in shared {
-            loading.parts.push(Part { component, allocation, plan, lease, is_shared: true, origin: None });
+            let (is_shared, sums, origin, checksum) = (true, false, None, None);
+            loading.parts.push(Part {
+                component,
+                allocation,
+                plan,
+                lease,
+                is_shared,
+                origin,
+                sums,
+                checksum,
+            });
         }
-        for part in &loading.parts {
+        for part in &mut loading.parts {
             let model = self.models.get_mut(&load.model).expect("it was found above");
             let entry = model.components.get_mut(&part.component).expect("it was found above");
             let (allocation, plan) = (part.allocation, part.plan.clone());
+            let before = entry.checksum.as_ref().filter(|(of, _)| of.is_same(&plan)).map(|(_, value)| *value);
+            (part.sums, part.checksum) = (load.checksum || before.is_some(), before);
             entry.plan = Ok(plan.clone());
             entry.residency.insert(device.clone(), Residency::Loading { allocation, operation, plan });
         }
@@ -431,19 +474,19 @@ impl State {
         }
         let (device, prepared) = (loading.device.clone(), std::mem::take(&mut loading.prepared));
         let parts = loading.parts.iter().filter(|part| !part.is_shared);
-        let parts: Vec<_> = parts.map(|part| (part.allocation, part.origin.clone())).collect();
+        let parts: Vec<_> = parts.map(|part| (part.allocation, part.origin.clone(), part.sums)).collect();
         let targets: Vec<Target> = parts
             .into_iter()
             .zip(prepared)
-            .filter_map(|((allocation, origin), prepared)| {
-                let allocation = self.ledger.allocation(allocation)?;
+            .map(|((allocation, origin, checksum), prepared)| {
+                let allocation = self.ledger.allocation(allocation).expect("the operation's lease keeps it");
                 let plan = prepared.plan.clone();
                 let from = match origin {
-                    Some(origin) => self.block(&origin),
+                    Some(origin) => self.block(&origin, prepared),
                     None => From::Files(prepared),
                 };
                 let segment = SegmentId(allocation.segment.0);
-                Some(Target { segment, offset: allocation.offset, plan, from })
+                Target { segment, offset: allocation.offset, plan, from, checksum }
             })
             .collect();
         let progress = self.operations.progress(id).expect("a running operation has progress");
@@ -466,10 +509,13 @@ impl State {
     }
 
     /// The thread that read the files has ended.
-    pub(super) fn load_read(&mut self, id: OperationId, outcome: Result<(), LoadFailure>) {
+    pub(super) fn load_read(&mut self, id: OperationId, outcome: Result<Vec<Option<u64>>, LoadFailure>) {
         let failure = match outcome {
-            Ok(()) if !self.operations.cancelled(id) => return self.loaded(id),
-            Ok(()) | Err(LoadFailure::Cancelled) => {
+            Ok(sums) if !self.operations.cancelled(id) => match self.hold_to_checksums(id, &sums) {
+                Ok(()) => return self.loaded(id),
+                Err(error) => error,
+            },
+            Ok(_) | Err(LoadFailure::Cancelled) => {
                 ApiError::new(ErrorCode::Cancelled, "the load was cancelled; nothing of it is left")
             }
             Err(LoadFailure::Device(device, error)) => {
@@ -480,6 +526,31 @@ impl State {
         let Some(Running::Load(loading)) = self.operations.running.get_mut(&id) else { return };
         loading.failed.get_or_insert(failure);
         self.give_parts_back(id);
+    }
+
+    /// What has arrived is what had arrived before; what was not summed yet is remembered.
+    fn hold_to_checksums(&mut self, id: OperationId, sums: &[Option<u64>]) -> Result<(), ApiError> {
+        let Some(Running::Load(loading)) = self.operations.running.get(&id) else { return Ok(()) };
+        let read = || loading.parts.iter().filter(|part| !part.is_shared).zip(sums);
+        for (part, sum) in read() {
+            if let (Some(before), Some(sum)) = (part.checksum, sum)
+                && before != *sum
+            {
+                let what = format!("{}/{} is not what was loaded before", loading.model, part.component);
+                let error = ApiError::new(ErrorCode::ChecksumMismatch, what)
+                    .hint("its files have the size and the time of then: the disk or the memory may be failing; fetch them again");
+                return Err(error
+                    .detail("before", serde_json::json!(Checksum::crc64(before)))
+                    .detail("now", serde_json::json!(Checksum::crc64(*sum))));
+            }
+        }
+        let Some(model) = self.models.get_mut(&loading.model) else { return Ok(()) };
+        for (part, sum) in read() {
+            if let (Some(entry), Some(sum)) = (model.components.get_mut(&part.component), sum) {
+                entry.checksum = Some((part.plan.clone(), *sum));
+            }
+        }
+        Ok(())
     }
 
     fn loaded(&mut self, id: OperationId) {
@@ -501,7 +572,8 @@ impl State {
             if let Some(component) = model.components.get_mut(&part.component) {
                 let (allocation, plan) = (part.allocation, part.plan.clone());
                 let awaited = (!loading.unasked).then(|| stays(now, seconds));
-                let resident = Residency::Resident { allocation, plan, awaited, cached_from: None };
+                let cached_from = loading.cache_for.clone();
+                let resident = Residency::Resident { allocation, plan, awaited, cached_from };
                 component.residency.insert(loading.device.clone(), resident);
                 if from_files && !part.is_shared {
                     let share = of(part) as f64 / bytes.max(1) as f64;
@@ -530,9 +602,8 @@ impl State {
             "components": loading.parts.iter().map(|part| part.component.as_str()).collect::<Vec<_>>(),
         });
         self.emit(EventKind::ModelLoaded, data.clone());
-        let residents = loading
-            .parts
-            .into_iter()
+        let kept = loading.parts.into_iter().filter(|_| loading.cache_for.is_none());
+        let residents = kept
             .map(|part| Change::PutResident(loading.model.clone(), part.component, loading.device.clone()));
         self.store_all(residents.collect(), OnStored::Nothing);
         self.end_operation(id, Ok(data));
@@ -541,10 +612,10 @@ impl State {
     /// A load has failed: what its parts have goes back, then it ends.
     fn give_parts_back(&mut self, id: OperationId) {
         let Some(Running::Load(loading)) = self.operations.running.get(&id) else { return };
-        let (mut works, mut ended) = (Vec::new(), Vec::new());
+        let (mut works, mut ended, mut shares) = (Vec::new(), Vec::new(), Vec::new());
         for part in &loading.parts {
             if part.is_shared {
-                ended.push(part.lease);
+                shares.push((part.allocation, part.lease));
                 let model = self.models.get_mut(&loading.model);
                 if let Some(entry) = model.and_then(|model| model.components.get_mut(&part.component)) {
                     entry.residency.remove(&loading.device);
@@ -559,8 +630,15 @@ impl State {
             }
             ended.extend(part.origin.as_ref().map(|origin| origin.lease));
         }
+        let unasked = loading.unasked;
         for lease in ended {
             self.finish_lease(lease);
+        }
+        for (allocation, lease) in shares {
+            self.give_up_share(allocation, lease);
+        }
+        if unasked {
+            self.promote_later(PROMOTE_LATER_SECONDS);
         }
         if let Some(Running::Load(loading)) = self.operations.running.get_mut(&id) {
             loading.releasing = works.len();
@@ -609,8 +687,14 @@ impl State {
                 });
                 self.mover.leave(flow(id));
                 // Not more: others may have been loaded to the same device meanwhile.
+                let of = self.models.get(model);
+                let there = |component: &ComponentName, device: &DeviceId| {
+                    let entry = of.and_then(|model| model.components.get(component));
+                    entry.is_some_and(|entry| entry.residency.contains_key(device))
+                };
                 let gone = parts
                     .drain(..)
+                    .filter(|(component, device)| !there(component, device))
                     .map(|(component, device)| Change::RemoveResident(model.clone(), component, device))
                     .collect();
                 self.store_all(gone, OnStored::Nothing);

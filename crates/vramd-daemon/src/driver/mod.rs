@@ -16,6 +16,7 @@ mod measurements;
 mod models;
 mod operations;
 mod plans;
+mod prefetch;
 mod quiet_hours;
 mod restore;
 mod room;
@@ -40,6 +41,7 @@ use vramd_core::Now;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
 use vramd_core::models::{Model, Models, Plan};
 use vramd_core::queue::Queue;
+use vramd_core::succession::Succession;
 use vramd_core::trial::Trial;
 use vramd_core::usage::Counts;
 use vramd_device::{Device, DeviceError, Report, Sample};
@@ -88,8 +90,12 @@ pub struct Load {
     pub components: Option<Vec<ComponentName>>,
     pub keep_alive: Option<KeepAlive>,
     pub shortage: OnShortage,
+    /// What has arrived is summed.
+    pub checksum: bool,
     /// Nobody asked: it is no use of the model.
     pub unasked: bool,
+    /// It goes to RAM, to be there for its next use on that device.
+    pub cache_for: Option<DeviceId>,
 }
 
 /// What becomes of a request for which there is no room.
@@ -222,7 +228,8 @@ pub enum Event {
     },
     LoadRead {
         operation: OperationId,
-        outcome: Result<(), LoadFailure>,
+        /// The checksums of those parts that were read and summed.
+        outcome: Result<Vec<Option<u64>>, LoadFailure>,
     },
     Measured {
         device: DeviceId,
@@ -273,6 +280,14 @@ pub struct Driver {
     pub devices: Arc<Devices>,
 }
 
+/// By what the driver acts where nobody says otherwise.
+#[derive(Debug)]
+pub struct Rules {
+    pub schedule: Schedule,
+    pub eviction: EvictionPolicy,
+    pub tiers: Tiers,
+}
+
 impl Driver {
     /// Starts the driver on what the journal held. Ends after [`Self::stop`]; the handle tells when.
     pub fn start(
@@ -280,8 +295,8 @@ impl Driver {
         store: Store,
         stored: Stored,
         run: String,
-        schedule: Schedule,
-        (policy, tiers): (EvictionPolicy, Tiers),
+        rules: Rules,
+        unasked: mpsc::UnboundedSender<Load>,
     ) -> std::io::Result<(Self, tokio::task::JoinHandle<()>)> {
         let mover = Mover::start()?;
         let (sender, inbox) = mpsc::channel(MAILBOX);
@@ -303,14 +318,17 @@ impl Driver {
             copy_rates: BTreeMap::new(),
             demotions: Vec::new(),
             models_changed_at: vramd_core::Tick::default(),
-            tiers,
+            tiers: rules.tiers,
+            succession: Succession::default(),
+            unasked,
+            promote_after: vramd_core::Tick::default(),
             trials: BTreeMap::new(),
-            policy,
+            policy: rules.eviction,
             to_go_on: BTreeSet::new(),
             rates: BTreeMap::new(),
             defragmented_at: BTreeMap::new(),
             looked_for_waiting: vramd_core::Tick::default(),
-            schedule,
+            schedule: rules.schedule,
             mover,
             counts: BTreeMap::new(),
             unreleased: BTreeSet::new(),
@@ -394,6 +412,12 @@ struct State {
     /// When a model was last loaded or unloaded, or was to be.
     models_changed_at: vramd_core::Tick,
     tiers: Tiers,
+    /// What usually follows.
+    succession: Succession<ModelName>,
+    /// To whoever begins loads that nobody asked for.
+    unasked: mpsc::UnboundedSender<Load>,
+    /// Nothing comes back from RAM by itself before.
+    promote_after: vramd_core::Tick,
     /// By device: what the policies would have loaded.
     trials: BTreeMap<DeviceId, Trial<ModelName>>,
     /// Operations that can take their next step.
@@ -682,4 +706,8 @@ struct Part {
     is_shared: bool,
     /// Where it is copied from, if not read from its files.
     origin: Option<tiers::Origin>,
+    /// Sum what arrives.
+    sums: bool,
+    /// What it has to come to, if that is known.
+    checksum: Option<u64>,
 }

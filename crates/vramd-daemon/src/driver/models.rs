@@ -91,6 +91,7 @@ impl State {
         let answer = stored.and_then(|()| {
             self.models.remove(name);
             self.trials.values_mut().for_each(|trial| trial.forget(name));
+            self.succession.forget(name);
             self.emit(EventKind::ModelRemoved, serde_json::json!({ "name": name }));
             shown.ok_or_else(|| no_model(name))
         });
@@ -151,6 +152,7 @@ impl State {
                 model.used(now);
             })
         });
+        self.note_use(name);
         self.answer(reply, answer);
     }
 

@@ -66,6 +66,8 @@ pub(super) struct Loading {
     pub spilled_from: Vec<DeviceId>,
     /// Nobody asked for it.
     pub unasked: bool,
+    /// It is kept in RAM for that device.
+    pub cache_for: Option<DeviceId>,
 }
 
 /// An unload under way.

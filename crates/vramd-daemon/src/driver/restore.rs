@@ -85,6 +85,7 @@ fn restored_model(stored: &StoredModel) -> Result<Model, serde_json::Error> {
                 plan: Err(Box::new(unread())),
                 residency: BTreeMap::new(),
                 load_seconds: BTreeMap::new(),
+                checksum: None,
             };
             (name, component)
         })

@@ -101,7 +101,7 @@ impl State {
                 break;
             }
             let (mut old, mut young, mut until) = (Vec::new(), Vec::new(), Tick::default());
-            for (stays, candidate, evicted) in self.candidates(&device, requests[0].priority, model) {
+            for (stays, candidate, evicted) in self.candidates_for(&device, &requests[0], model) {
                 if stays <= self.now.tick {
                     old.push((candidate, evicted));
                 } else {
@@ -179,16 +179,40 @@ impl State {
     }
 
     /// Unloads what was chosen to go. `keep`: in RAM, where that pays.
-    pub(super) fn unload_evicted(&mut self, chosen: &[Evicted], keep: bool) {
+    pub(super) fn unload_evicted(&mut self, chosen: &[Evicted], keep: bool) -> Vec<OperationId> {
+        let mut begun = Vec::new();
         let mut parts: BTreeMap<(&ModelName, &DeviceId), BTreeSet<ComponentName>> = BTreeMap::new();
         for Evicted { model, device_id, component, .. } in chosen {
             parts.entry((model, device_id)).or_default().insert(component.clone());
         }
         for ((name, device), components) in parts {
-            if let Err(error) = self.begin_unload(name, vec![device.clone()], Some(&components), keep) {
-                tracing::warn!(model = %name, %error, "an idle model could not be unloaded");
+            match self.begin_unload(name, vec![device.clone()], Some(&components), keep) {
+                Ok(operation) => begun.push(operation.operation_id),
+                Err(error) => tracing::warn!(model = %name, %error, "an idle model could not be unloaded"),
             }
         }
+        begun
+    }
+
+    /// Those of [`Self::candidates`] that may go for a request: no more than their owners and purposes have above their reserves.
+    fn candidates_for(
+        &self,
+        device: &DeviceId,
+        request: &Request,
+        asking: Option<&ModelName>,
+    ) -> Vec<(Tick, Candidate, Vec<Evicted>)> {
+        let mut all = self.candidates(device, request.priority, asking);
+        let block = |parts: &[Evicted]| {
+            let first = parts.first()?;
+            let entry = self.models.get(&first.model)?.components.get(&first.component)?;
+            entry.residency.get(device).map(Residency::allocation)
+        };
+        let blocks: Option<Vec<_>> =
+            all.iter().map(|(_, candidate, parts)| Some((block(parts)?, candidate.loss()))).collect();
+        let may = blocks.map(|blocks| self.ledger.above_reserves(device, &blocks, request));
+        let mut may = may.unwrap_or_default().into_iter();
+        all.retain(|_| may.next().unwrap_or(true));
+        all
     }
 
     /// The idle components on a device, and until when each stays at least. What several models share goes from all of them or not
@@ -284,7 +308,9 @@ impl State {
         let wait = shortage.wait_seconds;
         let now = self.now.tick;
         if !shortage.evict {
-            return (wait.map(|seconds| now.after_seconds(seconds)), Vec::new());
+            // What RAM keeps that nobody asked for there is in nobody's way.
+            let returns = self.room_from_cache(requests, on).then(|| patience(now, wait.unwrap_or(0)));
+            return (returns.max(wait.map(|seconds| now.after_seconds(seconds))), Vec::new());
         }
         // Those before have the first choice of what has become idle.
         self.make_room_for_waiting();
@@ -295,6 +321,16 @@ impl State {
             Room::No => wait.map(|seconds| now.after_seconds(seconds)),
         };
         (deadline, evicted)
+    }
+
+    /// Has what RAM keeps go for requests that may go there; answers whether that makes room.
+    fn room_from_cache(&mut self, requests: &[Request], on: &[DeviceId]) -> bool {
+        let Some(ram) = self.ram().filter(|ram| on.is_empty() || on.contains(ram)) else { return false };
+        let Some(lacks) = self.ledger.lacks(requests, &ram).filter(|_| self.cached_bytes(&ram) > 0) else {
+            return false;
+        };
+        let whose = requests[0].owner.to_string();
+        lacks == 0 || self.shrink_cache(&ram, lacks, f64::INFINITY, &whose).is_some()
     }
 
     /// Looks again for room for those who may evict, in order: a model may be idle now that was not.
@@ -393,7 +429,7 @@ impl State {
         self.queue.retain(|id| id != waiting.id);
         self.ledger.give_up_claim(waiting.id);
         for part in waiting.shared.into_values() {
-            self.finish_lease(part.lease);
+            self.give_up_share(part.allocation, part.lease);
         }
         self.end_operation(operation, Err(error));
     }

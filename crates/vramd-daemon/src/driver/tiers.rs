@@ -13,7 +13,7 @@ use vramd_api::{
 };
 use vramd_core::eviction::{self, Candidate};
 use vramd_core::ledger::{Lease, Readiness, Request, Task};
-use vramd_core::models::{Component, Model, Plan, Residency};
+use vramd_core::models::{Component, Plan, Residency};
 use vramd_core::tiers::Prospect;
 use vramd_core::{Now, Tick};
 use vramd_device::SegmentId;
@@ -31,6 +31,15 @@ use crate::store::Change;
 const COPY_BYTES_PER_SECOND: f64 = 4e9;
 /// How long something waits for its place in RAM, while others wait for its place on the device.
 const PLACE_SECONDS: u64 = 5;
+/// What takes longer to bring to RAM goes at once: others wait for its place.
+const LEAVE_SECONDS: f64 = 10.0;
+/// After so long a copy to RAM is given up.
+const COPY_SECONDS: u64 = 15;
+/// What comes back by itself leaves this share of its device free: other programs want some too.
+const LEFT_FREE: f64 = 0.15;
+/// After something came back, or was to, nothing else does for so long; longer if it had to go again.
+const PROMOTE_SECONDS: u64 = 5;
+pub(super) const PROMOTE_LATER_SECONDS: u64 = 60;
 /// How long nothing was loaded or unloaded before what was evicted comes back by itself.
 const QUIET_SECONDS: u64 = 2;
 
@@ -44,7 +53,7 @@ pub struct Tiers {
 }
 
 /// A component on its way to RAM.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Demotion {
     operation: OperationId,
     model: ModelName,
@@ -120,14 +129,23 @@ impl State {
         self.with_bytes_of(plan).any(|(on, ..)| on == device)
     }
 
-    /// A device that has all of what would be loaded, for other models.
-    pub(super) fn has_all(&self, prepared: &BTreeMap<ComponentName, Prepared>) -> Option<DeviceId> {
+    /// A device that has all of what would be loaded, for other models, and is among the nearest.
+    pub(super) fn has_all(
+        &self,
+        load: &Load,
+        prepared: &BTreeMap<ComponentName, Prepared>,
+    ) -> Option<DeviceId> {
+        let requests: Vec<Request> = prepared
+            .iter()
+            .map(|(name, one)| Self::weights(load, Some(name), one.plan.layout.block_bytes, Priority::Normal))
+            .collect();
+        let nearest = self.ledger.nearest(&requests);
         let having = |one: &Prepared| -> BTreeSet<DeviceId> {
             let there = self.with_bytes_of(&one.plan).filter(|(_, _, cached)| !cached);
             there.map(|(device, ..)| device.clone()).collect()
         };
-        let all = prepared.values().map(having).reduce(|all, more| &all & &more);
-        all?.pop_first()
+        let all = prepared.values().map(having).reduce(|all, more| &all & &more)?;
+        all.into_iter().find(|device| nearest.contains(device))
     }
 
     /// Takes out of `prepared` what a device has for other components; it is this model's too from now on.
@@ -138,7 +156,11 @@ impl State {
     ) -> BTreeMap<ComponentName, Shared> {
         let mut found = BTreeMap::new();
         for (component, one) in &*prepared {
-            let there = self.with_bytes_of(&one.plan).find(|(on, ..)| *on == device);
+            let quiet = |id: AllocationId| {
+                let held = self.ledger.allocation(id);
+                held.is_some_and(|held| held.is_open() && held.tasks().all(|task| task == Task::Read))
+            };
+            let there = self.with_bytes_of(&one.plan).find(|(on, id, _)| *on == device && quiet(*id));
             let Some((_, allocation, _)) = there else { continue };
             let lease = LeaseId(Uuid::now_v7());
             if self.ledger.grant(allocation, lease, Lease::Model, self.now) {
@@ -167,13 +189,14 @@ impl State {
     }
 
     /// The block of an origin.
-    pub(super) fn block(&self, origin: &Origin) -> From {
+    pub(super) fn block(&self, origin: &Origin, files: Prepared) -> From {
         let block = self.ledger.allocation(origin.allocation).expect("the operation's lease keeps it");
         let device = self.devices.get(&origin.device).expect("what has blocks has opened").clone();
         From::Block {
             device: Arc::new(Opened(device)),
             segment: SegmentId(block.segment.0),
             offset: block.offset,
+            files,
         }
     }
 
@@ -218,14 +241,13 @@ impl State {
             *on != device && matches!(residency, Residency::Resident { .. }) && !self.ledger.is_lost(on)
         });
         let copied = elsewhere.map(|(on, _)| self.copy_seconds(on, device, bytes));
-        copied.reduce(f64::min).unwrap_or_else(|| self.read_seconds(entry, device, bytes))
+        // What waits in RAM is missed where it is used.
+        let used_on = entry.residency.get(device).and_then(Residency::cached_from).unwrap_or(device);
+        copied.reduce(f64::min).unwrap_or_else(|| self.read_seconds(entry, used_on, bytes))
     }
 
     /// The device of host memory.
     pub(super) fn ram(&self) -> Option<DeviceId> {
-        let is_ram = |facts: &vramd_device::Facts| {
-            facts.memory_type == MemoryType::Ram && facts.capabilities.host_access
-        };
         let ram = self.devices.iter().find(|device| is_ram(device.facts()))?;
         Some(ram.facts().device.clone()).filter(|device| !self.ledger.is_lost(device))
     }
@@ -252,7 +274,10 @@ impl State {
             return_seconds: self.copy_seconds(&ram, from, bytes),
             leave_seconds: self.copy_seconds(from, &ram, bytes),
         };
-        bytes <= self.tiers.ram_bytes && !entry.residency.contains_key(&ram) && prospect.pays()
+        bytes <= self.tiers.ram_bytes
+            && prospect.leave_seconds <= LEAVE_SECONDS
+            && !self.has_bytes(&demotion.plan, &ram)
+            && prospect.pays()
     }
 
     /// Keeps a component in RAM, now or once there is room; then its bytes go from where it was.
@@ -266,7 +291,10 @@ impl State {
     /// Begins those that have room now, and gives up those that waited too long.
     pub(super) fn begin_demotions(&mut self) {
         for mut demotion in std::mem::take(&mut self.demotions) {
-            if demotion.begun.is_some() {
+            if let Some(begun) = demotion.begun {
+                if begun.after_seconds(COPY_SECONDS) <= self.now.tick {
+                    self.cancel_copy_from(demotion.allocation);
+                }
                 self.demotions.push(demotion);
                 continue;
             }
@@ -280,9 +308,9 @@ impl State {
                 (Place::Found(request), Some(ram)) => {
                     match self.ledger.reserve(request.clone(), std::slice::from_ref(&ram), self.now) {
                         Ok(grant) => {
-                            self.copy_to_ram(&demotion, &ram, &request, grant.readiness);
                             demotion.begun = Some(self.now.tick);
-                            self.demotions.push(demotion);
+                            self.demotions.push(demotion.clone());
+                            self.copy_to_ram(&demotion, &ram, &request, grant.readiness);
                         }
                         Err(_) => self.demotions.push(demotion),
                     }
@@ -321,51 +349,56 @@ impl State {
     /// Looks for room in RAM; has what is worth less go for it.
     fn place_in_ram(&mut self, demotion: &Demotion, ram: &DeviceId) -> Place {
         let Some(source) = self.ledger.allocation(demotion.allocation) else { return Place::No };
+        let Some(model) = self.models.get(&demotion.model) else { return Place::No };
+        let Some(entry) = model.components.get(&demotion.component) else { return Place::No };
+        // It may have been loaded there meanwhile, and those who wait for RAM are before it.
+        let waited_for = self.queue.iter().any(|it| it.on.is_empty() || it.on.contains(ram));
+        if waited_for || entry.residency.contains_key(ram) {
+            return Place::No;
+        }
         let id = AllocationId(Uuid::now_v7());
         let request = Request { id, generation: 1, memory_type: None, ..source.request.clone() };
-        let requests = std::slice::from_ref(&request);
-        let Some((needed, lacks)) =
-            self.ledger.held_for(requests, ram).zip(self.ledger.lacks(requests, ram)).filter(|_| {
-                self.models
-                    .get(&demotion.model)
-                    .is_some_and(|it| it.components.contains_key(&demotion.component))
-            })
-        else {
+        let Some(missing) = self.missing_in_ram(std::slice::from_ref(&request), ram) else {
             return Place::No;
         };
-        let over = (self.cached_bytes(ram) + needed).saturating_sub(self.tiers.ram_bytes);
-        let kept_back = self.tiers.reserve_bytes.saturating_add(needed);
-        let short = kept_back.saturating_sub(self.ledger.free_bytes(ram));
-        let missing = over.max(lacks).max(short);
         if missing == 0 {
             return Place::Found(request);
         }
-        let model = &self.models.get(&demotion.model).expect("looked at above");
         let own = Candidate {
             bytes: source.block_bytes,
             priority: model.priority,
             idle_seconds: 0.0,
             uses_per_second: model.popularity.uses_per_second(self.now.tick),
-            reload_seconds: self.read_seconds(
-                &model.components[&demotion.component],
-                &demotion.from,
-                source.block_bytes,
-            ),
+            reload_seconds: self.read_seconds(entry, &demotion.from, source.block_bytes),
         };
         let whose = demotion.model.to_string();
-        if self.shrink_cache(ram, missing, own.loss(), &whose) { Place::Coming } else { Place::No }
+        match self.shrink_cache(ram, missing, own.loss(), &whose) {
+            Some(_) => Place::Coming,
+            None => Place::No,
+        }
+    }
+
+    /// How many bytes too few RAM has as a cache for `requests`; None if it could never have as many.
+    pub(super) fn missing_in_ram(&self, requests: &[Request], ram: &DeviceId) -> Option<u64> {
+        let (needed, lacks) = self.ledger.held_for(requests, ram).zip(self.ledger.lacks(requests, ram))?;
+        let over = (self.cached_bytes(ram) + needed).saturating_sub(self.tiers.ram_bytes);
+        let kept_back = self.tiers.reserve_bytes.saturating_add(needed);
+        let short = kept_back.saturating_sub(self.ledger.free_bytes(ram));
+        (needed <= self.tiers.ram_bytes).then(|| over.max(lacks).max(short))
     }
 
     /// What RAM keeps of models that nobody asked for there, and what is on its way to it.
-    fn cached_bytes(&self, ram: &DeviceId) -> u64 {
+    pub(super) fn cached_bytes(&self, ram: &DeviceId) -> u64 {
         let here = self.models.iter().flat_map(|model| model.components.values());
         let here = here.filter_map(|entry| entry.residency.get(ram));
         let cached: BTreeSet<AllocationId> = here
             .filter(|residency| match residency {
                 Residency::Resident { cached_from, .. } => cached_from.is_some(),
-                Residency::Loading { operation, .. } => {
-                    matches!(self.operations.running.get(operation), Some(Running::Unload(_)))
-                }
+                Residency::Loading { operation, .. } => match self.operations.running.get(operation) {
+                    Some(Running::Unload(_)) => true,
+                    Some(Running::Load(loading)) => loading.cache_for.is_some(),
+                    _ => false,
+                },
                 Residency::Evicting { .. } => false,
             })
             .map(Residency::allocation)
@@ -373,8 +406,14 @@ impl State {
         cached.iter().filter_map(|id| self.ledger.allocation(*id)).map(|held| held.block_bytes).sum()
     }
 
-    /// Has `bytes` of what RAM keeps go, the least worth first, if that is worth less than `most`; answers whether it does.
-    fn shrink_cache(&mut self, ram: &DeviceId, bytes: u64, most: f64, whose: &str) -> bool {
+    /// Has `bytes` of what RAM keeps go, the least worth first, if that is worth less than `most`; answers how it goes.
+    pub(super) fn shrink_cache(
+        &mut self,
+        ram: &DeviceId,
+        bytes: u64,
+        most: f64,
+        whose: &str,
+    ) -> Option<Vec<OperationId>> {
         let is_cached = |evicted: &Evicted| {
             let entry = self.models.get(&evicted.model).and_then(|it| it.components.get(&evicted.component));
             let here = entry.and_then(|entry| entry.residency.get(ram));
@@ -383,16 +422,13 @@ impl State {
         let mut all = self.candidates(ram, Priority::Critical, None);
         all.retain(|(_, _, parts)| parts.iter().all(is_cached));
         let candidates: Vec<Candidate> = all.iter().map(|(_, candidate, _)| *candidate).collect();
-        let Some(chosen) = eviction::choose(&candidates, bytes, EvictionPolicy::LowestCost) else {
-            return false;
-        };
+        let chosen = eviction::choose(&candidates, bytes, EvictionPolicy::LowestCost)?;
         if chosen.iter().map(|at| candidates[*at].loss()).sum::<f64>() >= most {
-            return false;
+            return None;
         }
         let goes: Vec<Evicted> = chosen.into_iter().flat_map(|at| all[at].2.clone()).collect();
         self.tell_evicted(&goes, EvictionPolicy::LowestCost, whose, "a place in RAM", &[]);
-        self.unload_evicted(&goes, false);
-        true
+        Some(self.unload_evicted(&goes, false))
     }
 
     /// A component has come to RAM, or has not: its bytes on the device go.
@@ -434,7 +470,7 @@ impl State {
         let over = cached.saturating_sub(self.tiers.ram_bytes);
         let short = self.tiers.reserve_bytes.saturating_sub(self.ledger.free_bytes(&ram));
         let goes = over.max(short.min(cached));
-        if goes > 0 && !self.shrink_cache(&ram, goes, f64::INFINITY, "other programs") {
+        if goes > 0 && self.shrink_cache(&ram, goes, f64::INFINITY, "other programs").is_none() {
             // What is attached stays; the rest may still help.
             let idle: u64 = self.idle_cache(&ram);
             if idle > 0 {
@@ -445,7 +481,10 @@ impl State {
             self.operations.running.values().any(|it| matches!(it, Running::Load(_) | Running::Unload(_)));
         if busy || !self.queue.is_empty() {
             self.models_changed_at = self.now.tick;
-        } else if cached > 0 && self.models_changed_at.after_seconds(QUIET_SECONDS) <= self.now.tick {
+        } else if cached > 0
+            && self.promote_after <= self.now.tick
+            && self.models_changed_at.after_seconds(QUIET_SECONDS) <= self.now.tick
+        {
             self.promote(&ram);
         }
     }
@@ -461,52 +500,64 @@ impl State {
         all.map(|(_, candidate, _)| candidate.bytes).sum()
     }
 
-    /// Brings the model back to its device that is worth most there, if it has room.
+    /// Has the model brought back to its device that is worth most there, if there is room to spare.
     fn promote(&mut self, ram: &DeviceId) {
-        let missing = |model: &Model, device: &DeviceId| -> BTreeMap<ComponentName, Prepared> {
-            let entries = model.components.iter().filter_map(|(name, entry)| {
-                let Some(Residency::Resident { plan, cached_from: Some(from), .. }) =
-                    entry.residency.get(ram)
-                else {
-                    return None;
-                };
-                let goes = from == device && !entry.residency.contains_key(device);
-                let prepared = Prepared { path: entry.path.clone(), plan: plan.clone(), files: Vec::new() };
-                goes.then(|| (name.clone(), prepared))
-            });
-            entries.collect()
-        };
-        let mut best: Option<(f64, ModelName, DeviceId, BTreeMap<ComponentName, Prepared>)> = None;
+        let mut best: Option<(f64, Load)> = None;
         for model in self.models.iter().filter(|model| !self.changing.contains(&model.name)) {
+            let cached = |device: &DeviceId| -> Vec<(&ComponentName, u64)> {
+                let entries = model.components.iter().filter_map(|(name, entry)| {
+                    let Some(Residency::Resident { plan, cached_from: Some(from), .. }) =
+                        entry.residency.get(ram)
+                    else {
+                        return None;
+                    };
+                    let goes = from == device && !entry.residency.contains_key(device);
+                    goes.then_some((name, plan.layout.block_bytes))
+                });
+                entries.collect()
+            };
             let from: BTreeSet<&DeviceId> =
                 model.components.values().filter_map(|it| it.residency.get(ram)?.cached_from()).collect();
             for device in from {
-                let prepared = missing(model, device);
-                let load = Load::unasked(&model.name, device);
-                let requests: Vec<Request> = prepared
+                let parts = cached(device);
+                let mut load = Load::unasked(&model.name, device);
+                load.components = Some(parts.iter().map(|(name, _)| (*name).clone()).collect());
+                let requests: Vec<Request> = parts
                     .iter()
-                    .map(|(name, one)| {
-                        Self::weights(&load, Some(name), one.plan.layout.block_bytes, model.priority)
-                    })
+                    .map(|(name, bytes)| Self::weights(&load, Some(name), *bytes, model.priority))
                     .collect();
-                if requests.is_empty() || !self.ledger.has_room(&requests, device) {
+                if requests.is_empty()
+                    || self.ledger.is_lost(device)
+                    || !self.ledger.has_room_to_spare(&requests, device, LEFT_FREE)
+                {
                     continue;
                 }
                 let bytes: u64 = requests.iter().map(|request| request.size_bytes).sum();
                 let saved = self.copy_seconds(ram, device, bytes);
                 let worth = model.popularity.uses_per_second(self.now.tick) * saved;
-                if best.as_ref().is_none_or(|(most, ..)| worth > *most) {
-                    best = Some((worth, model.name.clone(), device.clone(), prepared));
+                if best.as_ref().is_none_or(|(most, _)| worth > *most) {
+                    best = Some((worth, load));
                 }
             }
         }
-        if let Some((_, name, device, prepared)) = best {
-            let load = Load::unasked(&name, &device);
-            let wanted = prepared.keys().cloned().collect();
-            if let Err(error) = self.begin_load(&load, Some(device), prepared, wanted) {
-                tracing::debug!(model = %name, %error, "a model does not come back from RAM");
-            }
+        if let Some((_, load)) = best {
+            self.promote_later(PROMOTE_SECONDS);
+            // By way of those who open its files: what was written to since is not brought back.
+            let _ = self.unasked.send(load);
         }
+    }
+
+    /// Nothing comes back by itself for a while.
+    pub(super) fn promote_later(&mut self, seconds: u64) {
+        self.promote_after = self.promote_after.max(self.now.tick.after_seconds(seconds));
+    }
+
+    /// Gives a copy up that is under way.
+    fn cancel_copy_from(&self, source: AllocationId) {
+        for copy in self.copies.values().filter(|copy| copy.source == source) {
+            copy.cancel();
+        }
+        self.mover.sweep();
     }
 
     /// Tells who goes, for whom, and who could have gone and stayed.
@@ -527,6 +578,10 @@ impl State {
     }
 }
 
+pub(super) fn is_ram(facts: &vramd_device::Facts) -> bool {
+    facts.memory_type == MemoryType::Ram && facts.capabilities.host_access
+}
+
 impl Load {
     /// Brings back what had to go: no use of the model, and nothing goes for it.
     fn unasked(model: &ModelName, device: &DeviceId) -> Self {
@@ -536,7 +591,9 @@ impl Load {
             components: None,
             keep_alive: None,
             shortage: OnShortage { evict: false, spill: false, wait_seconds: None },
+            checksum: false,
             unasked: true,
+            cache_for: None,
         }
     }
 }

@@ -20,7 +20,6 @@ use super::copies::{Copy, CopyError, CopyId, NewCopy, Purpose, flow};
 use super::models::{no_component, no_model, not_resident};
 use super::operations::Running;
 use super::{Caller, Reply, State};
-use crate::mover::CHECKSUM;
 use crate::requests::DEFAULT_LEASE_SECONDS;
 use crate::store::Change;
 
@@ -183,10 +182,13 @@ impl State {
             .hint("wait for that operation, or cancel it: `vramd cancel ID`")
             .detail("operationId", operation.to_string()));
         }
-        let from: Vec<DeviceId> = match source {
-            Some(source) => vec![source],
-            None => model.resident_on().into_iter().filter(|device| device != target).collect(),
+        // What RAM only keeps is no place that anybody means.
+        let cached = |device: &DeviceId| {
+            let mut here = model.components.values().filter_map(|it| it.residency.get(device));
+            here.all(|residency| residency.cached_from().is_some())
         };
+        let meant = || model.resident_on().into_iter().filter(|on| on != target && !cached(on)).collect();
+        let from: Vec<DeviceId> = source.map_or_else(meant, |source| vec![source]);
         let from = match from.as_slice() {
             [one] => one.clone(),
             [] if model.resident_on().contains(target) => {
@@ -371,10 +373,7 @@ impl State {
                     target_device_id: item.to.clone(),
                     bytes: item.bytes,
                     held_by: Vec::new(),
-                    checksum: checksum.map(|value| Checksum {
-                        algorithm: CHECKSUM.to_owned(),
-                        value: format!("{value:016x}"),
-                    }),
+                    checksum: checksum.map(Checksum::crc64),
                 });
                 match &item.component {
                     Some(component) => self.component_arrived(operation, &item, component, moved),

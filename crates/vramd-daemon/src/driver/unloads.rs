@@ -143,7 +143,21 @@ impl State {
             Release::Work(work) => self.perform(work),
             // What an operation still reads goes when that has ended.
             Release::Later => self.cancel_copies_of(allocation),
+            Release::NotActive if self.ledger.allocation(allocation).is_none() => {
+                self.releasing.remove(&allocation);
+                self.part_released(operation, allocation, &[]);
+            }
             Release::NotActive => {}
+        }
+    }
+
+    /// Ends a model's share of a block, by whichever lease is left of it: they are all alike.
+    pub(super) fn give_up_share(&mut self, allocation: AllocationId, lease: LeaseId) {
+        let held = self.ledger.allocation(allocation);
+        let has = held.is_some_and(|held| held.leases.contains_key(&lease));
+        let other = held.and_then(|held| held.model_leases().next());
+        if let Some(lease) = if has { Some(lease) } else { other } {
+            self.finish_lease(lease);
         }
     }
 

@@ -116,6 +116,7 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(models::list, models::register))
         .routes(routes!(models::get, models::remove))
         .routes(routes!(models::load))
+        .routes(routes!(models::prefetch))
         .routes(routes!(models::unload))
         .routes(routes!(models::pin))
         .routes(routes!(models::unpin))

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use axum::extract::State;
 use vramd_api::{
-    ApiError, Bytes, LoadRequest, Model, ModelName, ModelPage, OnShortage, Operation, RegisterModel, Success,
-    TouchRequest, UnloadRequest,
+    ApiError, Bytes, DeviceId, LoadRequest, MemoryType, Model, ModelName, ModelPage, OnShortage, Operation,
+    PrefetchRequest, RegisterModel, Success, TouchRequest, UnloadRequest,
 };
 use vramd_core::eviction::Popularity;
 use vramd_core::models;
@@ -76,6 +76,7 @@ pub async fn register(
                     plan: Ok(plan),
                     residency: BTreeMap::new(),
                     load_seconds: BTreeMap::new(),
+                    checksum: None,
                 },
             ))
         })
@@ -140,10 +141,60 @@ pub async fn load(
         None => None,
     };
     let shortage = requests::shortage(body.on_shortage.unwrap_or(OnShortage::Evict), body.timeout_seconds)?;
-    let (components, keep_alive) = (body.components, body.keep_alive);
-    let load = Load { model: name(&text)?, device, components, keep_alive, shortage, unasked: false };
+    let (components, keep_alive, checksum) = (body.components, body.keep_alive, body.checksum);
+    let load = Load {
+        model: name(&text)?,
+        device,
+        components,
+        keep_alive,
+        shortage,
+        checksum,
+        unasked: false,
+        cache_for: None,
+    };
     let operation = loader::begin(&app.driver, &app.roots, &load).await?;
     operations::answer(&app, operation, wait).await
+}
+
+/// Bring a model to host memory before it is used
+///
+/// For its next use on a device, `deviceId`; left out, the nearest that could hold it. Nothing that is worth more goes for it, it is no use
+/// of the model, and while other models are loaded it is refused. The next load to that device copies it from there. What usually follows another model is
+/// prefetched without being asked.
+#[utoipa::path(post, path = "/api/models/{name}/prefetch", tag = "models", request_body = Option<PrefetchRequest>,
+    params(("name" = ModelName, Path), WaitParams,
+        IdempotencyKey),
+    responses((status = 200, description = "The operation has ended", body = Success<Operation>),
+        (status = 202, description = "The operation is under way", body = Success<Operation>), Errors))]
+pub async fn prefetch(
+    State(app): State<App>,
+    Path(text): Path,
+    Params(wait): Params<WaitParams>,
+    OptionalBody(body): OptionalBody<PrefetchRequest>,
+) -> Answer<Operation> {
+    let wait = wait.seconds()?;
+    let name = name(&text)?;
+    let device = match &body.device_id {
+        Some(device) => app.driver.devices.named(device)?.facts().device.clone(),
+        None => usual_device(&app, &name)?,
+    };
+    let load = Load::prefetch(name, device, &app.driver.devices)?;
+    let operation = loader::begin(&app.driver, &app.roots, &load).await?;
+    operations::answer(&app, operation, wait).await
+}
+
+/// The first card that could hold a model.
+fn usual_device(app: &App, name: &ModelName) -> Result<DeviceId, ApiError> {
+    let snapshot = app.driver.snapshot();
+    let model = snapshot.models.get(name).ok_or_else(|| ApiError::not_found("model", name))?;
+    let bytes = model.to_api(&snapshot.allocations).size_bytes;
+    let fits =
+        |facts: &&vramd_device::Facts| facts.memory_type == MemoryType::Vram && facts.total_bytes >= bytes;
+    let cards = app.driver.devices.iter().map(|device| device.facts());
+    cards.filter(fits).map(|facts| facts.device.clone()).next().ok_or_else(|| {
+        ApiError::invalid("deviceId", format!("no card could hold {name}"))
+            .hint("load it into host memory instead: `vramd load --device cpu:0`")
+    })
 }
 
 /// Unload a model

@@ -255,7 +255,7 @@ fn a_limit_holds_for_what_is_asked_from_then_on() {
     for wrong in [json!({}), json!({"limitBytes": 0}), json!({"limitBytes": "16MiB"})] {
         daemon.put(limits, &wrong).refuses("limitBytes");
     }
-    daemon.put(limits, &json!({"limitBytes": 1, "reserveBytes": 1})).refuses("reserveBytes");
+    daemon.put(limits, &json!({"limitBytes": 1, "mostBytes": 1})).refuses("mostBytes");
     daemon.put("/api/memory/limits/sim:9", &json!({"limitBytes": 1})).error("NOT_FOUND");
 }
 

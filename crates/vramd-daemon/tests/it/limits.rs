@@ -173,3 +173,56 @@ fn limits_are_kept_over_a_restart_and_bad_ones_change_nothing() {
     let daemon = daemon.stop().start(&[64 * MIB]);
     assert_eq!(daemon.get("/api/memory/limits/sim:0").data(200), before);
 }
+
+#[test]
+fn what_is_reserved_does_not_go_for_others_and_nothing_goes_in_vain() {
+    let daemon = with_models(&["a", "b"]);
+    set(
+        &daemon,
+        &json!({"limitBytes": null, "owners": {"vramd": {"reserveBytes": 32 * MIB}},
+        "purposes": {"big/*": {"limitBytes": 10 * MIB}}}),
+    );
+    for name in ["a", "b"] {
+        daemon.loaded(name, "sim:0");
+    }
+    nobodys(&daemon);
+    let mut body = allocation("me", 40);
+    body["onShortage"] = json!("evict");
+    daemon.allocate(&body).error("INSUFFICIENT_MEMORY");
+    // No model that goes helps a purpose that is at its limit.
+    let mut cache = allocation("me", 8);
+    cache["purpose"] = json!("big/one");
+    daemon.allocated(&cache);
+    cache["onShortage"] = json!("evict");
+    daemon.allocate(&cache).error("INSUFFICIENT_MEMORY");
+    assert!(is_resident(&daemon, "a") && is_resident(&daemon, "b"));
+    // A model of parts that may never have as much together is refused at once.
+    let files = daemon.home.path("models");
+    let path = |name: &str| json!({"path": files.join(format!("{name}.safetensors"))});
+    for name in ["c", "d"] {
+        write_model(&files.join(format!("{name}.safetensors")), name, 6 << 20);
+    }
+    let parts = json!({"name": "big", "components": {"c": path("c"), "d": path("d")}});
+    daemon.post("/api/models", &parts).data(201);
+    let refused =
+        daemon.post("/api/models/big/load", &json!({"deviceId": "sim:0"})).error("INSUFFICIENT_MEMORY");
+    assert_eq!(refused["retryable"], false, "{refused:#}");
+    assert!(is_resident(&daemon, "a") && is_resident(&daemon, "b"));
+}
+
+#[test]
+fn who_waits_for_a_limit_of_their_own_holds_up_nobody() {
+    let daemon = with_models(&["a"]);
+    set(&daemon, &json!({"limitBytes": null, "owners": {"alice": {"limitBytes": 16 * MIB}}}));
+    let first = daemon.allocated(&allocation("alice", 12));
+    let mut late = allocation("alice", 8);
+    late["onShortage"] = json!("wait");
+    let waits = daemon.begin("/api/memory/allocations/allocate", &[], &late);
+    daemon.settle();
+    let mut other = allocation("bob", 8);
+    other["onShortage"] = json!("wait");
+    daemon.allocate(&other).data(201);
+    assert!(!waits.is_answered());
+    daemon.release(&first).data(200);
+    waits.answer().data(201);
+}

@@ -308,3 +308,40 @@ fn a_model_may_be_resident_on_several_devices() {
     daemon.all_is_back("sim:0");
     assert_eq!(daemon.residency("tiny")[0]["deviceId"], "sim:1");
 }
+
+#[test]
+fn a_load_is_held_to_the_checksum_of_those_before() {
+    let daemon = Daemon::start(&[64 * MIB, 64 * MIB]);
+    let path = daemon.home.path("models/a.safetensors");
+    write_model(&path, "w", 9 << 20);
+    daemon.register("a", "a.safetensors");
+    let load = |device: &str| daemon.ended(&daemon.load("a", &json!({"deviceId": device, "checksum": true})));
+    assert_eq!(load("sim:0")["state"], "Completed");
+    let sum = daemon.model("a")["components"][0]["checksum"].clone();
+    assert_eq!(sum["value"].as_str().map(str::len), Some(16), "{sum:#}");
+    // Copied or read, it is the same.
+    assert_eq!(load("sim:1")["result"]["copiedFrom"], json!(["sim:0"]));
+    assert_eq!(daemon.model("a")["components"][0]["checksum"], sum);
+    daemon.unloaded("a");
+    assert_eq!(load("sim:0")["state"], "Completed");
+    daemon.unloaded("a");
+    // A byte changes, as on a failing disk: neither size nor time tell.
+    let modified = std::fs::metadata(&path).expect("a file").modified().expect("a time");
+    let mut bytes = std::fs::read(&path).expect("read");
+    bytes[5 << 20] ^= 1;
+    let file = std::fs::OpenOptions::new().write(true).open(&path).expect("opened");
+    std::io::Write::write_all(&mut &file, &bytes).expect("written");
+    file.set_times(std::fs::FileTimes::new().set_modified(modified)).expect("set");
+    drop(file);
+    let failed = daemon.ended(&daemon.load("a", &json!({"deviceId": "sim:0"})));
+    let error = &failed["error"];
+    assert_eq!((&failed["state"], &error["code"]), (&json!("Failed"), &json!("CHECKSUM_MISMATCH")));
+    assert_eq!(error["details"]["before"], sum, "{error:#}");
+    daemon.all_is_back("sim:0");
+    // Written anew it is another file.
+    let file = std::fs::OpenOptions::new().write(true).open(&path).expect("opened");
+    file.set_times(std::fs::FileTimes::new().set_modified(std::time::SystemTime::now())).expect("set");
+    drop(file);
+    assert_eq!(load("sim:0")["state"], "Completed");
+    assert_ne!(daemon.model("a")["components"][0]["checksum"], sum);
+}

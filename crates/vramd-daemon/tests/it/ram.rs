@@ -10,9 +10,11 @@ use vramd_device::Call;
 use crate::models::attached_bytes;
 use crate::support::{Daemon, Home, MIB, payload, wait_for, write_model};
 
-/// A card for three of the models of 20 MiB, and host memory that keeps up to `ram_tier` of what has to go.
+const CARD: u64 = 72 * MIB;
+
+/// A card for three of the models of 20 MiB and some to spare, and host memory that keeps up to `ram_tier` of what has to go.
 fn with_ram(ram_tier: u64, names: &[&str]) -> Daemon {
-    let daemon = Home::new().start_tiers(&[64 * MIB], ram_tier, 0);
+    let daemon = Home::new().start_tiers(&[CARD], ram_tier, 0);
     for name in names {
         write_model(&daemon.home.path("models").join(format!("{name}.safetensors")), "w", 20 << 20);
         daemon.register(name, &format!("{name}.safetensors"));
@@ -163,7 +165,7 @@ fn a_card_that_cannot_be_read_gives_its_room_all_the_same() {
 #[test]
 fn other_programs_get_the_memory_back() {
     let home = Home::new();
-    let daemon = home.start_tiers(&[64 * MIB], 64 * MIB, u64::MAX / 2);
+    let daemon = home.start_tiers(&[CARD], 64 * MIB, u64::MAX / 2);
     for name in ["a", "b", "c", "d"] {
         write_model(&home.path("models").join(format!("{name}.safetensors")), "w", 20 << 20);
         daemon.register(name, &format!("{name}.safetensors"));
@@ -321,8 +323,94 @@ fn a_load_without_a_device_falls_to_no_slower_memory_unasked() {
         assert_eq!(loaded["result"]["deviceId"], "sim:0", "{loaded:#}");
     }
     // What no card could hold goes where it can be.
-    write_model(&daemon.home.path("models/large.safetensors"), "w", 70 << 20);
+    write_model(&daemon.home.path("models/large.safetensors"), "w", 80 << 20);
     daemon.register("large", "large.safetensors");
     let loaded = daemon.ended(&daemon.load("large", &json!({})));
     assert_eq!(loaded["result"]["deviceId"], "cpu:0", "{loaded:#}");
+}
+
+#[test]
+fn what_is_prefetched_waits_in_ram_for_its_card() {
+    let daemon = with_ram(64 * MIB, &["a", "b"]);
+    let prefetch = |name: &str, body: &Value| {
+        let begun = daemon.post(&format!("/api/models/{name}/prefetch?wait=30"), body);
+        begun.data(200)
+    };
+    let fetched = prefetch("a", &json!({}));
+    assert_eq!((&fetched["state"], &fetched["result"]["deviceId"]), (&json!("Completed"), &json!("cpu:0")));
+    assert_eq!(places(&daemon, "a"), of(&[("cpu:0", "sim:0")]));
+    assert!(daemon.model("a")["lastUsedAt"].is_null(), "that is no use of it");
+    assert_eq!(prefetch("a", &json!({"deviceId": "sim:0"}))["result"]["loaded"], false);
+    let loaded = daemon.ended(&daemon.load("a", &json!({})));
+    assert_eq!(
+        (&loaded["result"]["copiedFrom"], &loaded["result"]["deviceId"]),
+        (&json!(["cpu:0"]), &json!("sim:0"))
+    );
+    // There it is nothing to bring.
+    daemon.post("/api/models/b/prefetch", &json!({"deviceId": "cpu:0"})).refuses("deviceId");
+    daemon.post("/api/models/nobody/prefetch", &json!({})).error("NOT_FOUND");
+    // Nothing that is worth more goes for it.
+    let daemon = with_ram(30 * MIB, &["a", "b"]);
+    loaded_slowly(&daemon, "a");
+    daemon.unloaded("a");
+    daemon.post("/api/models/a/prefetch?wait=30", &json!({})).data(200);
+    for _ in 0..15 {
+        daemon.post("/api/models/a/touch", &json!({})).data(200);
+    }
+    daemon.post("/api/models/b/prefetch", &json!({})).error("INSUFFICIENT_MEMORY");
+    assert_eq!(places(&daemon, "a"), of(&[("cpu:0", "sim:0")]));
+}
+
+#[test]
+fn what_usually_follows_is_prefetched() {
+    let daemon = with_ram(64 * MIB, &["a", "b"]);
+    for _ in 0..3 {
+        daemon.loaded("a", "sim:0");
+        daemon.loaded("b", "sim:0");
+    }
+    daemon.unloaded("b");
+    assert_eq!(places(&daemon, "b"), []);
+    daemon.post("/api/models/a/touch", &json!({})).data(200);
+    wait_for("b to come to RAM", || (places(&daemon, "b") == of(&[("cpu:0", "sim:0")])).then_some(()));
+}
+
+#[test]
+fn ram_that_only_keeps_models_is_there_for_who_asks_for_it() {
+    let home = Home::new();
+    let daemon = home.start_tiers(&[CARD], 700 * MIB, 0);
+    // A limit that leaves room for one of them.
+    daemon.put("/api/memory/limits/cpu:0", &json!({"limitBytes": 30 * MIB})).data(200);
+    write_model(&home.path("models/a.safetensors"), "w", 20 << 20);
+    daemon.register("a", "a.safetensors");
+    daemon.post("/api/models/a/prefetch?wait=30", &json!({})).data(200);
+    let body = json!({"sizeBytes": 24 * MIB, "leaseSeconds": 60});
+    daemon.post("/api/memory/allocations/allocate/cpu:0", &body).data(201);
+    assert_eq!(places(&daemon, "a"), []);
+}
+
+#[test]
+fn a_move_of_what_another_model_begins_to_share_leaves_it_there() {
+    let daemon = Home::new().start(&[64 * MIB, 64 * MIB]);
+    write_model(&daemon.home.path("models/one.safetensors"), "w", 8 << 20);
+    for name in ["one", "same"] {
+        daemon.register(name, "one.safetensors");
+    }
+    daemon.loaded("one", "sim:0");
+    let held = daemon.faults[1].hold(Call::Write);
+    let items = json!({"items": [{"model": "one"}], "targetDeviceId": "sim:1", "mode": "move"});
+    let transfer = daemon.post("/api/memory/transfer", &items).data(202);
+    assert!(held.wait_until_caught(1, Duration::from_secs(30)));
+    // It is being read for the move: a second model may have it too, and then it stays.
+    daemon.loaded("same", "sim:0");
+    drop(held);
+    let ended = daemon.ended(transfer["operationId"].as_str().expect("an id"));
+    let shared = daemon.residency("same");
+    assert_eq!(shared[0]["state"], "Resident", "{ended:#}");
+    let bytes = attached_bytes(&daemon, &json!({"model": "same", "deviceId": "sim:0"}));
+    assert_eq!(bytes[..8 << 20], payload((8 << 20) + 2, 7)[..8 << 20]);
+    for name in ["one", "same"] {
+        daemon.unloaded(name);
+    }
+    daemon.all_is_back("sim:0");
+    daemon.all_is_back("sim:1");
 }

@@ -72,8 +72,12 @@ impl Reserve {
         let mut state = self.state();
         let now = Instant::now();
         if free < left {
-            state.ahead = None;
+            let goes = state.ahead.take();
             state.not_before = now + 10 * LOOK;
+            drop(state);
+            // Takes a while, in which others may look.
+            drop(goes);
+            return 10 * LOOK;
         }
         if state.not_before > now {
             return state.not_before - now;

@@ -9,7 +9,9 @@ use vramd_api::{DeviceCapabilities, DeviceId, MemoryType};
 
 #[cfg(unix)]
 use super::ahead::Reserve;
-use super::memory::{CHUNK_BYTES, Memory};
+#[cfg(unix)]
+use super::memory::CHUNK_BYTES;
+use super::memory::Memory;
 use super::pages::{BASE_PAGE_BYTES, Pages};
 use super::populate::populate;
 use crate::host::Host;
@@ -170,9 +172,9 @@ impl Device {
         let transparent = self.pages.backing == Backing::TransparentHugePages;
         let backing = if transparent { Backing::TransparentHugePages } else { Backing::SmallPages };
         let taken = self.take(bytes, From::CommonMemory)?;
-        let (segment, there) = self.segment(name, bytes, writers, backing)?;
-        taken.populated(there);
-        if writers == Writers::DeviceOnly && bytes >= LARGE_BYTES {
+        let (segment, there) = self.segment(name, &taken, writers, backing)?;
+        // Elsewhere the system has them counted already.
+        if cfg!(unix) && writers == Writers::DeviceOnly && bytes >= LARGE_BYTES {
             taken.keep();
             return Ok(Memory::coming(segment, there));
         }
@@ -185,18 +187,20 @@ impl Device {
     fn segment(
         &self,
         name: &str,
-        bytes: u64,
+        taken: &Taken<'_>,
         writers: Writers,
         backing: Backing,
     ) -> Result<(Segment, u64), DeviceError> {
+        let bytes = taken.bytes;
         #[cfg(unix)]
         if let Some(reserve) = &self.reserve
-            // What is ready is not to be had otherwise.
-            && (bytes >= LARGE_BYTES || self.host.available_bytes()? < bytes)
+            // One that is much smaller would leave nothing for those that it is for.
+            && (bytes >= LARGE_BYTES.max(reserve.populated() / 2) || self.host.available_bytes()? < bytes)
             && let Some(ahead) = reserve.take()
         {
             // Of whole chunks, so that each has its pages or has none.
             let there = ahead.populated().min(bytes);
+            taken.populated(there);
             let segment = Segment::of(ahead, bytes, writers, backing);
             return segment.map(|it| (it, there)).map_err(|failed| self.explain(failed, bytes));
         }
@@ -213,9 +217,8 @@ impl Device {
             let there = memory.segment.populate(start, end - start);
             return there.map_err(|failed| failed.explain(call, bytes, 0));
         }
-        let spare = self.host.headroom_bytes() / 2;
         for (offset, bytes) in memory.missing(offset, bytes) {
-            let available = self.host.free_bytes()?.saturating_sub(spare);
+            let available = self.free_for(bytes)?;
             if available < bytes {
                 return Err(DeviceError::OutOfMemory { requested: bytes, available });
             }
@@ -231,13 +234,10 @@ impl Device {
     /// Populates a segment for as long as the machine has room.
     fn bring_in(&self, segment: &Segment, taken: &Taken<'_>) -> Result<(), DeviceError> {
         let requested = segment.bytes();
-        // Half of the headroom may go to those who take memory at the same time, so that a request for all that
-        // is available is not refused for their noise.
-        let spare = self.host.headroom_bytes() / 2;
         let there = requested - taken.pending();
         populate(requested - there, |offset, chunk| {
             let offset = there + offset;
-            let available = self.host.free_bytes()?.saturating_sub(spare);
+            let available = self.free_for(chunk)?;
             if available < chunk {
                 return Err(DeviceError::OutOfMemory { requested, available });
             }
@@ -245,6 +245,24 @@ impl Device {
             taken.populated(chunk);
             Ok(())
         })
+    }
+
+    /// What the machine has for pages that were promised. Where it is short, those that were made ahead go first.
+    fn free_for(&self, bytes: u64) -> Result<u64, DeviceError> {
+        // Half of the headroom may go to those who take memory at the same time, so that a request for all that
+        // is available is not refused for their noise.
+        let spare = self.host.headroom_bytes() / 2;
+        let free = || Ok(self.host.free_bytes()?.saturating_sub(spare));
+        #[cfg(unix)]
+        if let Some(reserve) = &self.reserve {
+            reserve.rest();
+            if free()? < bytes {
+                drop(reserve.take());
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = bytes;
+        free()
     }
 
     fn explain(&self, failed: Failed, requested: u64) -> DeviceError {
@@ -399,8 +417,10 @@ impl crate::Device for Device {
 
     fn export(&self, segment: SegmentId, access: ExportAccess) -> Result<Exported, DeviceError> {
         let memory = self.segments.get(Call::Export, segment)?;
-        // Those of padding, which nobody has used.
-        self.present(&memory, Call::Export, 0, memory.bytes())?;
+        if memory.is_coming() {
+            // Those of padding, which nobody has used.
+            self.present(&memory, Call::Export, 0, memory.bytes())?;
+        }
         let descriptor = memory.segment.export(segment, access)?;
         Ok(Exported { descriptor, handle: Handle::HOST })
     }

@@ -65,6 +65,9 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
         Question::Unpin { model } => models::unpin(client, &model, output).await?,
         Question::Touch { model, keep_alive } => models::touch(client, &model, keep_alive, output).await?,
         Question::Load(arguments) => operations::load(client, arguments, output).await?,
+        Question::Prefetch { model, device } => {
+            operations::prefetch(client, &model, device, output).await?;
+        }
         Question::Unload { model, device } => operations::unload(client, &model, device, output).await?,
         Question::Operations { id, state } => operations::operations(client, id, state, output).await?,
         Question::Transfer(arguments) => movement::transfer(client, arguments, output).await?,

@@ -5,7 +5,8 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use vramd_api::client::{Client, ClientError};
 use vramd_api::{
-    Bytes, LoadRequest, ModelName, Operation, OperationId, OperationPage, OperationState, UnloadRequest,
+    Bytes, LoadRequest, ModelName, Operation, OperationId, OperationPage, OperationState, PrefetchRequest,
+    UnloadRequest,
 };
 
 use crate::arguments::LoadArguments;
@@ -25,6 +26,7 @@ pub async fn load(client: &Client, arguments: LoadArguments, output: Output) -> 
         keep_alive: arguments.keep_alive,
         on_shortage: arguments.on_shortage,
         timeout_seconds: arguments.timeout_seconds,
+        checksum: arguments.checksum,
     };
     if arguments.no_wait {
         let operation = client.load(&arguments.model, &request, 0).await?;
@@ -33,6 +35,17 @@ pub async fn load(client: &Client, arguments: LoadArguments, output: Output) -> 
     // Heard before the load exists, so that there is no moment in which Ctrl-C would leave it running.
     let interrupts = interrupts()?;
     let operation = client.load(&arguments.model, &request, 0).await?;
+    finish(client, operation, interrupts, output).await
+}
+
+pub async fn prefetch(
+    client: &Client,
+    model: &ModelName,
+    device_id: Option<String>,
+    output: Output,
+) -> Result<(), CommandError> {
+    let interrupts = interrupts()?;
+    let operation = client.prefetch(model, &PrefetchRequest { device_id }, 0).await?;
     finish(client, operation, interrupts, output).await
 }
 

@@ -9,7 +9,7 @@ use crate::http::extract::{Body, NoParams, Params, Path};
 use crate::http::reply::{Answer, Errors, ok};
 
 /// The most owners and purposes that have limits of their own on a device: each is counted for each request.
-const MAX_SHARES: usize = 64;
+const MAX_SHARES: usize = 16;
 const MAX_PURPOSE: usize = 128;
 
 /// The limits of all devices
