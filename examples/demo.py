@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,7 +179,7 @@ def show(binary: str) -> None:
     """The whole demonstration."""
     with tempfile.TemporaryDirectory(prefix="vramd-demo-") as sockets, ExitStack() as stack:
         socket = f"{sockets}/vramd.sock"
-        serve = ["--listen", "127.0.0.1:0", "--socket", socket, "--sim", "200MiB"]
+        serve = ["--listen", "127.0.0.1:0", "--socket", socket, "--sim", "200MiB", "--model-root", sockets]
         running = stack.enter_context(daemon(binary, serve))
         print(f"  daemon   pid {running.process.pid}, {running.url}, {running.socket}")
         load(running.client)
@@ -194,7 +195,7 @@ def show(binary: str) -> None:
         print(f"  attached by {count} processes at once\n")
         compare_memory(reports)
         compare_vectors(reports)
-        switch(running)
+        switch(running, Path(sockets))
     print("\n  the daemon has stopped, and nothing is left behind")
 
 
@@ -239,12 +240,13 @@ def compare_vectors(reports: dict[str, dict[str, Any]]) -> None:
         )
 
 
-def switch(running: Daemon) -> None:
+def switch(running: Daemon, root: Path) -> None:
     """Three models on a device that holds two: who asks for one gets it, and what is needed least goes."""
     client, file = running.client, minilm.directory() / "model.safetensors"
     print("\n  three models of 86.7 MiB take turns on sim:0, which has 200 MiB\n")
     for name in sorted(set(REQUESTS)):
-        client.register_model(name, file)
+        # Files of their own: of one and the same all three would be held once.
+        client.register_model(name, shutil.copyfile(file, root / f"{name}.safetensors"))
     end = file.read_bytes()[-64:]
     went: list[str] = []
     for name in REQUESTS:
@@ -255,7 +257,9 @@ def switch(running: Daemon) -> None:
             last = max((weights.info(tensor) for tensor in weights), key=lambda tensor: tensor.offset)
             if bytes(weights.raw(last.name)[-64:]) != end:
                 raise Failed(f"{name}: the last bytes are not those of the file")
-        how = "was there" if not result["loaded"] else "loaded"
+        how = "loaded" if result["loaded"] else "was there"
+        if result.get("copiedFrom"):
+            how = f"copied from {result['copiedFrom'][0]}"
         evicted = [one["model"] for one in result.get("evicted", [])]
         went += evicted
         text = f", and {', '.join(evicted)} went" if evicted else ""
