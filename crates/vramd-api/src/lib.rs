@@ -15,6 +15,7 @@ mod ids;
 mod memory;
 mod model;
 mod movement;
+mod object;
 mod operation;
 mod plan;
 mod units;

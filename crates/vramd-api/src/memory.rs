@@ -545,9 +545,9 @@ pub struct SetLimits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reserve_bytes: Option<Bytes>,
     /// By owner; models are the owner `vramd`'s.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "crate::object::map")]
     pub owners: BTreeMap<OwnerName, ShareLimits>,
     /// By purpose, or the beginning of one and `*`; a component's is `model/component`.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "crate::object::map")]
     pub purposes: BTreeMap<String, ShareLimits>,
 }

@@ -153,6 +153,7 @@ impl ToSchema for KeepAlive {}
 pub struct RegisterModel {
     pub name: ModelName,
     /// One or more; a model of one part calls it `weights`.
+    #[serde(deserialize_with = "crate::object::map")]
     #[schema(schema_with = components_schema)]
     pub components: BTreeMap<ComponentName, ComponentSource>,
     /// What `load` uses when it names none. Default `5m`.

@@ -15,6 +15,7 @@ pub const MAX_TRANSFER_ITEMS: usize = 1000;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TransferRequest {
     /// All of them, or none is begun.
+    #[serde(deserialize_with = "crate::object::list")]
     #[schema(min_items = 1, max_items = 1000)]
     pub items: Vec<TransferItem>,
     /// A device id or uuid.

@@ -12,6 +12,8 @@ pub const MAX_PLANNED: usize = 64;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PlanRequest {
     /// In this order, each beside those before; 64 at most.
+    #[serde(deserialize_with = "crate::object::list")]
+    #[schema(min_items = 1, max_items = 64)]
     pub models: Vec<PlanItem>,
     /// Where those go that name no device of their own; left out, as for a load: the nearest memory that could hold them.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -168,8 +168,10 @@ fn limits_are_kept_over_a_restart_and_bad_ones_change_nothing() {
     ] {
         daemon.put("/api/memory/limits/sim:0", &bad).refuses(field);
     }
-    let share = json!({"limitBytes": null, "owners": {"a": {"most": 1}}});
-    daemon.put("/api/memory/limits/sim:0", &share).error("INVALID_ARGUMENT");
+    for share in [json!({"most": 1}), json!([1, 1]), json!(null)] {
+        let body = json!({"limitBytes": null, "owners": {"a": share}});
+        daemon.put("/api/memory/limits/sim:0", &body).error("INVALID_ARGUMENT");
+    }
     let daemon = daemon.stop().start(&[64 * MIB]);
     assert_eq!(daemon.get("/api/memory/limits/sim:0").data(200), before);
 }
