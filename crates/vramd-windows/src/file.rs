@@ -8,11 +8,21 @@ use std::path::PathBuf;
 
 use windows::Win32::Foundation::{GENERIC_READ, HANDLE};
 use windows::Win32::Storage::FileSystem::{
-    FILE_FLAG_NO_BUFFERING, FILE_NAME_NORMALIZED, FILE_SHARE_DELETE, FILE_SHARE_READ, FILE_SHARE_WRITE,
-    GETFINALPATHNAMEBYHANDLE_FLAGS, GetFinalPathNameByHandleW, ReOpenFile,
+    BY_HANDLE_FILE_INFORMATION, FILE_FLAG_NO_BUFFERING, FILE_NAME_NORMALIZED, FILE_SHARE_DELETE,
+    FILE_SHARE_READ, FILE_SHARE_WRITE, GETFINALPATHNAMEBYHANDLE_FLAGS, GetFileInformationByHandle,
+    GetFinalPathNameByHandleW, ReOpenFile,
 };
 
 use crate::system;
+
+/// By which an open file is known, whatever its names: its volume's number, and its own on it.
+pub fn file_number(file: &File) -> io::Result<(u64, u64)> {
+    let mut found = BY_HANDLE_FILE_INFORMATION::default();
+    // SAFETY: the handle lives, and so does what is written to.
+    unsafe { GetFileInformationByHandle(HANDLE(file.as_raw_handle()), &mut found) }.map_err(system)?;
+    let number = u64::from(found.nFileIndexHigh) << 32 | u64::from(found.nFileIndexLow);
+    Ok((u64::from(found.dwVolumeSerialNumber), number))
+}
 
 /// Where an open file or directory is, with all links followed, in the form that [`std::fs::canonicalize`] answers.
 pub fn final_path(file: &File) -> io::Result<PathBuf> {

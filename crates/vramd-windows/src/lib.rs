@@ -12,7 +12,7 @@ pub mod pipe;
 mod process;
 mod security;
 
-pub use file::{final_path, reopen_direct};
+pub use file::{file_number, final_path, reopen_direct};
 pub use machine::{Memory, free_bytes, memory};
 pub use process::{Given, Process, client_pid};
 pub use security::{Security, is_trusted};

@@ -1,7 +1,6 @@
 //! A named pipe, and the system's calls for processes and files.
 
 use std::fs::{File, OpenOptions};
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
 use std::os::windows::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -210,14 +209,13 @@ pub fn reopen_direct(file: &File) -> Option<File> {
     vramd_windows::reopen_direct(file).ok()
 }
 
-/// By which an open file is known again: where it is, since what numbers it is not in the standard library.
+/// By which an open file is known again.
 pub fn identity(file: &File) -> io::Result<FileIdentity> {
     let metadata = file.metadata()?;
-    let mut hasher = DefaultHasher::new();
-    vramd_windows::final_path(file)?.hash(&mut hasher);
+    let (volume, file) = vramd_windows::file_number(file)?;
     Ok(FileIdentity {
-        volume: 0,
-        file: hasher.finish(),
+        volume,
+        file,
         bytes: metadata.len(),
         modified_nanoseconds: i128::from(metadata.last_write_time()) * 100,
     })
