@@ -110,6 +110,19 @@ pub struct Daemon {
     simulated: &'static str,
 }
 
+/// What a program has put out. Wine fails to start one now and then, for a reason of its own.
+fn output(command: &mut Command) -> std::process::Output {
+    const INTERNAL_ERROR: i32 = 1359;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match command.output() {
+            Err(error) if cfg!(windows) && error.raw_os_error() == Some(INTERNAL_ERROR) && tries < 5 => {}
+            ended => return ended.expect("the binary runs"),
+        }
+    }
+}
+
 impl Daemon {
     pub fn start() -> Self {
         Self::start_with("64MiB,32MiB")
@@ -158,11 +171,11 @@ impl Daemon {
     }
 
     pub fn run(&self, arguments: &[&str]) -> Ended {
-        self.command(arguments).output().expect("the binary runs").into()
+        output(&mut self.command(arguments)).into()
     }
 
     pub fn json(&self, arguments: &[&str]) -> Value {
-        self.command(arguments).arg("--json").output().map(Ended::from).expect("runs").expect(0).json()
+        Ended::from(output(self.command(arguments).arg("--json"))).expect(0).json()
     }
 
     pub fn log(&self) -> String {
