@@ -17,8 +17,8 @@ use crate::source::{Prepared, Roots};
 const PIECE_BYTES: u64 = 4 << 20;
 /// How long a load waits for what is on its way out.
 const GOING: Duration = Duration::from_secs(10);
-/// Reads in flight. Two keep a disk busy; of the rest some make pages meanwhile.
-const THREADS: usize = 8;
+/// Reads in flight. Two keep a disk busy, while others make pages; more load no faster, and are in the way of other calls.
+const THREADS: usize = 4;
 
 /// A component, and the block that it goes to.
 #[derive(Debug)]
