@@ -181,7 +181,7 @@ async fn open(
         }
     };
     let device = match &request.device_id {
-        Some(name) => Some(driver.devices.named(name)?.facts().device.clone()),
+        Some(name) => Some(driver.devices.id(name)?),
         None => None,
     };
     let access = request.access;

@@ -253,6 +253,11 @@ impl Devices {
         self.0.values().map(|opened| &opened.device)
     }
 
+    /// The id of the device that an id or uuid names.
+    pub fn id(&self, name: &str) -> Result<DeviceId, ApiError> {
+        Ok(self.named(name)?.facts().device.clone())
+    }
+
     /// The device that `text` names, by id or by uuid.
     pub fn named(&self, text: &str) -> Result<&Arc<dyn Device>, ApiError> {
         self.iter()

@@ -80,9 +80,7 @@ impl Piece<'_> {
             }
         }
     }
-}
 
-impl Piece<'_> {
     /// The checksum of what has arrived, if it is wanted.
     fn sum(&self, device: &dyn Device, buffer: &mut Vec<u8>) -> Result<Option<mover::Sum>, LoadFailure> {
         if !self.checksum {

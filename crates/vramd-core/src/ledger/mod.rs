@@ -6,14 +6,15 @@
 //!
 //! Small blocks of one owner and of about one size share segments; larger ones get their own. The last empty shared
 //! segment stays as a spare, if nobody ever touched it, so that small allocations do not go to the driver each time.
-//! How a block gets another place is in [`moves`], what those who wait lack and have kept for them in [`claims`],
+//! How a block gets another place is in [`moves`], what requests lack and have kept for them in [`room`],
 //! what owners and purposes may have in [`limits`].
 
 mod allocation;
 mod book;
-mod claims;
 mod limits;
 mod moves;
+mod plans;
+mod room;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

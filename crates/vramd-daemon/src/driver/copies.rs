@@ -388,14 +388,13 @@ impl State {
         match self.operations.running.get(&operation) {
             Some(Running::Defragment(_)) => self.block_moved(operation, id, outcome),
             Some(Running::Transfer(_)) => self.item_ended(operation, id, outcome),
-            Some(Running::Unload(_)) => self.demoted(
-                operation,
-                outcome.is_ok(),
-                match &outcome {
-                    Ok((copy, _)) => (copy.source, copy.target),
-                    Err((copy, _)) => (copy.source, copy.target),
-                },
-            ),
+            Some(Running::Unload(_)) => {
+                let copy = match &outcome {
+                    Ok((copy, _)) => &**copy,
+                    Err((copy, _)) => copy,
+                };
+                self.demoted(operation, outcome.is_ok(), (copy.source, copy.target));
+            }
             Some(Running::Load(_) | Running::Clear(_)) | None => {}
         }
     }

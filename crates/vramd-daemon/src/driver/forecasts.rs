@@ -56,15 +56,13 @@ impl State {
             let device = &facts.device;
             policies.insert(device.clone(), self.policy_on(device));
             // What stays for somebody stays for a while only: in a plan it may go.
-            for (_, candidate, evicted) in self.candidates(device, Priority::Critical, None) {
-                let first = &evicted[0];
-                let entry = self.models.get(&first.model).and_then(|it| it.components.get(&first.component));
-                let held = entry.and_then(|entry| entry.residency.get(device)).map(Residency::allocation);
-                let wanted = evicted.iter().any(|one| planned.contains(&one.model));
-                if let Some(allocation) = held.filter(|_| !wanted) {
-                    idle.push(Idle { allocation, device: device.clone(), candidate });
-                    parts.push(evicted);
+            for one in self.candidates(device, Priority::Critical, None) {
+                if one.parts.iter().any(|part| planned.contains(&part.model)) {
+                    continue;
                 }
+                let (allocation, candidate) = (one.allocation, one.candidate);
+                idle.push(Idle { allocation, device: device.clone(), candidate });
+                parts.push(one.parts);
             }
         }
         let (mut ledger, now) = (self.ledger.clone(), self.now);

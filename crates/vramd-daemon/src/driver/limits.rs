@@ -58,12 +58,12 @@ impl State {
             return Vec::new();
         }
         let mut idle = self.candidates(device, Priority::Critical, None);
-        idle.retain(|(stays, ..)| *stays <= self.now.tick);
-        let candidates: Vec<Candidate> = idle.iter().map(|(_, candidate, _)| *candidate).collect();
+        idle.retain(|idle| idle.stays <= self.now.tick);
+        let candidates: Vec<Candidate> = idle.iter().map(|idle| idle.candidate).collect();
         let policy = self.policy_on(device);
         let chosen = eviction::choose(&candidates, bytes, policy);
         let chosen = chosen.unwrap_or_else(|| (0..candidates.len()).collect());
-        let goes: Vec<_> = chosen.into_iter().flat_map(|at| idle[at].2.clone()).collect();
+        let goes: Vec<_> = chosen.into_iter().flat_map(|at| idle[at].parts.clone()).collect();
         self.tell_evicted(&goes, policy, why, "a limit", &[]);
         self.unload_evicted(&goes, true);
         goes

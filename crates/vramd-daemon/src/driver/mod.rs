@@ -407,7 +407,7 @@ struct State {
     policy: EvictionPolicy,
     /// Bytes per second that copies of components from one device to another came to lately.
     copy_rates: BTreeMap<(DeviceId, DeviceId), f64>,
-    /// Components that are to be kept in RAM once there is room.
+    /// Components on their way to RAM, or waiting for room there.
     demotions: Vec<tiers::Demotion>,
     /// When a model was last loaded or unloaded, or was to be.
     models_changed_at: vramd_core::Tick,

@@ -71,6 +71,16 @@ pub(super) enum Room {
     No,
 }
 
+/// A block of components that could go.
+pub(super) struct Idle {
+    pub allocation: AllocationId,
+    /// Until then at least.
+    pub stays: Tick,
+    pub candidate: Candidate,
+    /// One, but for what several share.
+    pub parts: Vec<Evicted>,
+}
+
 /// What could go on one device.
 struct Choice {
     device: DeviceId,
@@ -101,15 +111,15 @@ impl State {
                 break;
             }
             let (mut old, mut young, mut until) = (Vec::new(), Vec::new(), Tick::default());
-            for (stays, candidate, evicted) in self.candidates_for(&device, &requests[0], model) {
-                if stays <= self.now.tick {
-                    old.push((candidate, evicted));
+            for idle in self.candidates_for(&device, &requests[0], model) {
+                if idle.stays <= self.now.tick {
+                    old.push(idle);
                 } else {
-                    until = until.max(stays);
-                    young.push(candidate);
+                    until = until.max(idle.stays);
+                    young.push(idle.candidate);
                 }
             }
-            let candidates: Vec<Candidate> = old.iter().map(|(candidate, _)| *candidate).collect();
+            let candidates: Vec<Candidate> = old.iter().map(|idle| idle.candidate).collect();
             let Some(chosen) = eviction::choose(&candidates, lacks, self.policy_on(&device)) else {
                 young.extend(candidates);
                 if eviction::choose(&young, lacks, EvictionPolicy::LargestFirst).is_some() {
@@ -122,7 +132,7 @@ impl State {
             if best.as_ref().is_none_or(|best| loss < best.loss) {
                 let mut stayed: Vec<_> = (0..old.len()).filter(|at| !chosen.contains(at)).collect();
                 stayed.sort_by(|a, b| candidates[*a].loss().total_cmp(&candidates[*b].loss()));
-                let named = |at: usize| old[at].1.clone();
+                let named = |at: usize| old[at].parts.clone();
                 best = Some(Choice {
                     device,
                     stayed: stayed.into_iter().take(NAMED).flat_map(named).collect(),
@@ -195,22 +205,10 @@ impl State {
     }
 
     /// Those of [`Self::candidates`] that may go for a request: no more than their owners and purposes have above their reserves.
-    fn candidates_for(
-        &self,
-        device: &DeviceId,
-        request: &Request,
-        asking: Option<&ModelName>,
-    ) -> Vec<(Tick, Candidate, Vec<Evicted>)> {
+    fn candidates_for(&self, device: &DeviceId, request: &Request, asking: Option<&ModelName>) -> Vec<Idle> {
         let mut all = self.candidates(device, request.priority, asking);
-        let block = |parts: &[Evicted]| {
-            let first = parts.first()?;
-            let entry = self.models.get(&first.model)?.components.get(&first.component)?;
-            entry.residency.get(device).map(Residency::allocation)
-        };
-        let blocks: Option<Vec<_>> =
-            all.iter().map(|(_, candidate, parts)| Some((block(parts)?, candidate.loss()))).collect();
-        let may = blocks.map(|blocks| self.ledger.above_reserves(device, &blocks, request));
-        let mut may = may.unwrap_or_default().into_iter();
+        let blocks: Vec<_> = all.iter().map(|idle| (idle.allocation, idle.candidate.loss())).collect();
+        let mut may = self.ledger.above_reserves(device, &blocks, request).into_iter();
         all.retain(|_| may.next().unwrap_or(true));
         all
     }
@@ -222,8 +220,8 @@ impl State {
         device: &DeviceId,
         priority: vramd_api::Priority,
         asking: Option<&ModelName>,
-    ) -> Vec<(Tick, Candidate, Vec<Evicted>)> {
-        let mut found: BTreeMap<AllocationId, (Tick, Candidate, Vec<Evicted>)> = BTreeMap::new();
+    ) -> Vec<Idle> {
+        let mut found: BTreeMap<AllocationId, Idle> = BTreeMap::new();
         // What is being loaded is to be there as a whole.
         let may_go = |model: &Model| {
             !(model.pinned
@@ -280,20 +278,22 @@ impl State {
                 };
                 found
                     .entry(allocation)
-                    .and_modify(|(before, all, parts)| {
-                        *before = stays.max(*before);
+                    .and_modify(|idle| {
+                        let all = &mut idle.candidate;
+                        idle.stays = idle.stays.max(stays);
                         all.priority = all.priority.max(candidate.priority);
                         all.idle_seconds = all.idle_seconds.min(candidate.idle_seconds);
                         all.uses_per_second += candidate.uses_per_second;
-                        parts.push(evicted.clone());
+                        idle.parts.push(evicted.clone());
                     })
-                    .or_insert_with(|| (stays, candidate, vec![evicted]));
+                    .or_insert_with(|| Idle { allocation, stays, candidate, parts: vec![evicted] });
             }
         }
-        let of_all = |id: &AllocationId, parts: &[Evicted]| {
-            self.ledger.allocation(*id).is_some_and(|it| it.model_count().max(1) == parts.len())
+        let of_all = |idle: &Idle| {
+            let held = self.ledger.allocation(idle.allocation);
+            held.is_some_and(|held| held.model_count().max(1) == idle.parts.len())
         };
-        found.into_iter().filter(|(id, (_, _, parts))| of_all(id, parts)).map(|(_, it)| it).collect()
+        found.into_values().filter(of_all).collect()
     }
 
     /// Makes room for a request that may evict, if that can help; answers how long it waits then, and what went for it.

@@ -20,7 +20,7 @@ use vramd_device::SegmentId;
 
 use super::copies::{NewCopy, Purpose};
 use super::operations::Running;
-use super::room::BYTES_PER_SECOND;
+use super::room::{BYTES_PER_SECOND, Idle};
 use super::{Load, OnShortage, OnStored, State};
 use crate::loader::From;
 use crate::mover::Opened;
@@ -283,7 +283,7 @@ impl State {
     /// Keeps a component in RAM, now or once there is room; then its bytes go from where it was.
     pub(super) fn demote(&mut self, demotion: Demotion) {
         // Those who wait for its place need have nothing else go.
-        self.ledger.is_leaving(demotion.allocation);
+        self.ledger.count_as_leaving(demotion.allocation);
         self.demotions.push(demotion);
         self.begin_demotions();
     }
@@ -414,19 +414,13 @@ impl State {
         most: f64,
         whose: &str,
     ) -> Option<Vec<OperationId>> {
-        let is_cached = |evicted: &Evicted| {
-            let entry = self.models.get(&evicted.model).and_then(|it| it.components.get(&evicted.component));
-            let here = entry.and_then(|entry| entry.residency.get(ram));
-            here.is_some_and(|residency| residency.cached_from().is_some())
-        };
-        let mut all = self.candidates(ram, Priority::Critical, None);
-        all.retain(|(_, _, parts)| parts.iter().all(is_cached));
-        let candidates: Vec<Candidate> = all.iter().map(|(_, candidate, _)| *candidate).collect();
+        let idle = self.idle_cache(ram);
+        let candidates: Vec<Candidate> = idle.iter().map(|idle| idle.candidate).collect();
         let chosen = eviction::choose(&candidates, bytes, EvictionPolicy::LowestCost)?;
         if chosen.iter().map(|at| candidates[*at].loss()).sum::<f64>() >= most {
             return None;
         }
-        let goes: Vec<Evicted> = chosen.into_iter().flat_map(|at| all[at].2.clone()).collect();
+        let goes: Vec<Evicted> = chosen.into_iter().flat_map(|at| idle[at].parts.clone()).collect();
         self.tell_evicted(&goes, EvictionPolicy::LowestCost, whose, "a place in RAM", &[]);
         Some(self.unload_evicted(&goes, false))
     }
@@ -472,7 +466,7 @@ impl State {
         let goes = over.max(short.min(cached));
         if goes > 0 && self.shrink_cache(&ram, goes, f64::INFINITY, "other programs").is_none() {
             // What is attached stays; the rest may still help.
-            let idle: u64 = self.idle_cache(&ram);
+            let idle: u64 = self.idle_cache(&ram).iter().map(|idle| idle.candidate.bytes).sum();
             if idle > 0 {
                 self.shrink_cache(&ram, idle.min(goes), f64::INFINITY, "other programs");
             }
@@ -489,15 +483,16 @@ impl State {
         }
     }
 
-    /// The bytes of what RAM keeps and could let go.
-    fn idle_cache(&self, ram: &DeviceId) -> u64 {
-        let candidates = self.candidates(ram, Priority::Critical, None);
-        let cached = |evicted: &Evicted| {
-            let entry = self.models.get(&evicted.model)?.components.get(&evicted.component)?;
-            entry.residency.get(ram)?.cached_from()
+    /// What RAM keeps of models that nobody asked for there, and could let go.
+    fn idle_cache(&self, ram: &DeviceId) -> Vec<Idle> {
+        let is_cached = |part: &Evicted| {
+            let entry = self.models.get(&part.model).and_then(|model| model.components.get(&part.component));
+            let here = entry.and_then(|entry| entry.residency.get(ram));
+            here.is_some_and(|residency| residency.cached_from().is_some())
         };
-        let all = candidates.iter().filter(|(_, _, parts)| parts.iter().all(|one| cached(one).is_some()));
-        all.map(|(_, candidate, _)| candidate.bytes).sum()
+        let mut all = self.candidates(ram, Priority::Critical, None);
+        all.retain(|idle| idle.parts.iter().all(is_cached));
+        all
     }
 
     /// Has the model brought back to its device that is worth most there, if there is room to spare.

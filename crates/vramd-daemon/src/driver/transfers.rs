@@ -72,7 +72,7 @@ impl State {
         if self.stopping {
             return Err(ApiError::new(ErrorCode::Unavailable, "the daemon is stopping"));
         }
-        let target = self.devices.named(&request.target_device_id)?.facts().device.clone();
+        let target = self.devices.id(&request.target_device_id)?;
         let mut chosen: Vec<Chosen> = Vec::new();
         for (index, item) in request.items.iter().enumerate() {
             let found = self.choose(item, &target, request.mode, caller).map_err(|mut error| {
@@ -167,7 +167,7 @@ impl State {
     ) -> Result<Vec<Chosen>, ApiError> {
         let model = self.models.get(name).ok_or_else(|| no_model(name))?;
         let source = match &item.source_device_id {
-            Some(named) => Some(self.devices.named(named)?.facts().device.clone()),
+            Some(named) => Some(self.devices.id(named)?),
             None => None,
         };
         if let Some(component) = item.component.as_ref().filter(|one| !model.components.contains_key(*one)) {

@@ -136,10 +136,7 @@ pub async fn load(
             ApiError::invalid("components", "name a component, or leave out components for all").into()
         );
     }
-    let device = match &body.device_id {
-        Some(device) => Some(app.driver.devices.named(device)?.facts().device.clone()),
-        None => None,
-    };
+    let device = body.device_id.as_ref().map(|name| app.driver.devices.id(name)).transpose()?;
     let shortage = requests::shortage(body.on_shortage.unwrap_or(OnShortage::Evict), body.timeout_seconds)?;
     let (components, keep_alive, checksum) = (body.components, body.keep_alive, body.checksum);
     let load = Load {
@@ -175,7 +172,7 @@ pub async fn prefetch(
     let wait = wait.seconds()?;
     let name = name(&text)?;
     let device = match &body.device_id {
-        Some(device) => app.driver.devices.named(device)?.facts().device.clone(),
+        Some(device) => app.driver.devices.id(device)?,
         None => usual_device(&app, &name)?,
     };
     let load = Load::prefetch(name, device, &app.driver.devices)?;
@@ -212,10 +209,7 @@ pub async fn unload(
     OptionalBody(body): OptionalBody<UnloadRequest>,
 ) -> Answer<Operation> {
     let wait = wait.seconds()?;
-    let device = match &body.device_id {
-        Some(device) => Some(app.driver.devices.named(device)?.facts().device.clone()),
-        None => None,
-    };
+    let device = body.device_id.as_ref().map(|name| app.driver.devices.id(name)).transpose()?;
     let name = name(&text)?;
     let operation = app.driver.ask(|reply| Event::Unload(name, device, reply)).await?;
     operations::answer(&app, operation, wait).await

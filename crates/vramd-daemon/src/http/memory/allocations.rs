@@ -141,7 +141,7 @@ pub async fn list_on(
     Path(name): Path,
     Params(params): Params<ListParams>,
 ) -> Answer<AllocationPage> {
-    let device = app.driver.devices.named(&name)?.facts().device.clone();
+    let device = app.driver.devices.id(&name)?;
     ok(params.page(&app, Some(&device))?)
 }
 
@@ -186,7 +186,7 @@ pub async fn allocate_on(
     _: Params<NoParams>,
     Body(body): Body<AllocateRequest>,
 ) -> Answer<Allocation> {
-    let device = app.driver.devices.named(&name)?.facts().device.clone();
+    let device = app.driver.devices.id(&name)?;
     let allocate = requests::allocate(body, Some(device), caller)?;
     created(app.driver.ask(|reply| Event::Allocate(Box::new(allocate), reply)).await?)
 }

@@ -51,7 +51,7 @@ pub async fn one(
     Params(wait): Params<WaitParams>,
     Body(body): Body<ClearRequest>,
 ) -> Answer<ClearAnswer> {
-    let device = app.driver.devices.named(&name)?.facts().device.clone();
+    let device = app.driver.devices.id(&name)?;
     clear(&app, body, Some(device), caller, &wait).await
 }
 

@@ -52,7 +52,7 @@ pub async fn one(
     Params(wait): Params<WaitParams>,
     OptionalBody(body): OptionalBody<DefragmentRequest>,
 ) -> Answer<DefragmentAnswer> {
-    let device = app.driver.devices.named(&name)?.facts().device.clone();
+    let device = app.driver.devices.id(&name)?;
     defragment(&app, &body, Some(device), &wait).await
 }
 

@@ -26,7 +26,7 @@ pub async fn list(State(app): State<App>, _: Params<NoParams>) -> Answer<LimitsP
     params(("deviceId" = String, Path, description = "A device's id or uuid")),
     responses((status = 200, body = Success<DeviceLimits>), Errors))]
 pub async fn get(State(app): State<App>, Path(name): Path, _: Params<NoParams>) -> Answer<DeviceLimits> {
-    let device: DeviceId = app.driver.devices.named(&name)?.facts().device.clone();
+    let device: DeviceId = app.driver.devices.id(&name)?;
     let snapshot = app.driver.snapshot();
     let view = snapshot.device(&device).ok_or_else(|| ApiError::not_found("device", &name))?;
     ok(view.limits.to_api(&view.device, &snapshot.allocations))

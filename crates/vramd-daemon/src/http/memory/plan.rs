@@ -28,10 +28,7 @@ pub async fn plan(
         let what = format!("a plan is of 1 to {MAX_PLANNED} models, not of {}", body.models.len());
         return Err(ApiError::invalid("models", what).into());
     }
-    let named = |device: &Option<String>| -> Result<Option<DeviceId>, ApiError> {
-        let device = device.as_ref().map(|name| app.driver.devices.named(name)).transpose()?;
-        Ok(device.map(|device| device.facts().device.clone()))
-    };
+    let named = |device: &Option<String>| device.as_ref().map(|name| app.driver.devices.id(name)).transpose();
     let everywhere = named(&body.device_id)?;
     let mut models: Vec<(ModelName, Option<Vec<ComponentName>>, Option<DeviceId>)> = Vec::new();
     for (index, item) in body.models.into_iter().enumerate() {

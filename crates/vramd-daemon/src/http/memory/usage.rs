@@ -73,6 +73,6 @@ pub async fn one(
     Path(name): Path,
     Params(params): Params<UsageParams>,
 ) -> Answer<DeviceUsage> {
-    let device = app.driver.devices.named(&name)?.facts().device.clone();
+    let device = app.driver.devices.id(&name)?;
     ok(show(&app, &device, params.parse()?))
 }

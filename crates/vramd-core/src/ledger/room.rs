@@ -1,13 +1,12 @@
-//! Room for those who wait: what they lack, and what is kept for them.
+//! Room: what requests lack, where they could go, and what is kept for those who wait.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use vramd_api::{AllocationId, Bytes, DeviceId};
 
 use super::book::{Book, Key};
-use super::{Allocation, Ledger, MEDIUM_BYTES, Release, Request, SHARED_SEGMENT_BYTES, State, segment_bytes};
-use crate::{Now, placement};
+use super::{Ledger, MEDIUM_BYTES, Request, SHARED_SEGMENT_BYTES, segment_bytes};
+use crate::placement;
 
 impl Ledger {
     /// How many bytes too few a device has for all of `requests`; None if it could not hold them even empty. What is on its way back
@@ -78,39 +77,12 @@ impl Ledger {
     }
 
     /// An allocation is about to go: its segment counts as on its way back for those who wait.
-    pub fn is_leaving(&mut self, id: AllocationId) {
+    pub fn count_as_leaving(&mut self, id: AllocationId) {
         let Some(allocation) = self.allocations.get(&id) else { return };
         if let Some(book) = self.books.get_mut(&allocation.device)
             && let Some(segment) = book.segments.get_mut(&allocation.segment)
         {
             segment.leaving = true;
-        }
-    }
-
-    /// Takes all that is on its way back out of the books: for plans.
-    pub fn settle(&mut self, now: Now) {
-        let goes =
-            |it: &&Arc<Allocation>| self.books.get(&it.device).is_some_and(|book| book.goes(it.segment));
-        let leaving: Vec<_> = self.allocations.values().filter(goes).map(|it| it.request.id).collect();
-        for id in leaving {
-            self.forget(id, now);
-        }
-        let releasing = self.allocations.values().filter(|it| it.state == State::Releasing);
-        for id in releasing.map(|it| it.request.id).collect::<Vec<_>>() {
-            self.released(id);
-        }
-        for book in self.books.values_mut() {
-            let gone: Vec<_> = book.segments.keys().copied().filter(|id| book.goes(*id)).collect();
-            for id in gone {
-                book.remove(id);
-            }
-        }
-    }
-
-    /// Takes an allocation out of the books, as if it had been released and were back: for plans.
-    pub fn forget(&mut self, id: AllocationId, now: Now) {
-        if matches!(self.release(id, now), Ok(Release::Work(_))) {
-            self.released(id);
         }
     }
 
