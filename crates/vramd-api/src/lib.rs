@@ -18,6 +18,7 @@ mod movement;
 mod object;
 mod operation;
 mod plan;
+mod reservation;
 mod units;
 mod usage;
 
@@ -43,6 +44,9 @@ pub use movement::{
 };
 pub use operation::{Operation, OperationKind, OperationPage, OperationState};
 pub use plan::{EvictedComponent, MAX_PLANNED, MemoryPlan, PlanItem, PlanOutcome, PlanRequest, PlannedModel};
+pub use reservation::{
+    Basis, Footprint, FootprintPage, MAX_DIMENSIONS, RECENT_PEAKS, Reservation, ReserveRequest,
+};
 pub use units::{BadSize, Bytes, parse_size};
 pub use usage::{
     DeviceUsage, MAX_USAGE_POINTS, USAGE_SECONDS, UsageAverage, UsagePage, UsagePeak, UsageRates,

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::attach::HandleType;
-use crate::{AllocationId, Bytes, DeviceId, EvictedComponent, LeaseId, OwnerName};
+use crate::{AllocationId, Bytes, DeviceId, EvictedComponent, Footprint, LeaseId, OwnerName, Reservation};
 
 /// What kind of memory a device has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
@@ -150,6 +150,9 @@ pub struct RenewRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 31_536_000)]
     pub lease_seconds: Option<u64>,
+    /// Of a reservation: what its process uses of it now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_bytes: Option<u64>,
 }
 
 /// Bytes on a device that the daemon holds for an owner.
@@ -178,6 +181,9 @@ pub struct Allocation {
     /// are there, the old one until the last reader has followed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub place_of: Option<AllocationId>,
+    /// Present where only room is reserved: the bytes in it are made by a process of its owner's, and vramd cannot read or move them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reservation: Option<Reservation>,
     /// Present in the answer to a request for memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placement: Option<Placement>,
@@ -298,6 +304,9 @@ pub struct Released {
     /// whose driver does not tell: those that had it attached and live.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub held_by: Vec<Holder>,
+    /// What was learned from a reservation of a model's, if its peak was told or measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub footprint: Option<Footprint>,
 }
 
 /// What a device is; none of it changes while the daemon runs.
@@ -382,9 +391,9 @@ pub struct DeviceStatus {
     pub pool_free_bytes: u64,
     /// Of `availableBytes`: what the daemon has made ready, so that large segments need not wait for their pages.
     pub ready_bytes: u64,
-    /// Admitted, not yet given.
+    /// Admitted, not yet given, and what is not in use of room that is reserved for working memory.
     pub reserved_bytes: u64,
-    /// Held by known workers.
+    /// What processes use of room that is reserved for their working memory.
     pub worker_bytes: u64,
     /// Held by processes that the daemon does not know.
     pub foreign_bytes: u64,

@@ -1,12 +1,13 @@
 //! The decisions of vramd: facts in, decisions out.
 //!
-//! Owns the ledger, placement, what goes when room is needed and what of it is kept in RAM, plans of loads and of moves, the queue of requests that wait, quiet hours, pressure, the registry of models and the reading
+//! Owns the ledger, placement, what goes when room is needed and what of it is kept in RAM, what runs take beside the weights, plans of loads and of moves, the queue of requests that wait, quiet hours, pressure, the registry of models and the reading
 //! of model headers, the replay of traces, and a simulator of machines. Leaves out everything that touches the world: no IO, no clock, no async, no randomness, no
 //! ids of its own making beyond counters. The same code runs in the daemon and in property tests over random
 //! histories.
 
 pub mod compaction;
 pub mod eviction;
+pub mod footprints;
 pub mod layout;
 pub mod ledger;
 pub mod models;

@@ -1,8 +1,11 @@
 //! Requests as the driver takes them: checked across fields, every default filled in.
 
 use uuid::Uuid;
-use vramd_api::{AllocateRequest, AllocationId, ApiError, Bytes, DeviceId, OnShortage, OwnerName};
-use vramd_core::ledger::Request;
+use vramd_api::{
+    AllocateRequest, AllocationId, AllocationType, ApiError, Basis, Bytes, DeviceId, MAX_DIMENSIONS,
+    OnShortage, OwnerName, ReserveRequest,
+};
+use vramd_core::ledger::{Request, Room};
 
 use crate::driver::{self, Allocate, Caller};
 
@@ -51,6 +54,56 @@ pub fn allocate(
     Ok(Allocate { request, on, lease_seconds, shortage, body })
 }
 
+/// Checks a request for room that a process of its owner's fills.
+pub fn reserve(body: ReserveRequest, on: Option<DeviceId>, caller: Caller) -> Result<Allocate, ApiError> {
+    if body.shape.len() > MAX_DIMENSIONS {
+        let what = format!("shape has {} numbers, {MAX_DIMENSIONS} at most are known", body.shape.len());
+        return Err(ApiError::invalid("shape", what));
+    }
+    if body.shape.contains(&0) {
+        return Err(ApiError::invalid("shape", "shape has a 0").hint("leave out what a run has none of"));
+    }
+    if body.model.is_none() && !body.shape.is_empty() {
+        let hint = "what is learned is learned for a model, device and shape";
+        return Err(ApiError::invalid("model", "shape is of a model").hint(hint));
+    }
+    if body.model.is_none() && body.size_bytes.is_none() {
+        return Err(ApiError::invalid("sizeBytes", "without a model, sizeBytes says how much to reserve"));
+    }
+    if let Some(pid) = body.pid.filter(|pid| !crate::platform::lives(*pid)) {
+        let what = format!("no process {pid} is seen from here");
+        return Err(
+            ApiError::invalid("pid", what).hint("leave pid out where the daemon runs in another container")
+        );
+    }
+    // Without one, how much it comes to is decided by what is known when it is its turn.
+    let size = body.size_bytes.or(Bytes::new(1)).expect("1 is a size");
+    let asked = AllocateRequest {
+        allocation_type: body.allocation_type.unwrap_or(AllocationType::Activation),
+        purpose: body.purpose,
+        priority: body.priority,
+        timeout_seconds: body.timeout_seconds,
+        lease_seconds: body.lease_seconds,
+        on_shortage: body.on_shortage,
+        owner: body.owner,
+        ..AllocateRequest::new(size)
+    };
+    let mut checked = allocate(asked, on, caller)?;
+    checked.request.room = Some(Box::new(Room {
+        model: body.model,
+        shape: body.shape,
+        basis: Basis::Estimate,
+        estimate_bytes: body.size_bytes.map(Bytes::get),
+        learned_bytes: None,
+        pid: body.pid,
+        held_bytes: body.held_bytes,
+        base_bytes: None,
+        used_bytes: 0,
+        peak_bytes: None,
+    }));
+    Ok(checked)
+}
+
 /// What becomes of a request without room.
 pub fn shortage(what: OnShortage, timeout_seconds: Option<u64>) -> Result<driver::OnShortage, ApiError> {
     if let Some(timeout) = timeout_seconds.filter(|timeout| *timeout > MAX_WAIT_SECONDS) {
@@ -89,6 +142,7 @@ pub fn request(id: AllocationId, body: &AllocateRequest, owner: OwnerName) -> Re
         persistent: body.persistent,
         generation: 1,
         sealed: false,
+        room: None,
     }
 }
 

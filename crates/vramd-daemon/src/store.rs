@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use rusqlite::{Connection, OptionalExtension, params};
-use vramd_api::{AllocationId, ComponentName, DeviceId, KeepAlive, ModelName, Priority, SetLimits};
+use vramd_api::{
+    AllocationId, ComponentName, DeviceId, Footprint, KeepAlive, ModelName, Priority, SetLimits,
+};
 
 /// The version of the tables below; a newer file is refused, an older one is brought up to it.
-const SCHEMA_VERSION: i64 = 3;
+const SCHEMA_VERSION: i64 = 4;
 
 const SCHEMA: &str = "
 CREATE TABLE model (
@@ -39,14 +41,23 @@ CREATE TABLE device_limits (
     device TEXT PRIMARY KEY,
     limits TEXT NOT NULL
 ) STRICT;
+CREATE TABLE footprint (
+    model TEXT NOT NULL,
+    device TEXT NOT NULL,
+    shape TEXT NOT NULL,
+    learned TEXT NOT NULL,
+    PRIMARY KEY (model, device, shape)
+) STRICT;
 ";
 
 /// What makes a version of the one before it; the first makes version 2.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     "ALTER TABLE model ADD COLUMN priority TEXT NOT NULL DEFAULT 'Normal';",
     r#"CREATE TABLE device_limits (device TEXT PRIMARY KEY, limits TEXT NOT NULL) STRICT;
        INSERT INTO device_limits SELECT device, '{"limitBytes":' || bytes || '}' FROM device_limit;
        DROP TABLE device_limit;"#,
+    "CREATE TABLE footprint (model TEXT NOT NULL, device TEXT NOT NULL, shape TEXT NOT NULL, learned TEXT NOT NULL,
+       PRIMARY KEY (model, device, shape)) STRICT;",
 ];
 
 /// One change to the journal.
@@ -62,6 +73,8 @@ pub enum Change {
     PutAllocation(StoredAllocation),
     RemoveAllocation(AllocationId),
     SetLimits(DeviceId, Box<SetLimits>),
+    PutFootprint(Box<Footprint>),
+    RemoveFootprint(Box<Footprint>),
 }
 
 /// A registration; `components` is the JSON of the request's field.
@@ -91,6 +104,7 @@ pub struct Stored {
     pub residents: BTreeMap<(ModelName, DeviceId), Vec<ComponentName>>,
     pub allocations: Vec<StoredAllocation>,
     pub limits: Vec<(DeviceId, SetLimits)>,
+    pub footprints: Vec<Footprint>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -237,10 +251,16 @@ fn apply(connection: &mut Connection, changes: &[Change]) -> rusqlite::Result<()
             }
             Change::SetLimits(device, limits) => transaction.execute(
                 "INSERT INTO device_limits (device, limits) VALUES (?1, ?2) ON CONFLICT (device) DO UPDATE SET limits = ?2",
-                params![
-                    device.as_str(),
-                    serde_json::to_string(limits).expect("names and numbers always print")
-                ],
+                params![device.as_str(), printed(limits)],
+            ),
+            Change::PutFootprint(one) => transaction.execute(
+                "INSERT INTO footprint (model, device, shape, learned) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (model, device, shape) DO UPDATE SET learned = ?4",
+                params![one.model.as_str(), one.device_id.as_str(), printed(&one.shape), printed(one)],
+            ),
+            Change::RemoveFootprint(one) => transaction.execute(
+                "DELETE FROM footprint WHERE model = ? AND device = ? AND shape = ?",
+                params![one.model.as_str(), one.device_id.as_str(), printed(&one.shape)],
             ),
         }?;
     }
@@ -285,12 +305,27 @@ fn read(connection: &Connection) -> Result<Stored, StoreError> {
     let mut rows = connection.prepare("SELECT device, limits FROM device_limits").map_err(bad)?;
     let mut rows = rows.query([]).map_err(bad)?;
     while let Some(row) = rows.next().map_err(bad)? {
-        let text: String = row.get(1).map_err(bad)?;
-        let limits =
-            serde_json::from_str(&text).map_err(|error| StoreError::BadRow { what: error.to_string() })?;
-        stored.limits.push((parsed(row, 0)?, limits));
+        stored.limits.push((parsed(row, 0)?, read_json(row, 1)?));
+    }
+    let mut rows = connection.prepare("SELECT learned FROM footprint").map_err(bad)?;
+    let mut rows = rows.query([]).map_err(bad)?;
+    while let Some(row) = rows.next().map_err(bad)? {
+        stored.footprints.push(read_json(row, 0)?);
     }
     Ok(stored)
+}
+
+fn printed(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).expect("names and numbers always print")
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(
+    row: &rusqlite::Row<'_>,
+    column: usize,
+) -> Result<T, StoreError> {
+    let bad = |what: String| StoreError::BadRow { what };
+    let text: String = row.get(column).map_err(|error| bad(error.to_string()))?;
+    serde_json::from_str(&text).map_err(|error| bad(error.to_string()))
 }
 
 fn parsed<T: std::str::FromStr>(row: &rusqlite::Row<'_>, column: usize) -> Result<T, StoreError> {

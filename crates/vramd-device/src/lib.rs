@@ -253,6 +253,13 @@ pub trait Device: Any + Send + Sync {
         Ok(None)
     }
 
+    /// How much of the device a process uses beside what it maps of ours. None: the driver does not tell.
+    fn used_by(&self, pid: u32) -> Result<Option<u64>, DeviceError> {
+        let Some(all) = self.processes()? else { return Ok(None) };
+        // Who has not used it yet is not listed.
+        Ok(all.into_iter().find(|one| one.pid == pid).map_or(Some(0), |one| one.used_bytes))
+    }
+
     /// Which of `processes` still have a segment's memory mapped or open: its bytes are not back with the system before
     /// these are gone too. This process is not meant. None: the driver does not tell.
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError>;

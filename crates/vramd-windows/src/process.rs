@@ -9,6 +9,7 @@ use windows::Win32::Foundation::{
     DUPLICATE_CLOSE_SOURCE, DUPLICATE_SAME_ACCESS, DuplicateHandle, HANDLE, WAIT_TIMEOUT,
 };
 use windows::Win32::System::Pipes::GetNamedPipeClientProcessId;
+use windows::Win32::System::ProcessStatus::{GetProcessMemoryInfo, PROCESS_MEMORY_COUNTERS_EX};
 use windows::Win32::System::Threading::{
     GetCurrentProcess, OpenProcess, PROCESS_ACCESS_RIGHTS, PROCESS_DUP_HANDLE, PROCESS_NAME_FORMAT,
     PROCESS_QUERY_LIMITED_INFORMATION, PROCESS_SYNCHRONIZE, PROCESS_TERMINATE, QueryFullProcessImageNameW,
@@ -81,6 +82,16 @@ impl Process {
         Ok(std::ffi::OsString::from_wide(&units[..length as usize]).into())
     }
 
+    /// What it has committed that it shares with nobody.
+    pub fn private_bytes(&self) -> io::Result<u64> {
+        let mut counters = PROCESS_MEMORY_COUNTERS_EX::default();
+        let size = size_of_val(&counters) as u32;
+        let handle = raw(self.handle.as_handle());
+        // SAFETY: the handle lives, and the structure, of which the plain counters are the beginning, is as long as is said.
+        unsafe { GetProcessMemoryInfo(handle, (&raw mut counters).cast(), size) }.map_err(system)?;
+        Ok(counters.PrivateUsage as u64)
+    }
+
     /// Opens in that process what `handle` is here, with the same rights.
     pub fn give(&self, handle: impl AsHandle) -> io::Result<Given<'_>> {
         let mut value = HANDLE::default();
@@ -146,6 +157,7 @@ mod tests {
     fn this_process_lives_and_is_this_program() {
         let process = Process::open(std::process::id()).unwrap();
         assert!(process.lives());
+        assert!(process.private_bytes().unwrap() > 0);
         let file = process.program().unwrap();
         assert_eq!(file.file_name(), std::env::current_exe().unwrap().file_name());
         assert!(Process::open(3).is_err(), "no process has an odd number");

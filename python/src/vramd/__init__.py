@@ -21,6 +21,7 @@ from .errors import (
 )
 from .events import EventStream
 from .frames import Tensor
+from .working_memory import working_memory
 
 __version__ = "0.1.0"
 
@@ -45,4 +46,5 @@ __all__ = [
     "attach",
     "attach_allocation",
     "default_socket",
+    "working_memory",
 ]

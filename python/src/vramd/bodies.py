@@ -14,6 +14,7 @@ MemoryType = Literal["RAM", "VRAM", "Shared", "Unified", "Unknown"]
 AllocationType = Literal["Buffer", "Weights", "KvCache", "Activation", "Workspace", "Staging"]
 Priority = Literal["Low", "Normal", "High", "Critical"]
 PlanOutcome = Literal["resident", "fits", "evicts", "noRoom", "tooLarge"]
+Basis = Literal["estimate", "learned", "interpolated"]
 OnShortage = Literal["fail", "wait", "evict", "spill"]
 AllocationStatus = Literal["Active", "Moving", "Releasing"]
 DeviceHealth = Literal["Healthy", "Lost"]
@@ -109,6 +110,34 @@ class AllocationHistoryEntry(TypedDict):
     what: str
 
 
+class Reservation(TypedDict):
+    model: NotRequired[str]
+    shape: list[int]
+    basis: Basis
+    estimateBytes: NotRequired[int]
+    learnedBytes: NotRequired[int]
+    pid: NotRequired[int]
+    usedBytes: int
+    peakBytes: int | None
+
+
+class Footprint(TypedDict):
+    model: str
+    deviceId: str
+    shape: list[int]
+    estimateBytes: NotRequired[int]
+    learnedBytes: int
+    recentPeakBytes: list[int]
+    error: float
+    meanError: float
+    runCount: int
+    updatedAt: str
+
+
+class FootprintPage(TypedDict):
+    footprints: list[Footprint]
+
+
 class Allocation(TypedDict):
     allocationId: str
     deviceId: str
@@ -125,6 +154,7 @@ class Allocation(TypedDict):
     leases: list[Lease]
     createdAt: str
     placeOf: NotRequired[str]
+    reservation: NotRequired[Reservation]
     placement: NotRequired[Placement]
     history: NotRequired[list[AllocationHistoryEntry]]
 
@@ -140,6 +170,7 @@ class Released(TypedDict):
     releasedBytes: int
     verified: bool
     heldBy: NotRequired[list[Holder]]
+    footprint: NotRequired[Footprint]
 
 
 class Pressure(TypedDict):

@@ -170,26 +170,75 @@ class Client:
             onShortage=on_shortage,
             owner=owner,
         )
-        # What others had loaded stays until they come, for a while, and what goes takes a while to be back.
-        wait = {
-            "wait": 30 if timeout_seconds is None else timeout_seconds,
-            "evict": 600 + (timeout_seconds or 0),
-        }.get(on_shortage or "fail", 0)
         made: bodies.Allocation = self._transport.call(
-            "POST", path, body=body, idempotency_key=idempotency_key, wait=wait
+            "POST", path, body=body, idempotency_key=idempotency_key, wait=_wait(on_shortage, timeout_seconds)
         )
         return made
 
-    def renew(self, allocation_id: str, *, lease_seconds: int | None = None) -> bodies.Allocation:
-        """Starts the time to live of its lease anew."""
+    def reserve(
+        self,
+        size_bytes: int | None = None,
+        *,
+        model: str | None = None,
+        shape: Iterable[int] = (),
+        device: str | None = None,
+        pid: int | None = None,
+        held_bytes: int | None = None,
+        allocation_type: bodies.AllocationType | None = None,
+        purpose: str | None = None,
+        priority: bodies.Priority | None = None,
+        timeout_seconds: int | None = None,
+        lease_seconds: int | None = None,
+        on_shortage: bodies.OnShortage | None = None,
+        owner: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Allocation:
+        """Reserves room for what this program allocates itself while a model runs.
+
+        How much is what runs of this model, device and shape were measured to take, or ``size_bytes`` before
+        there was one. ``vramd.working_memory`` does this around a block.
+        """
+        body = _given(
+            sizeBytes=size_bytes,
+            model=model,
+            shape=list(shape) or None,
+            deviceId=device,
+            pid=pid,
+            heldBytes=held_bytes,
+            allocationType=allocation_type,
+            purpose=purpose,
+            priority=priority,
+            timeoutSeconds=timeout_seconds,
+            leaseSeconds=lease_seconds,
+            onShortage=on_shortage,
+            owner=owner,
+        )
+        wait = _wait(on_shortage, timeout_seconds)
+        made: bodies.Allocation = self._transport.call(
+            "POST", "/api/memory/reservations", body=body, idempotency_key=idempotency_key, wait=wait
+        )
+        return made
+
+    def footprints(self, model: str | None = None) -> list[bodies.Footprint]:
+        """What runs took beside the weights: by model, device and shape."""
+        page: bodies.FootprintPage = self._get("/api/memory/footprints", model=model)
+        return page["footprints"]
+
+    def renew(
+        self, allocation_id: str, *, lease_seconds: int | None = None, used_bytes: int | None = None
+    ) -> bodies.Allocation:
+        """Starts the time to live of its lease anew; ``used_bytes`` says what is in use of a reservation."""
         path = f"/api/memory/allocation/{_part(allocation_id)}/renew"
-        renewed: bodies.Allocation = self._post(path, leaseSeconds=lease_seconds)
+        renewed: bodies.Allocation = self._post(path, leaseSeconds=lease_seconds, usedBytes=used_bytes)
         return renewed
 
-    def release(self, allocation_id: str) -> bodies.Released:
-        """Releases it; answers when the device has its bytes back."""
+    def release(self, allocation_id: str, *, peak_bytes: int | None = None) -> bodies.Released:
+        """Releases it; answers when the device has its bytes back.
+
+        ``peak_bytes`` says the most that was in use of a reservation, which the next one is made by.
+        """
         path = f"/api/memory/allocations/{_part(allocation_id)}"
-        released: bodies.Released = self._transport.call("DELETE", path)
+        released: bodies.Released = self._transport.call("DELETE", path, query=_given(peakBytes=peak_bytes))
         return released
 
     # What moves bytes
@@ -568,6 +617,14 @@ class Client:
         if "error" in operation:
             raise from_body(operation["error"])
         return operation
+
+
+def _wait(on_shortage: str | None, timeout_seconds: int | None) -> int:
+    # What others had loaded stays until they come, for a while, and what goes takes a while to be back.
+    return {
+        "wait": 30 if timeout_seconds is None else timeout_seconds,
+        "evict": 600 + (timeout_seconds or 0),
+    }.get(on_shortage or "fail", 0)
 
 
 def _part(text: str) -> str:

@@ -8,10 +8,10 @@ use super::{Client, ClientError};
 use crate::{
     AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType,
     ClearRequest, Cleared, CopyRequest, DefragmentPlans, DefragmentRequest, Device, DeviceLimits, DevicePage,
-    DeviceStatus, DeviceUsage, Health, LimitsPage, LoadRequest, MemoryPlan, MemoryStatus, Model, ModelName,
-    ModelPage, Operation, OperationId, OperationPage, OperationState, PlanRequest, PrefetchRequest,
-    RegisterModel, Released, RenewRequest, SetLimits, TouchRequest, TransferRequest, UnloadRequest,
-    UsagePage,
+    DeviceStatus, DeviceUsage, FootprintPage, Health, LimitsPage, LoadRequest, MemoryPlan, MemoryStatus,
+    Model, ModelName, ModelPage, Operation, OperationId, OperationPage, OperationState, PlanRequest,
+    PrefetchRequest, RegisterModel, Released, RenewRequest, ReserveRequest, SetLimits, TouchRequest,
+    TransferRequest, UnloadRequest, UsagePage,
 };
 
 /// Which allocations to list, in which order, and from where on.
@@ -126,8 +126,21 @@ impl Client {
         self.post(&["api", "memory", "allocation", &id.to_string(), "renew"], request).await
     }
 
-    pub async fn release(&self, id: AllocationId) -> Result<Released, ClientError> {
-        self.delete(&["api", "memory", "allocations", &id.to_string()]).await
+    /// `peak_bytes`: of a reservation, the most that was in use.
+    pub async fn release(&self, id: AllocationId, peak_bytes: Option<u64>) -> Result<Released, ClientError> {
+        let path = ["api", "memory", "allocations", &id.to_string()];
+        let peak = peak_bytes.map(|bytes| ("peakBytes", bytes));
+        self.send(self.request(Method::DELETE, &path).query(peak.as_slice())).await
+    }
+
+    /// Room for working memory.
+    pub async fn reserve(&self, request: &ReserveRequest) -> Result<Allocation, ClientError> {
+        self.post(&["api", "memory", "reservations"], request).await
+    }
+
+    pub async fn footprints(&self, model: Option<&ModelName>) -> Result<FootprintPage, ClientError> {
+        let of: Vec<_> = model.map(|model| ("model", model.as_str())).into_iter().collect();
+        self.get_with(&["api", "memory", "footprints"], &of).await
     }
 
     pub async fn limits(&self) -> Result<LimitsPage, ClientError> {

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, VecDeque};
 use jiff::Timestamp;
 use vramd_api::attach::Access;
 use vramd_api::{
-    AllocationHistoryEntry, AllocationId, AllocationStatus, AllocationType, DeviceId, Holder, LeaseId,
-    LeaseKind, MemoryType, OwnerName, Priority,
+    AllocationHistoryEntry, AllocationId, AllocationStatus, AllocationType, Basis, DeviceId, Holder, LeaseId,
+    LeaseKind, MemoryType, ModelName, OwnerName, Priority, Reservation,
 };
 
 use super::SegmentId;
@@ -35,6 +35,25 @@ pub struct Request {
     pub generation: u64,
     /// In a segment that no importer can ever write to: models.
     pub sealed: bool,
+    /// It is only room: its bytes are made by a process of its owner's.
+    pub room: Option<Box<Room>>,
+}
+
+/// What room is for that an owner's process fills, and what is used of it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Room {
+    pub model: Option<ModelName>,
+    pub shape: Vec<u64>,
+    pub basis: Basis,
+    pub estimate_bytes: Option<u64>,
+    pub learned_bytes: Option<u64>,
+    pub pid: Option<u32>,
+    /// What the process held of it already when it was reserved.
+    pub held_bytes: u64,
+    /// What the process used on the device without it, if it is followed.
+    pub base_bytes: Option<u64>,
+    pub used_bytes: u64,
+    pub peak_bytes: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -142,6 +161,21 @@ impl Lease {
     }
 }
 
+impl Room {
+    fn to_api(&self) -> Reservation {
+        Reservation {
+            model: self.model.clone(),
+            shape: self.shape.clone(),
+            basis: self.basis,
+            estimate_bytes: self.estimate_bytes,
+            learned_bytes: self.learned_bytes,
+            pid: self.pid,
+            used_bytes: self.used_bytes,
+            peak_bytes: self.peak_bytes,
+        }
+    }
+}
+
 impl Allocation {
     /// The processes that are attached.
     pub fn holders(&self) -> impl Iterator<Item = &Holder> {
@@ -229,6 +263,7 @@ impl Allocation {
             leases: self.leases.iter().map(|(id, lease)| lease.to_api(*id)).collect(),
             created_at: self.created_at,
             place_of: self.place_of,
+            reservation: request.room.as_deref().map(Room::to_api),
             placement: None,
             history: None,
         })

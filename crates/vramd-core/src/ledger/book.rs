@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use vramd_api::{AllocationId, Bytes, DeviceId, MemoryType, OwnerName, SetLimits};
 
-use super::{MEDIUM_BYTES, Request, SMALL_BYTES, SegmentId};
+use super::{MEDIUM_BYTES, Request, SMALL_BYTES, SegmentId, Work};
 use crate::ranges::Ranges;
 
 /// What the ledger has to know of a device; none of it changes.
@@ -73,8 +73,11 @@ pub(super) struct Key {
 }
 
 impl Key {
-    /// None: a segment of its own.
+    /// None: a segment of its own, or only room.
     pub fn of(request: &Request) -> Option<Self> {
+        if request.room.is_some() {
+            return None;
+        }
         let class = SizeClass::of(request.size_bytes)?;
         Some(Self { owner: request.owner.clone(), class, sealed: request.sealed })
     }
@@ -108,6 +111,7 @@ pub(super) struct Segment {
 pub struct Usage {
     pub allocated_bytes: u64,
     pub reserved_bytes: u64,
+    pub worker_bytes: u64,
     pub pool_free_bytes: u64,
     pub ready_bytes: u64,
     pub foreign_bytes: u64,
@@ -138,8 +142,10 @@ pub(super) struct Book {
     pub held: u64,
     /// The sum of active and releasing blocks.
     pub allocated: u64,
-    /// The sum of reserved blocks.
+    /// The sum of reserved blocks, and of room that others fill.
     pub reserved: u64,
+    /// What they have filled of it: not ours, but charged to them already.
+    pub filled: u64,
     pub allocation_count: u64,
     pub spare: Option<SegmentId>,
     /// Segments on their way back to the device.
@@ -162,6 +168,7 @@ impl Book {
             held: 0,
             allocated: 0,
             reserved: 0,
+            filled: 0,
             allocation_count: 0,
             spare: None,
             destroying: 0,
@@ -190,11 +197,14 @@ impl Book {
 
     /// What may be held, by the limit and the last measurement.
     fn most(&self) -> u64 {
-        let by_device = self
-            .measured
-            .map_or(u64::MAX, |measured| measured.available_bytes.saturating_add(measured.held_bytes));
+        let by_device = self.measured.map_or(u64::MAX, |measured| self.ours_and_free(measured));
         let left = self.limits.reserve_bytes.map_or(0, Bytes::get);
         self.limit().min(by_device.saturating_sub(left))
+    }
+
+    /// What is free and what is in our books. What others have filled of their room is in these and is measured as theirs.
+    fn ours_and_free(&self, measured: Measured) -> u64 {
+        measured.available_bytes.saturating_add(measured.held_bytes).saturating_add(self.filled)
     }
 
     /// How many bytes have to go before `needed` more can be held, once what is on its way back is there.
@@ -219,8 +229,7 @@ impl Book {
     }
 
     pub fn free_bytes(&self) -> u64 {
-        let all = |measured: Measured| measured.available_bytes.saturating_add(measured.held_bytes);
-        let most = self.measured.map_or(self.facts.total_bytes, all);
+        let most = self.measured.map_or(self.facts.total_bytes, |measured| self.ours_and_free(measured));
         most.saturating_sub(self.held - self.returning())
     }
 
@@ -261,6 +270,13 @@ impl Book {
             segment.state = SegmentState::Destroying;
             self.destroying += 1;
         }
+    }
+
+    /// The spare goes.
+    pub fn end_spare(&mut self, id: SegmentId) -> Work {
+        self.set_sharing(id, Sharing::Exclusive);
+        self.destroy(id);
+        Work::Destroy { device: self.facts.device.clone(), segment: id }
     }
 
     /// Changes who may have blocks in a segment.
@@ -371,13 +387,15 @@ impl Book {
 
     pub fn usage(&self) -> Usage {
         let pool_free = self.held - self.allocated - self.reserved;
-        let foreign =
+        let of_others =
             self.measured.map_or(0, |measured| measured.used_bytes.saturating_sub(measured.held_bytes));
+        let foreign = of_others.saturating_sub(self.filled);
         let largest_hole = self.largest.last().map_or(0, |(bytes, _)| *bytes);
         let open = self.room_without_spare() + (pool_free - self.spare_bytes());
         Usage {
             allocated_bytes: self.allocated,
-            reserved_bytes: self.reserved,
+            reserved_bytes: self.reserved - self.filled,
+            worker_bytes: self.filled,
             pool_free_bytes: pool_free,
             ready_bytes: self.measured.map_or(0, |measured| measured.ready_bytes),
             foreign_bytes: foreign,

@@ -7,13 +7,14 @@
 //! Small blocks of one owner and of about one size share segments; larger ones get their own. The last empty shared
 //! segment stays as a spare, if nobody ever touched it, so that small allocations do not go to the driver each time.
 //! How a block gets another place is in [`moves`], what requests lack and have kept for them in [`room`],
-//! what owners and purposes may have in [`limits`].
+//! what owners and purposes may have in [`limits`], room that others fill in [`reservations`].
 
 mod allocation;
 mod book;
 mod limits;
 mod moves;
 mod plans;
+mod reservations;
 mod room;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +23,7 @@ use std::sync::Arc;
 use imbl::OrdMap;
 use vramd_api::{AllocationId, DeviceId, Holder, LeaseId, OwnerName, Placement};
 
-pub use allocation::{Allocation, Lease, Request, State, Task};
+pub use allocation::{Allocation, Lease, Request, Room, State, Task};
 use book::{Book, Key, Segment, SegmentState, Sharing};
 pub use book::{DeviceFacts, Measured, Usage};
 pub use limits::Limits;
@@ -53,7 +54,7 @@ pub enum Work {
     Create { device: DeviceId, segment: SegmentId, bytes: u64, sealed: bool, first: Option<SegmentId> },
     /// Zero a block of a shared segment, before it is free again.
     Zero { device: DeviceId, segment: SegmentId, offset: u64, bytes: u64, allocation: AllocationId },
-    /// Nothing: nobody has ever seen the block's segment, so it is still zero. Its bytes are free at once.
+    /// Nothing: nobody has ever seen the block's segment, so it is still zero, or it is only room. Its bytes are free at once.
     Free { allocation: AllocationId },
     /// Give the segment of an allocation back, once those who had it attached have it mapped no more.
     Release { device: DeviceId, segment: SegmentId, allocation: AllocationId, seen_by: Vec<Holder> },
@@ -73,6 +74,8 @@ pub struct Grant {
 pub enum Readiness {
     /// Its segment is live: activate it.
     Ready,
+    /// It may be activated; the spare segment, whose bytes it counts on, is given back by this work.
+    ReadyAfter(Work),
     /// It waits for its segment, which this work makes.
     Needs(Work),
     /// It waits for a segment that is under way.
@@ -287,7 +290,7 @@ impl Ledger {
         self.candidates(request, on).any(|book| {
             !book.lost
                 && segment_bytes(request.size_bytes, book)
-                    <= book.facts.total_bytes.min(book.facts.max_segment_bytes)
+                    <= book.facts.total_bytes.min(largest(request, book))
                 && Self::may_ever(book, std::slice::from_ref(request))
         })
     }
@@ -333,7 +336,7 @@ impl Ledger {
             }
         }
         let bytes = segment_bytes(request.size_bytes, book);
-        if bytes > book.facts.max_segment_bytes {
+        if bytes > largest(request, book) {
             None
         } else if bytes <= room {
             Some(Place::New { bytes, block: bytes, key: None, first: None })
@@ -362,31 +365,31 @@ impl Ledger {
                 (id, offset, block, if ready { Readiness::Ready } else { Readiness::Waits })
             }
             Place::New { bytes, block, key, first } => {
+                let is_room = request.room.is_some();
                 self.last_segment += 1;
                 let id = SegmentId(self.last_segment);
                 let mut ranges = Ranges::new(bytes);
                 let offset =
                     ranges.take(block, request.alignment).expect("a new segment has room for its block");
                 let segment = Segment {
-                    state: SegmentState::Creating,
+                    state: if is_room { SegmentState::Live } else { SegmentState::Creating },
                     sharing: key.map_or(Sharing::Exclusive, Sharing::Shared),
                     ranges,
                     touched: false,
-                    waiting: vec![request.id],
+                    waiting: if is_room { Vec::new() } else { vec![request.id] },
                     leaving: false,
                 };
                 book.insert(id, segment);
-                if let Some(first) = first {
-                    book.remove(first);
-                }
-                let work = Work::Create {
-                    device: device.clone(),
-                    segment: id,
-                    bytes,
-                    sealed: request.sealed,
-                    first,
+                let readiness = if is_room {
+                    first.map_or(Readiness::Ready, |spare| Readiness::ReadyAfter(book.end_spare(spare)))
+                } else {
+                    if let Some(first) = first {
+                        book.remove(first);
+                    }
+                    let (device, sealed) = (device.clone(), request.sealed);
+                    Readiness::Needs(Work::Create { device, segment: id, bytes, sealed, first })
                 };
-                (id, offset, block, Readiness::Needs(work))
+                (id, offset, block, readiness)
             }
         };
         book.reserved += block_bytes;
@@ -477,9 +480,12 @@ impl Ledger {
         allocation.created_at = now.wall;
         allocation.note(now, format!("created on {}", allocation.device));
         let (device, block) = (allocation.device.clone(), allocation.block_bytes);
+        let is_room = allocation.request.room.is_some();
         if let Some(book) = self.books.get_mut(&device) {
-            book.reserved -= block;
-            book.allocated += block;
+            if !is_room {
+                book.reserved -= block;
+                book.allocated += block;
+            }
             book.allocation_count += 1;
         }
         self.grant(id, lease_id, lease, now);
@@ -591,7 +597,9 @@ impl Ledger {
         let allocation = self.allocation(id).filter(|allocation| allocation.state == State::Releasing)?;
         let segment = self.books.get(&allocation.device)?.segments.get(&allocation.segment)?;
         let (device, segment_id) = (allocation.device.clone(), allocation.segment);
-        Some(if segment.sharing == Sharing::Exclusive {
+        Some(if allocation.request.room.is_some() {
+            Work::Free { allocation: id }
+        } else if segment.sharing == Sharing::Exclusive {
             let seen_by = allocation.seen_by.iter().cloned().collect();
             Work::Release { device, segment: segment_id, allocation: id, seen_by }
         } else if segment.touched && segment.state != SegmentState::Destroying {
@@ -607,7 +615,12 @@ impl Ledger {
     pub fn released(&mut self, id: AllocationId) -> Option<(Arc<Allocation>, Option<Work>)> {
         let allocation = self.allocations.remove(&id)?;
         let book = self.books.get_mut(&allocation.device)?;
-        book.allocated -= allocation.block_bytes;
+        if let Some(room) = &allocation.request.room {
+            book.reserved -= allocation.block_bytes;
+            book.filled -= room.used_bytes;
+        } else {
+            book.allocated -= allocation.block_bytes;
+        }
         book.allocation_count -= 1;
         let segment = book.segments.get_mut(&allocation.segment)?;
         if segment.sharing == Sharing::Exclusive {
@@ -644,9 +657,7 @@ impl Ledger {
     /// Gives the spare segment back, if it still is one.
     pub fn release_spare(&mut self, device: &DeviceId, id: SegmentId) -> Option<Work> {
         let book = self.books.get_mut(device).filter(|book| book.spare == Some(id))?;
-        book.set_sharing(id, Sharing::Exclusive);
-        book.destroy(id);
-        Some(Work::Destroy { device: device.clone(), segment: id })
+        Some(book.end_spare(id))
     }
 
     /// A spare that was to go before another segment came ([`Work::Create`]) did not: it is in the books again, on its way out.
@@ -674,17 +685,19 @@ impl Ledger {
     /// Adds everything up anew and compares. An error names the first sum that is wrong.
     pub fn check(&self) -> Result<(), String> {
         let mut blocks: BTreeMap<(&DeviceId, SegmentId), Vec<(u64, u64)>> = BTreeMap::new();
-        let mut sums: BTreeMap<&DeviceId, (u64, u64, u64)> = BTreeMap::new();
+        let mut sums: BTreeMap<&DeviceId, (u64, u64, u64, u64)> = BTreeMap::new();
         let mut lease_count = 0;
         for allocation in self.allocations.values() {
             let sum = sums.entry(&allocation.device).or_default();
-            match allocation.state {
-                State::Reserved => sum.1 += allocation.block_bytes,
-                State::Active | State::Releasing => {
-                    sum.0 += allocation.block_bytes;
-                    sum.2 += 1;
+            match (&allocation.request.room, allocation.state) {
+                (Some(room), _) => {
+                    sum.1 += allocation.block_bytes;
+                    sum.3 += room.used_bytes;
                 }
+                (None, State::Reserved) => sum.1 += allocation.block_bytes,
+                (None, State::Active | State::Releasing) => sum.0 += allocation.block_bytes,
             }
+            sum.2 += u64::from(allocation.state != State::Reserved);
             if allocation.state == State::Active && allocation.leases.is_empty() {
                 return Err(format!("{} is active and nothing keeps it", allocation.request.id));
             }
@@ -696,7 +709,7 @@ impl Ledger {
             return Err(format!("{lease_count} leases are held, {} are indexed", self.leases.len()));
         }
         for (device, book) in &self.books {
-            let (allocated, reserved, count) = sums.remove(device).unwrap_or_default();
+            let (allocated, reserved, count, filled) = sums.remove(device).unwrap_or_default();
             let held: u64 = book.segments.values().map(|segment| segment.ranges.bytes()).sum();
             let free: u64 = book.segments.values().map(|segment| segment.ranges.free()).sum();
             let kept = (book.held, book.allocated, book.reserved, book.allocation_count);
@@ -705,6 +718,9 @@ impl Ledger {
                     "{device}: kept {kept:?}, counted {:?} and {free} free",
                     (held, allocated, reserved, count)
                 ));
+            }
+            if book.filled != filled {
+                return Err(format!("{device}: {filled} bytes of room are filled, {} counted", book.filled));
             }
             book.check().map_err(|wrong| format!("{device}: {wrong}"))?;
             for id in book.segments.keys() {
@@ -734,6 +750,11 @@ impl Ledger {
 enum Place {
     In { segment: SegmentId, offset: u64, block: u64 },
     New { bytes: u64, block: u64, key: Option<Key>, first: Option<SegmentId> },
+}
+
+/// The most that a request may have in one piece. Room is none.
+fn largest(request: &Request, book: &Book) -> u64 {
+    if request.room.is_some() { u64::MAX } else { book.facts.max_segment_bytes }
 }
 
 fn segment_bytes(size: u64, book: &Book) -> u64 {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use vramd_api::{AllocationId, Bytes, DeviceId};
 
 use super::book::{Book, Key};
-use super::{Ledger, MEDIUM_BYTES, Request, SHARED_SEGMENT_BYTES, segment_bytes};
+use super::{Ledger, MEDIUM_BYTES, Request, SHARED_SEGMENT_BYTES, largest, segment_bytes};
 use crate::placement;
 
 impl Ledger {
@@ -50,7 +50,7 @@ impl Ledger {
         let mut sum = 0_u64;
         for request in requests {
             let bytes = segment_bytes(request.size_bytes, book);
-            if bytes > book.facts.max_segment_bytes {
+            if bytes > largest(request, book) {
                 return None;
             }
             match Key::of(request) {

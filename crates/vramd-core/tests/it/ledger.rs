@@ -55,6 +55,7 @@ pub fn request(id: u128, size_bytes: u64) -> Request {
         persistent: false,
         generation: 1,
         sealed: false,
+        room: None,
     }
 }
 
@@ -104,7 +105,13 @@ enum Step {
         alignment: u32,
         owner: bool,
         sealed: bool,
+        room: bool,
         on: Option<u8>,
+    },
+    /// A process has filled so much of its room by the time the device is measured.
+    Fill {
+        which: usize,
+        bytes: u64,
     },
     /// The device does one piece of its work, well or badly.
     Work {
@@ -150,8 +157,11 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let size = prop_oneof![3 => 1u64..2000, 3 => 1u64..=MIB, 2 => MIB..20 * MIB, 1 => Just(u64::MAX / 2)];
     let step = prop_oneof![
-        6 => (size, 0u32..22, any::<bool>(), prop::bool::weighted(0.2), prop::option::of(0u8..2))
-            .prop_map(|(size, alignment, owner, sealed, on)| Step::Reserve { size, alignment, owner, sealed, on }),
+        6 => (size, 0u32..22, any::<bool>(), prop::bool::weighted(0.2), prop::bool::weighted(0.2), prop::option::of(0u8..2))
+            .prop_map(|(size, alignment, owner, sealed, room, on)| {
+                Step::Reserve { size, alignment, owner, sealed: sealed && !room, room, on }
+            }),
+        2 => (any::<usize>(), 0u64..24 * MIB).prop_map(|(which, bytes)| Step::Fill { which, bytes }),
         8 => (any::<usize>(), prop::bool::weighted(0.1)).prop_map(|(which, fails)| Step::Work { which, fails }),
         2 => (any::<usize>(), prop::bool::weighted(0.2), prop::bool::weighted(0.8))
             .prop_map(|(which, writes, moves)| Step::Attach { which, writes, moves }),
@@ -203,6 +213,25 @@ impl World {
         held.leases.insert(id_of_lease);
     }
 
+    fn proceed(&mut self, id: AllocationId, readiness: Readiness) {
+        match readiness {
+            Readiness::Ready => self.activate(id),
+            Readiness::ReadyAfter(work) => {
+                self.work.push(work);
+                self.activate(id);
+            }
+            Readiness::Needs(work) => self.work.push(work),
+            Readiness::Waits => {}
+        }
+    }
+
+    /// An active one whose bytes are the ledger's own, or one that others fill.
+    fn pick_active(&self, which: usize, room: bool) -> Option<AllocationId> {
+        let kind = |id: &AllocationId| self.ledger.room(*id).is_some() == room;
+        let ids: Vec<_> = self.held.iter().filter(|(id, held)| held.active && kind(id)).collect();
+        (!ids.is_empty()).then(|| *ids[which % ids.len()].0)
+    }
+
     fn end_lease(&mut self, lease: LeaseId) {
         let (id, work) = self.ledger.end_lease(lease, now(self.tick)).expect("the model knows this lease");
         let held = self.held.get_mut(&id).unwrap();
@@ -240,11 +269,7 @@ impl World {
         self.held.get_mut(&id).unwrap().leases.insert(lease);
         self.held.insert(place, Held { device: on, size, leases: BTreeSet::new(), active: false });
         self.moves.push(Moving { id, place, lease, place_lease: None, writes });
-        match readiness {
-            Readiness::Ready => self.activate(place),
-            Readiness::Needs(work) => self.work.push(work),
-            Readiness::Waits => {}
-        }
+        self.proceed(place, readiness);
     }
 
     fn empty(&mut self, id: AllocationId) {
@@ -308,12 +333,13 @@ impl World {
 
     fn take(&mut self, step: Step) {
         match step {
-            Step::Reserve { size, alignment, owner, sealed, on } => {
+            Step::Reserve { size, alignment, owner, sealed, room, on } => {
                 self.next += 1;
                 let mut request = request(self.next, size);
                 request.alignment = 1 << alignment;
                 request.owner = if owner { "one" } else { "two" }.parse().unwrap();
                 request.sealed = sealed;
+                request.room = room.then(Box::default);
                 let on: Vec<_> = on.map(device).into_iter().collect();
                 let before: Vec<_> = (0..2).map(|n| self.ledger.usage(&device(n)).unwrap()).collect();
                 match self.ledger.reserve(request.clone(), &on, now(self.tick)) {
@@ -321,11 +347,7 @@ impl World {
                         let held =
                             Held { device: grant.device, size, leases: BTreeSet::new(), active: false };
                         self.held.insert(request.id, held);
-                        match grant.readiness {
-                            Readiness::Ready => self.activate(request.id),
-                            Readiness::Needs(work) => self.work.push(work),
-                            Readiness::Waits => {}
-                        }
+                        self.proceed(request.id, grant.readiness);
                     }
                     Err(shortage) => {
                         let after: Vec<_> = (0..2).map(|n| self.ledger.usage(&device(n)).unwrap()).collect();
@@ -338,6 +360,19 @@ impl World {
                     }
                 }
             }
+            Step::Fill { which, bytes } => {
+                if let Some(id) = self.pick_active(which, true) {
+                    let place = self.ledger.allocation(id).unwrap();
+                    let (on, charged) = (place.device.clone(), place.block_bytes);
+                    let before = self.ledger.usage(&on).unwrap();
+                    let old = self.ledger.room(id).unwrap().used_bytes;
+                    self.ledger.fill(id, bytes);
+                    let after = self.ledger.usage(&on).unwrap();
+                    assert_eq!(after.worker_bytes + old, before.worker_bytes + bytes.min(charged));
+                    let both = |usage: &vramd_core::ledger::Usage| usage.worker_bytes + usage.reserved_bytes;
+                    assert_eq!(both(&after), both(&before), "it is charged once, full or not");
+                }
+            }
             Step::Work { which, fails } => {
                 if self.work.is_empty() {
                     return;
@@ -347,7 +382,7 @@ impl World {
             }
             Step::Attach { which, writes, moves } => {
                 let kept = |id: &AllocationId| self.ledger.allocation(*id).unwrap().is_kept();
-                if let Some(id) = self.pick(which, |held| held.active).filter(kept) {
+                if let Some(id) = self.pick_active(which, false).filter(kept) {
                     let lease = self.lease();
                     let access = if writes { Access::Write } else { Access::Read };
                     assert!(self.ledger.grant(id, lease, attached(access, moves), now(self.tick)));
@@ -356,7 +391,7 @@ impl World {
             }
             Step::Move { which, on, hole } => {
                 let movable = |id: &AllocationId| self.ledger.fixed(*id).is_none();
-                if let Some(id) = self.pick(which, |held| held.active).filter(movable) {
+                if let Some(id) = self.pick_active(which, false).filter(movable) {
                     self.begin_move(id, on, hole);
                 }
             }
@@ -377,7 +412,7 @@ impl World {
                 }
             }
             Step::Empty(which) => {
-                if let Some(id) = self.pick(which, |held| held.active) {
+                if let Some(id) = self.pick_active(which, false) {
                     self.empty(id);
                 }
             }
@@ -425,11 +460,7 @@ impl World {
                 for ((id, grant), size) in grants.into_iter().zip(sizes) {
                     let held = Held { device: grant.device, size, leases: BTreeSet::new(), active: false };
                     self.held.insert(id, held);
-                    match grant.readiness {
-                        Readiness::Ready => self.activate(id),
-                        Readiness::Needs(work) => self.work.push(work),
-                        Readiness::Waits => {}
-                    }
+                    self.proceed(id, grant.readiness);
                 }
             }
             Step::Limit { device: n, mib } => {
@@ -438,8 +469,15 @@ impl World {
             Step::Observe { device: n, foreign_mib } => {
                 let total = if n == 0 { 32 * MIB } else { 16 * MIB };
                 let usage = self.ledger.usage(&device(n)).unwrap();
-                let held_bytes = usage.allocated_bytes + usage.reserved_bytes + usage.pool_free_bytes;
-                let used_bytes = (held_bytes + foreign_mib * MIB).min(total);
+                let rooms = self
+                    .ledger
+                    .allocations()
+                    .values()
+                    .filter(|one| one.device == device(n) && one.request.room.is_some());
+                let charged: u64 = rooms.map(|one| one.block_bytes).sum();
+                let given = usage.allocated_bytes + usage.reserved_bytes + usage.worker_bytes;
+                let held_bytes = given + usage.pool_free_bytes - charged;
+                let used_bytes = (held_bytes + usage.worker_bytes + foreign_mib * MIB).min(total);
                 let measured =
                     Measured { used_bytes, available_bytes: total - used_bytes, held_bytes, ready_bytes: 0 };
                 self.ledger.observe(&device(n), measured);
@@ -488,14 +526,14 @@ impl World {
             let usage = self.ledger.usage(&device(n)).unwrap();
             let sizes: u64 =
                 self.held.values().filter(|held| held.device == device(n)).map(|held| held.size).sum();
-            let given = usage.allocated_bytes + usage.reserved_bytes;
+            let given = usage.allocated_bytes + usage.reserved_bytes + usage.worker_bytes;
             assert!(given >= sizes, "{given} are charged for {sizes}");
-            assert_eq!(
-                usage.used_bytes,
-                usage.allocated_bytes + usage.reserved_bytes + usage.pool_free_bytes + usage.foreign_bytes
-            );
+            assert_eq!(usage.used_bytes, given + usage.pool_free_bytes + usage.foreign_bytes);
             let total = if n == 0 { 32 * MIB } else { 16 * MIB };
-            assert!(given + usage.pool_free_bytes <= total, "more is held than the device has");
+            // Room may count on a spare that is still on its way back.
+            let goes = |work: &&Work| matches!(work, Work::Destroy { device: on, .. } if *on == device(n));
+            let returning = self.work.iter().filter(goes).count() as u64 * SHARED_SEGMENT_BYTES;
+            assert!(given + usage.pool_free_bytes <= total + returning, "more is held than the device has");
             assert!(usage.largest_free_bytes <= usage.available_bytes.max(usage.pool_free_bytes));
         }
     }
@@ -532,7 +570,7 @@ proptest! {
         prop_assert!(world.held.is_empty());
         for n in 0..2 {
             let usage = world.ledger.usage(&device(n)).unwrap();
-            prop_assert_eq!(usage.allocated_bytes + usage.reserved_bytes, 0);
+            prop_assert_eq!(usage.allocated_bytes + usage.reserved_bytes + usage.worker_bytes, 0);
             prop_assert!(usage.pool_free_bytes <= SHARED_SEGMENT_BYTES, "at most one spare segment stays");
         }
     }
@@ -561,7 +599,7 @@ pub fn allocate(world: &mut World, size: u64) -> Option<AllocationId> {
     match grant.readiness {
         Readiness::Ready => world.activate(request.id),
         Readiness::Needs(work) => world.perform(work, false),
-        Readiness::Waits => unreachable!("nothing else is under way"),
+        Readiness::Waits | Readiness::ReadyAfter(_) => unreachable!("nothing else is under way"),
     }
     Some(request.id)
 }
@@ -683,4 +721,42 @@ fn a_device_whose_pieces_are_bounded_refuses_more_than_one_at_once() {
     }
     assert!(ledger.reserve(request(9, 8 * MIB), &on, now(0)).is_err());
     ledger.check().unwrap();
+}
+
+#[test]
+fn room_that_its_owner_fills_is_charged_once_and_only_once_it_is_measured() {
+    let mut world = World::new();
+    let mut room = request(99, 20 * MIB);
+    room.room = Some(Box::default());
+    let grant = world.ledger.reserve(room.clone(), &[device(0)], now(0)).unwrap();
+    assert_eq!(grant.readiness, Readiness::Ready, "no device has to do anything");
+    world.held.insert(
+        room.id,
+        Held { device: device(0), size: room.size_bytes, leases: BTreeSet::new(), active: false },
+    );
+    world.activate(room.id);
+    let available = |world: &World| world.ledger.usage(&device(0)).unwrap().available_bytes;
+    assert_eq!(available(&world), 12 * MIB);
+    let measured = |used_mib: u64| Measured {
+        used_bytes: used_mib * MIB,
+        available_bytes: (32 - used_mib) * MIB,
+        held_bytes: 0,
+        ready_bytes: 0,
+    };
+    world.ledger.observe(&device(0), measured(15));
+    assert_eq!(available(&world), 0, "until it is known whose they are, they are somebody else's");
+    world.ledger.fill(room.id, 15 * MIB);
+    world.check();
+    assert_eq!(available(&world), 12 * MIB);
+    world.ledger.observe(&device(0), measured(25));
+    world.ledger.fill(room.id, 25 * MIB);
+    let usage = world.ledger.usage(&device(0)).unwrap();
+    assert_eq!(
+        (usage.worker_bytes, usage.foreign_bytes, usage.available_bytes),
+        (20 * MIB, 5 * MIB, 7 * MIB)
+    );
+    assert_eq!(world.ledger.room(room.id).unwrap().peak_bytes, Some(25 * MIB));
+    release(&mut world, room.id);
+    let usage = world.ledger.usage(&device(0)).unwrap();
+    assert_eq!((usage.worker_bytes, usage.reserved_bytes, usage.foreign_bytes), (0, 0, 25 * MIB));
 }

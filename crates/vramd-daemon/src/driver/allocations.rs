@@ -6,7 +6,7 @@ use serde::Serialize;
 use uuid::Uuid;
 use vramd_api::{
     AllocationId, ApiError, DeviceId, ErrorCode, EventKind, Holder, LeaseId, OperationId, OwnerName,
-    Placement, PlacementReason, Released,
+    Placement, PlacementReason, Released, RenewRequest,
 };
 use vramd_core::Tick;
 use vramd_core::ledger::{
@@ -17,6 +17,7 @@ use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
 use vramd_device::{Device, DeviceError, Range, SegmentId as Segment, Writers};
 
 use super::copies::CopyId;
+use super::reservations::only_room;
 use super::room::{nothing_to_evict, timed_out};
 use super::{Allocate, Caller, Event, OnStored, Reply, State};
 use crate::store::{Change, StoredAllocation};
@@ -121,7 +122,9 @@ impl State {
                 if fits && how.evict && self.queue.is_full() {
                     return self.answer(reply, Err(too_many_wait()));
                 }
-                let deadline = fits.then(|| self.wait_for_room(&requests, &on, how, None).0).flatten();
+                let model = allocate.request.room.as_ref().and_then(|room| room.model.clone());
+                let wait = |state: &mut Self| state.wait_for_room(&requests, &on, how, model.as_ref()).0;
+                let deadline = if fits { wait(self) } else { None };
                 if let Some(deadline) = deadline {
                     return self.line_up(allocate, on, deadline, reply);
                 }
@@ -240,8 +243,18 @@ impl State {
         if let Some(OnReady::Client(client)) = self.waiting.get_mut(&id) {
             client.placement = Some(grant.placement);
         }
-        match grant.readiness {
+        self.proceed(id, grant.readiness);
+    }
+
+    /// A reservation becomes ready, at once or once its memory is there.
+    pub(super) fn proceed(&mut self, id: AllocationId, readiness: Readiness) {
+        match readiness {
+            Readiness::Ready if self.ledger.room(id).is_some() => self.begin_reservation(id),
             Readiness::Ready => self.ready(id),
+            Readiness::ReadyAfter(work) => {
+                self.perform(work);
+                self.begin_reservation(id);
+            }
             Readiness::Waits => {}
             Readiness::Needs(work) => self.perform(work),
         }
@@ -380,6 +393,7 @@ impl State {
             .lease_seconds
             .map_or(Lease::Persistent, |seconds| Lease::time_to_live(seconds, self.now));
         self.ledger.activate(id, LeaseId(Uuid::now_v7()), lease, self.now);
+        self.follow(id);
         self.emit_created(id);
         let mut shown = self.ledger.allocation(id).and_then(Allocation::to_api);
         if let Some(allocation) = &mut shown {
@@ -408,6 +422,17 @@ impl State {
         self.emit(EventKind::AllocationCreated, created);
     }
 
+    /// An allocation of `caller`'s whose bytes can be read, written and attached.
+    pub(super) fn open_to(&self, id: AllocationId, caller: Caller) -> Result<&Allocation, ApiError> {
+        let found = self.ledger.allocation(id).filter(|one| one.is_open());
+        let allocation = found.ok_or_else(|| ApiError::not_found("allocation", id))?;
+        owned(id, &allocation.request.owner, caller)?;
+        if allocation.request.room.is_some() {
+            return Err(only_room(id));
+        }
+        Ok(allocation)
+    }
+
     /// A live allocation that `caller` may release and renew.
     fn of_caller(&self, id: AllocationId, caller: Caller) -> Result<&Allocation, ApiError> {
         let found = self.ledger.allocation(id).filter(|found| found.state != AllocationState::Reserved);
@@ -416,7 +441,13 @@ impl State {
         Ok(allocation)
     }
 
-    pub(super) fn release(&mut self, id: AllocationId, caller: Caller, reply: Reply<Released>) {
+    pub(super) fn release(
+        &mut self,
+        id: AllocationId,
+        peak: Option<u64>,
+        caller: Caller,
+        reply: Reply<Released>,
+    ) {
         if let Some((_, owner)) = self.unrestored.get(&id) {
             return match owned(id, owner, caller) {
                 Ok(()) => self.store(Change::RemoveAllocation(id), OnStored::Forget(id, reply)),
@@ -447,7 +478,14 @@ impl State {
             let holders = allocation.holders().cloned().collect::<Vec<_>>();
             return self.answer(reply, Err(attached(&format!("allocation {id}"), &holders)));
         }
-        if allocation.request.persistent {
+        let is_persistent = allocation.request.persistent;
+        if let Some(bytes) = peak {
+            if let Err(error) = self.is_reservation(id, "peakBytes") {
+                return self.answer(reply, Err(error));
+            }
+            self.ledger.note_room(id, |room| room.peak_bytes = Some(bytes));
+        }
+        if is_persistent {
             self.removing.insert(id);
             self.store(Change::RemoveAllocation(id), OnStored::Release(id, reply));
         } else {
@@ -495,6 +533,7 @@ impl State {
                 released_bytes: 0,
                 verified: true,
                 held_by: Vec::new(),
+                footprint: None,
             })
         });
         self.answer(reply, answer);
@@ -564,6 +603,7 @@ impl State {
             released_bytes: allocation.block_bytes,
             verified: held_by.is_empty(),
             held_by,
+            footprint: self.learn(&allocation),
         };
         if allocation.place_of.is_none() {
             let data = ReleasedEvent {
@@ -588,14 +628,18 @@ impl State {
     pub(super) fn renew(
         &mut self,
         id: AllocationId,
-        seconds: Option<u64>,
+        request: &RenewRequest,
         caller: Caller,
         reply: Reply<vramd_api::Allocation>,
     ) {
-        if let Err(error) = self.of_caller(id, caller) {
+        let used = request.used_bytes.map(|_| self.is_reservation(id, "usedBytes"));
+        if let Err(error) = self.of_caller(id, caller).and(used.unwrap_or(Ok(()))) {
             return self.answer(reply, Err(error));
         }
-        let renewed = self.ledger.renew(id, seconds, self.now);
+        if let Some(bytes) = request.used_bytes {
+            self.told_used(id, bytes);
+        }
+        let renewed = self.ledger.renew(id, request.lease_seconds, self.now);
         let shown = self.ledger.allocation(id).and_then(Allocation::to_api);
         let answer = renewed.and(shown).ok_or_else(|| {
             ApiError::new(ErrorCode::Conflict, format!("allocation {id} has no lease with a time to live"))

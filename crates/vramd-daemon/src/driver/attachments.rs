@@ -14,7 +14,7 @@ use vramd_core::ledger::{Allocation, Lease};
 use vramd_core::models::{Plan, Residency};
 use vramd_device::{Facts, SegmentId};
 
-use super::allocations::{being_released, owned};
+use super::allocations::being_released;
 use super::models::{no_component, no_model, not_resident};
 use super::{AttachRequest, AttachTarget, Caller, Reply, State};
 
@@ -131,18 +131,13 @@ impl State {
                 self.find_component(model, component.as_ref(), request.device.as_ref())
             }
             AttachTarget::Allocation(id) => {
-                let allocation = self
-                    .ledger
-                    .allocation(*id)
-                    .filter(|allocation| allocation.is_open())
-                    .ok_or_else(|| ApiError::not_found("allocation", id))?;
+                let allocation = self.open_to(*id, Caller { uid: Some(request.holder.uid) })?;
                 if request.device.as_ref().is_some_and(|device| *device != allocation.device) {
                     return Err(ApiError::new(
                         ErrorCode::NotResident,
                         format!("allocation {id} is on {}", allocation.device),
                     ));
                 }
-                owned(*id, &allocation.request.owner, Caller { uid: Some(request.holder.uid) })?;
                 if allocation.request.sealed {
                     let purpose = &allocation.request.purpose;
                     return Err(ApiError::new(

@@ -128,12 +128,10 @@ impl State {
                 let id = request
                     .allocation_id
                     .ok_or_else(|| ApiError::invalid("allocationId", "zeroing needs an allocation"))?;
-                let allocation = self
-                    .ledger
-                    .allocation(id)
-                    .filter(|found| found.is_open() && chosen.devices.contains(&found.device))
-                    .ok_or_else(|| ApiError::not_found("allocation", id))?;
-                owned(id, &allocation.request.owner, caller)?;
+                let allocation = self.open_to(id, caller)?;
+                if !chosen.devices.contains(&allocation.device) {
+                    return Err(ApiError::not_found("allocation", id));
+                }
                 if allocation.request.sealed {
                     return Err(ApiError::new(
                         ErrorCode::Conflict,
@@ -295,7 +293,7 @@ impl State {
     /// Releases one allocation as if it had been asked for; the answer comes back as an event.
     fn release_part(&mut self, operation: OperationId, id: AllocationId, caller: Caller) {
         let (reply, answer) = oneshot::channel();
-        self.release(id, caller, reply);
+        self.release(id, None, caller, reply);
         let sender = self.sender.clone();
         self.jobs += 1;
         tokio::spawn(async move {

@@ -453,6 +453,7 @@ impl State {
             persistent: false,
             generation: 1,
             sealed: true,
+            room: None,
         }
     }
 

@@ -1,5 +1,7 @@
 //! What devices say of themselves: how full they are, what broke, and whether a lost one is back.
 
+use std::collections::BTreeMap;
+
 use vramd_api::{DeviceId, EventKind};
 use vramd_core::ledger::Measured;
 use vramd_device::{DeviceError, Report, Sample};
@@ -59,20 +61,28 @@ impl State {
             .collect();
         for id in idle {
             self.measuring.insert(id.clone(), self.now.tick);
-            let device = id.clone();
+            let (device, followed) = (id.clone(), self.followed(&id));
             self.spawn(&id, move |on| {
                 let reports = on.reports();
-                Event::Measured { device, reports, outcome: on.sample() }
+                let used_by = followed.into_iter().filter_map(|pid| Some((pid, on.used_by(pid).ok()??)));
+                let used_by = used_by.collect();
+                Event::Measured { device, reports, used_by, outcome: on.sample() }
             });
         }
     }
 
-    pub(super) fn measured(&mut self, device: &DeviceId, outcome: Result<Sample, DeviceError>) {
+    pub(super) fn measured(
+        &mut self,
+        device: &DeviceId,
+        used_by: &BTreeMap<u32, u64>,
+        outcome: Result<Sample, DeviceError>,
+    ) {
         let began = self.measuring.remove(device).unwrap_or_default();
         match outcome {
             Ok(Sample { used_bytes, available_bytes, held_bytes, ready_bytes }) => {
                 let measured = Measured { used_bytes, available_bytes, held_bytes, ready_bytes };
                 self.ledger.observe(device, measured);
+                self.fill_reservations(device, used_by, began);
                 self.samples.insert(device.clone(), self.now.wall);
                 self.watch_pressure(device);
                 self.measured_since(device, began);

@@ -18,6 +18,7 @@ mod operations;
 mod plans;
 mod prefetch;
 mod quiet_hours;
+mod reservations;
 mod restore;
 mod room;
 mod snapshot;
@@ -35,9 +36,10 @@ use vramd_api::{
     AllocateRequest, AllocationId, ApiError, ClearRequest, Cleared, ComponentName, CopyRequest,
     DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, EvictionPolicy, Holder,
     KeepAlive, LeaseId, MemoryPlan, ModelName, Operation, OperationId, OwnerName, PressureLevel, Released,
-    SetLimits, TransferRequest,
+    RenewRequest, SetLimits, TransferRequest,
 };
 use vramd_core::Now;
+use vramd_core::footprints::Footprints;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
 use vramd_core::models::{Model, Models, Plan};
 use vramd_core::queue::Queue;
@@ -149,8 +151,10 @@ pub struct Caller {
 #[derive(Debug)]
 pub enum Event {
     Allocate(Box<Allocate>, Reply<vramd_api::Allocation>),
-    Release(AllocationId, Caller, Reply<Released>),
-    Renew(AllocationId, Option<u64>, Caller, Reply<vramd_api::Allocation>),
+    Reserve(Box<Allocate>, Reply<vramd_api::Allocation>),
+    /// With the most that was in use, of a reservation.
+    Release(AllocationId, Option<u64>, Caller, Reply<Released>),
+    Renew(AllocationId, RenewRequest, Caller, Reply<vramd_api::Allocation>),
     SetLimits(DeviceId, Box<SetLimits>, Reply<DeviceLimits>),
     Register(Box<Model>, Reply<vramd_api::Model>),
     Remove(ModelName, Reply<vramd_api::Model>),
@@ -181,6 +185,11 @@ pub enum Event {
         allocation: AllocationId,
         device: DeviceId,
         outcome: Result<(), DeviceError>,
+    },
+    /// What the process that fills a reservation used before it.
+    BaseMeasured {
+        reservation: AllocationId,
+        outcome: Result<Option<u64>, DeviceError>,
     },
     /// A connection closed.
     LeaseEnded(LeaseId),
@@ -234,6 +243,8 @@ pub enum Event {
     Measured {
         device: DeviceId,
         reports: Vec<Report>,
+        /// What processes used that fill reservations, before all else was measured.
+        used_by: BTreeMap<u32, u64>,
         outcome: Result<Sample, DeviceError>,
     },
     /// A lost device was tried again.
@@ -320,6 +331,8 @@ impl Driver {
             models_changed_at: vramd_core::Tick::default(),
             tiers: rules.tiers,
             succession: Succession::default(),
+            reservations: BTreeMap::new(),
+            footprints: Arc::default(),
             unasked,
             promote_after: vramd_core::Tick::default(),
             trials: BTreeMap::new(),
@@ -414,6 +427,9 @@ struct State {
     tiers: Tiers,
     /// What usually follows.
     succession: Succession<ModelName>,
+    /// The active reservations.
+    reservations: BTreeMap<AllocationId, reservations::Reserved>,
+    footprints: Arc<Footprints>,
     /// To whoever begins loads that nobody asked for.
     unasked: mpsc::UnboundedSender<Load>,
     /// Nothing comes back from RAM by itself before.
@@ -495,8 +511,9 @@ impl State {
     fn take(&mut self, event: Event) {
         match event {
             Event::Allocate(allocate, reply) => self.allocate(*allocate, reply),
-            Event::Release(id, caller, reply) => self.release(id, caller, reply),
-            Event::Renew(id, seconds, caller, reply) => self.renew(id, seconds, caller, reply),
+            Event::Reserve(allocate, reply) => self.reserve(*allocate, reply),
+            Event::Release(id, peak, caller, reply) => self.release(id, peak, caller, reply),
+            Event::Renew(id, request, caller, reply) => self.renew(id, &request, caller, reply),
             Event::SetLimits(device, limits, reply) => self.set_limits(device, limits, reply),
             Event::Register(model, reply) => self.register(model, reply),
             Event::Remove(name, reply) => self.remove(name, reply),
@@ -522,6 +539,10 @@ impl State {
             Event::Zeroed { operation, allocation, device, outcome } => {
                 self.jobs -= 1;
                 self.zeroed(operation, allocation, &device, outcome);
+            }
+            Event::BaseMeasured { reservation, outcome } => {
+                self.jobs -= 1;
+                self.base_measured(reservation, outcome.unwrap_or_default());
             }
             Event::Attach(request, reply) => self.attach(*request, reply),
             Event::Inspected(name, plans) => self.inspected(&name, plans),
@@ -563,10 +584,10 @@ impl State {
                 self.jobs -= 1;
                 self.load_read(operation, outcome);
             }
-            Event::Measured { device, reports, outcome } => {
+            Event::Measured { device, reports, used_by, outcome } => {
                 self.jobs -= 1;
                 self.note_reports(&device, &reports);
-                self.measured(&device, outcome);
+                self.measured(&device, &used_by, outcome);
             }
             Event::Adopted { device, reports, outcome } => {
                 self.jobs -= 1;
@@ -599,6 +620,7 @@ impl State {
             for lease in self.ledger.expired(self.now.tick) {
                 self.lease_ended(lease);
             }
+            self.end_reservations();
         }
         self.release_again();
         self.expire_waiting();

@@ -92,6 +92,7 @@ impl State {
             self.models.remove(name);
             self.trials.values_mut().for_each(|trial| trial.forget(name));
             self.succession.forget(name);
+            self.forget_footprints(name);
             self.emit(EventKind::ModelRemoved, serde_json::json!({ "name": name }));
             shown.ok_or_else(|| no_model(name))
         });

@@ -23,6 +23,9 @@ impl State {
         for (device, limits) in stored.limits {
             self.ledger.set_limits(&device, limits);
         }
+        for footprint in stored.footprints {
+            std::sync::Arc::make_mut(&mut self.footprints).insert(footprint);
+        }
         for model in stored.models {
             match restored_model(&model) {
                 Ok(model) => self.models.insert(model),

@@ -351,7 +351,8 @@ impl State {
             else {
                 continue;
             };
-            let model = waiting.map(|waiting| waiting.load.model.clone());
+            let room = requests[0].room.as_ref().and_then(|room| room.model.clone());
+            let model = waiting.map(|waiting| waiting.load.model.clone()).or(room);
             let waits = how.wait_seconds.is_some();
             let (_, evicted) = self.make_room(&requests, &on, model.as_ref(), waits);
             if !evicted.is_empty() {

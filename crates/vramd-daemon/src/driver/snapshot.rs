@@ -9,6 +9,7 @@ use vramd_api::{
     AllocationId, DeviceHealth, DeviceId, DeviceStatus, FragmentationStatus, Holder, MemoryStatus,
     OperationId, Pressure, PressureLevel, TotalStatus,
 };
+use vramd_core::footprints::Footprints;
 use vramd_core::ledger::{Allocations, Limits, Usage};
 use vramd_core::models::Models;
 use vramd_core::pressure::health_score;
@@ -23,6 +24,7 @@ pub struct Snapshot {
     pub allocations: Allocations,
     pub models: Models,
     pub operations: OrdMap<OperationId, Arc<Entry>>,
+    pub footprints: Arc<Footprints>,
     pub stopping: bool,
     /// The answer to `GET /api/memory/status`, once somebody has asked for it.
     pub status_printed: OnceLock<Arc<RawValue>>,
@@ -59,6 +61,7 @@ impl State {
             allocations: self.ledger.allocations().clone(),
             models: self.models.clone(),
             operations: self.operations.entries().clone(),
+            footprints: self.footprints.clone(),
             stopping: self.stopping,
             status_printed: OnceLock::new(),
         }
@@ -111,7 +114,7 @@ impl DeviceView {
             pool_free_bytes: usage.pool_free_bytes,
             ready_bytes: usage.ready_bytes,
             reserved_bytes: usage.reserved_bytes,
-            worker_bytes: 0,
+            worker_bytes: usage.worker_bytes,
             foreign_bytes: usage.foreign_bytes,
             unknown_bytes: 0,
             limit_bytes: usage.limit_bytes,

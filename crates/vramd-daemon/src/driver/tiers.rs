@@ -339,11 +339,7 @@ impl State {
             bytes: request.size_bytes,
             checksum: false,
         });
-        match readiness {
-            Readiness::Ready => self.ready(target),
-            Readiness::Waits => {}
-            Readiness::Needs(work) => self.perform(work),
-        }
+        self.proceed(target, readiness);
     }
 
     /// Looks for room in RAM; has what is worth less go for it.

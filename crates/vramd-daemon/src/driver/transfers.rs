@@ -15,7 +15,7 @@ use vramd_api::{
 use vramd_core::ledger::{Allocation, Fixed, Lease, Readiness, Release, Request};
 use vramd_core::models::{Plan, Residency};
 
-use super::allocations::{attached, owned, refusal};
+use super::allocations::{attached, refusal};
 use super::copies::{Copy, CopyError, CopyId, NewCopy, Purpose, flow};
 use super::models::{no_component, no_model, not_resident};
 use super::operations::Running;
@@ -114,11 +114,7 @@ impl State {
             self.begin_item(operation, one, place, &target, request);
         }
         for (place, readiness) in begun {
-            match readiness {
-                Readiness::Ready => self.ready(place),
-                Readiness::Waits => {}
-                Readiness::Needs(work) => self.perform(work),
-            }
+            self.proceed(place, readiness);
         }
         Ok(shown)
     }
@@ -133,12 +129,7 @@ impl State {
     ) -> Result<Vec<Chosen>, ApiError> {
         match (item.allocation_id, &item.model) {
             (Some(id), None) if item.component.is_none() && item.source_device_id.is_none() => {
-                let allocation = self
-                    .ledger
-                    .allocation(id)
-                    .filter(|one| one.is_open())
-                    .ok_or_else(|| ApiError::not_found("allocation", id))?;
-                owned(id, &allocation.request.owner, caller)?;
+                let allocation = self.open_to(id, caller)?;
                 if allocation.request.sealed {
                     let purpose = &allocation.request.purpose;
                     return Err(ApiError::new(
@@ -488,12 +479,7 @@ impl State {
         let (source_id, target_id) = (request.source_allocation_id, request.target_allocation_id);
         let mut sizes = Vec::new();
         for (id, field) in [(source_id, "sourceAllocationId"), (target_id, "targetAllocationId")] {
-            let allocation = self
-                .ledger
-                .allocation(id)
-                .filter(|one| one.is_open())
-                .ok_or_else(|| ApiError::not_found("allocation", id).detail("field", field))?;
-            owned(id, &allocation.request.owner, caller)?;
+            let allocation = self.open_to(id, caller).map_err(|error| error.detail("field", field))?;
             if self.ledger.is_lost(&allocation.device) {
                 return Err(ApiError::new(ErrorCode::DeviceLost, format!("{} is lost", allocation.device)));
             }

@@ -111,6 +111,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(memory::defragment::all))
         .routes(routes!(memory::defragment::one))
         .routes(routes!(memory::plan::plan))
+        .routes(routes!(memory::reservations::reserve))
+        .routes(routes!(memory::reservations::footprints))
         .routes(routes!(memory::limits::list))
         .routes(routes!(memory::limits::get, memory::limits::put))
         .routes(routes!(models::list, models::register))

@@ -19,6 +19,7 @@ mod parts;
 mod plan;
 mod quiet_hours;
 mod ram;
+mod reservations;
 mod restart;
 mod support;
 mod tiers;

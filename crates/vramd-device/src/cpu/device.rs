@@ -406,6 +406,10 @@ impl crate::Device for Device {
         read.map_err(DeviceError::Source)
     }
 
+    fn used_by(&self, pid: u32) -> Result<Option<u64>, DeviceError> {
+        Ok(self.host.private_bytes(pid))
+    }
+
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {
         self.segments.get(Call::Importers, segment)?.segment.importers(processes)
     }

@@ -77,6 +77,13 @@ impl Host {
         pages * meminfo(&self.root, "Hugepagesize").unwrap_or(0)
     }
 
+    /// The memory that a process shares with nobody, in RAM.
+    pub(crate) fn private_bytes(&self, pid: u32) -> Option<u64> {
+        let status = self.text(&format!("proc/{pid}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    }
+
     /// A text file below the root, trimmed; nothing when it cannot be read or is empty.
     pub(crate) fn text(&self, path: &str) -> Option<String> {
         let text = fs::read_to_string(self.root.join(path)).ok()?;

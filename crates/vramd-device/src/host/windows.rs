@@ -1,6 +1,6 @@
 //! Asks the system's own calls, and the registry for names.
 
-use vramd_windows::Memory;
+use vramd_windows::{Memory, Process};
 use windows::Win32::System::Registry::{HKEY_LOCAL_MACHINE, RRF_RT_REG_SZ, RegGetValueW};
 use windows::core::{HSTRING, PCWSTR};
 
@@ -32,6 +32,12 @@ impl Host {
     #[allow(clippy::unused_self, reason = "as above")]
     pub(crate) fn free_huge_page_bytes(&self) -> u64 {
         0
+    }
+
+    /// The memory that a process shares with nobody.
+    #[allow(clippy::unused_self, reason = "as above")]
+    pub(crate) fn private_bytes(&self, pid: u32) -> Option<u64> {
+        Process::open(pid).and_then(|process| process.private_bytes()).ok()
     }
 
     /// `host-<machine guid>`, or `host-named-<computer name>`.

@@ -12,7 +12,9 @@ use crate::host::Host;
 use crate::segment::{Backing, Failed, Segment};
 use crate::source::{DIRECT_ALIGN, READ_BYTES};
 use crate::table::{Extent as _, Table};
-use crate::{Call, DeviceError, ExportAccess, Exported, Facts, Range, Sample, SegmentId, Source, Writers};
+use crate::{
+    Call, DeviceError, ExportAccess, Exported, Facts, Process, Range, Sample, SegmentId, Source, Writers,
+};
 
 /// One simulated device.
 #[derive(Debug)]
@@ -216,6 +218,11 @@ impl crate::Device for Device {
             target.write(at, staged);
             Ok(())
         })
+    }
+
+    fn processes(&self) -> Result<Option<Vec<Process>>, DeviceError> {
+        self.faults.check_lost()?;
+        Ok(Some(self.faults.processes()))
     }
 
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {

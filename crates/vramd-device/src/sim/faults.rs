@@ -1,11 +1,11 @@
 //! Faults on demand: what a test tells a simulated device to do wrong.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::{Call, DeviceError};
+use crate::{Call, DeviceError, Process};
 
 /// `EIO`, which drivers answer when the hardware did not.
 const EIO: i32 = 5;
@@ -38,6 +38,7 @@ struct State {
     planned: Vec<Planned>,
     holds: HashMap<Call, Hold>,
     foreign_bytes: u64,
+    processes: BTreeMap<u32, u64>,
 }
 
 #[derive(Debug)]
@@ -94,8 +95,19 @@ impl Faults {
         self.state().foreign_bytes = bytes;
     }
 
+    /// Has a process hold that much of the device, beside those of [`set_foreign_bytes`](Self::set_foreign_bytes).
+    pub fn set_process_bytes(&self, pid: u32, bytes: u64) {
+        self.state().processes.insert(pid, bytes);
+    }
+
     pub(super) fn foreign_bytes(&self) -> u64 {
-        self.state().foreign_bytes
+        let state = self.state();
+        state.processes.values().fold(state.foreign_bytes, |sum, bytes| sum.saturating_add(*bytes))
+    }
+
+    pub(super) fn processes(&self) -> Vec<Process> {
+        let shown = |(pid, bytes): (&u32, &u64)| Process { pid: *pid, used_bytes: Some(*bytes) };
+        self.state().processes.iter().map(shown).collect()
     }
 
     /// What happens to a call that begins now: it may wait, go through or fail. An injected refusal names

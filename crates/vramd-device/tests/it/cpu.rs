@@ -142,3 +142,19 @@ fn small_pages_are_a_fallback_that_is_stated() {
 fn a_limit_beyond_the_machine_is_the_machine() {
     assert_eq!(open(Some(u64::MAX)).facts().total_bytes, open(None).facts().total_bytes);
 }
+
+#[test]
+fn what_a_process_has_for_itself_alone_is_told() {
+    let device = open(None);
+    let used = || device.used_by(std::process::id()).unwrap().expect("it is this process");
+    let before = used();
+    let taken = vec![1_u8; 64 << 20];
+    assert!(used() - before >= taken.len() as u64 * 9 / 10);
+    // What others can map is not its alone.
+    let (id, with) = (fresh(), used());
+    device.create(id, 64 << 20, Writers::Importers).unwrap();
+    assert!(used() < with + (32 << 20));
+    device.destroy(id).unwrap();
+    drop(taken);
+    assert_eq!(device.used_by(u32::MAX).unwrap(), None);
+}

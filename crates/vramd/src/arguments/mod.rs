@@ -18,10 +18,10 @@ use vramd_daemon::{Adapters, CudaCards, QuietHours};
 
 use values::{
     ALLOCATION_TYPES, CLEAR_TARGETS, MEMORY_TYPES, ON_SHORTAGE, OPERATION_STATES, PRIORITIES, TRACE_FORMATS,
-    parse_alignment, parse_bytes, parse_component, parse_limit, parse_movable, parse_plan_item, parse_share,
-    parse_target, words,
+    parse_alignment, parse_bytes, parse_component, parse_limit, parse_movable, parse_plan_item, parse_shape,
+    parse_share, parse_target, words,
 };
-pub use values::{EVICTION_POLICIES, Limit, Movable, Share, Target};
+pub use values::{EVICTION_POLICIES, Limit, Movable, Shape, Share, Target};
 
 use crate::settings::{Layer, Switch};
 
@@ -106,6 +106,16 @@ pub enum Question {
         /// As `vramd allocations` shows them
         #[arg(required = true, value_name = "ID")]
         ids: Vec<AllocationId>,
+        /// Of one reservation: the most that was in use, to be learned
+        #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+        peak: Option<u64>,
+    },
+    /// Reserve room for what a run takes beside the weights; prints the id of the reservation
+    Reserve(ReserveArguments),
+    /// Show what runs of models were measured to take beside the weights
+    Footprints {
+        /// Only those of this model
+        model: Option<ModelName>,
     },
     /// Renew the lease of an allocation
     Renew {
@@ -115,6 +125,9 @@ pub enum Question {
         /// The new time to live, from now [default: the length that the lease had]
         #[arg(long, value_name = "SECONDS")]
         lease_seconds: Option<u64>,
+        /// Of a reservation: what is in use now
+        #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+        used: Option<u64>,
     },
     /// List the live allocations
     Allocations(AllocationsArguments),
@@ -337,6 +350,49 @@ pub struct AllocArguments {
     #[arg(long, default_value = "fail", ignore_case = true, value_parser = words(ON_SHORTAGE))]
     pub on_shortage: OnShortage,
     /// How long to wait for room [default: 30 with wait, and with evict until what goes is gone]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout_seconds: Option<u64>,
+    /// For whom: a label
+    #[arg(long, value_name = "NAME")]
+    pub owner: Option<OwnerName>,
+}
+
+#[derive(Debug, Args)]
+pub struct ReserveArguments {
+    /// What it is expected to take, until runs were measured: 512MiB, 1.5GiB
+    #[arg(required_unless_present = "model")]
+    pub size: Option<Bytes>,
+    /// Whose run it is: what runs of it took is reserved, and this one is learned from
+    #[arg(long)]
+    pub model: Option<ModelName>,
+    /// What the memory depends on, such as batch, height and width: 1x1024x1024
+    #[arg(long, requires = "model", value_parser = parse_shape)]
+    pub shape: Option<Shape>,
+    /// Where: a device's id or uuid [default: where the model is, or the best]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// The process that fills it: it is followed, and the reservation ends with it
+    #[arg(long)]
+    pub pid: Option<u32>,
+    /// What of it the process holds already
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "0", hide_default_value = true)]
+    pub held: u64,
+    /// What it is for [default: Activation]
+    #[arg(long = "type", value_name = "TYPE", ignore_case = true, value_parser = words(ALLOCATION_TYPES))]
+    pub allocation_type: Option<AllocationType>,
+    /// Free text for people and statistics
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub purpose: String,
+    /// Who goes first when several wait
+    #[arg(long, default_value = "Normal", ignore_case = true, value_parser = words(PRIORITIES))]
+    pub priority: Priority,
+    /// Give it up when it was not renewed for so long [default: 300]
+    #[arg(long, value_name = "SECONDS")]
+    pub lease_seconds: Option<u64>,
+    /// What to do when there is no room
+    #[arg(long, default_value = "fail", ignore_case = true, value_parser = words(ON_SHORTAGE))]
+    pub on_shortage: OnShortage,
+    /// How long to wait for room [default: as for alloc]
     #[arg(long, value_name = "SECONDS")]
     pub timeout_seconds: Option<u64>,
     /// For whom: a label

@@ -36,6 +36,10 @@ pub struct Target {
     pub component: Option<ComponentName>,
 }
 
+/// What the memory of a run depends on.
+#[derive(Debug, Clone)]
+pub struct Shape(pub Vec<u64>);
+
 pub type Words<T> = &'static [(&'static str, T)];
 
 pub const ALLOCATION_TYPES: Words<AllocationType> = &[
@@ -104,6 +108,11 @@ pub fn parse_alignment(text: &str) -> Result<u64, String> {
         Ok(bytes) if bytes.is_power_of_two() && bytes <= most => Ok(bytes),
         _ => Err(format!("{text:?} is no power of two up to {most}")),
     }
+}
+
+pub fn parse_shape(text: &str) -> Result<Shape, String> {
+    let numbers = text.split(['x', ',']).map(|number| number.trim().parse().ok().filter(|it| *it > 0));
+    numbers.collect::<Option<_>>().map(Shape).ok_or_else(|| "write numbers, such as 1x1024x1024".to_owned())
 }
 
 pub fn parse_plan_item(text: &str) -> Result<PlanItem, String> {

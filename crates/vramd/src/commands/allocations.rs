@@ -39,15 +39,24 @@ pub async fn alloc(client: &Client, arguments: AllocArguments, output: Output) -
 }
 
 /// Releases as many as it can, and fails as the worst of them did.
-pub async fn free(client: &Client, ids: &[AllocationId], output: Output) -> Result<ExitCode, CommandError> {
+pub async fn free(
+    client: &Client,
+    ids: &[AllocationId],
+    peak: Option<u64>,
+    output: Output,
+) -> Result<ExitCode, CommandError> {
     #[derive(Serialize)]
     struct Page {
         released: Vec<Released>,
     }
+    if peak.is_some() && ids.len() > 1 {
+        let message = "--peak is of one reservation".to_owned();
+        return Err(CommandError::Usage { message, hint: "free them one by one".to_owned() });
+    }
     let mut page = Page { released: Vec::new() };
     let mut failed = None;
     for id in ids {
-        match client.release(*id).await {
+        match client.release(*id, peak).await {
             Ok(released) => page.released.push(released),
             Err(error) if error.api().is_some() => {
                 let error = CommandError::from(error);
@@ -75,10 +84,10 @@ pub async fn free(client: &Client, ids: &[AllocationId], output: Output) -> Resu
 pub async fn renew(
     client: &Client,
     id: AllocationId,
-    lease_seconds: Option<u64>,
+    request: &RenewRequest,
     output: Output,
 ) -> Result<(), CommandError> {
-    let allocation = client.renew(id, &RenewRequest { lease_seconds }).await?;
+    let allocation = client.renew(id, request).await?;
     output.data(&allocation, |allocation| format!("{id}   lease {}", leases(allocation)))
 }
 
@@ -164,11 +173,11 @@ pub async fn holders(client: &Client, device: Option<String>, output: Output) ->
     })
 }
 
-fn dash(text: &str) -> String {
+pub(super) fn dash(text: &str) -> String {
     if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
-fn leases(allocation: &Allocation) -> String {
+pub(super) fn leases(allocation: &Allocation) -> String {
     let all: Vec<_> = allocation.leases.iter().map(lease).collect();
     dash(&all.join(", "))
 }

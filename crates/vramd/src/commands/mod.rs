@@ -14,6 +14,7 @@ mod operations;
 mod plan;
 mod record;
 mod replay;
+mod reservations;
 mod serve;
 mod simulate;
 mod usage;
@@ -21,6 +22,7 @@ mod usage;
 use std::future::Future;
 use std::process::ExitCode;
 
+use vramd_api::RenewRequest;
 use vramd_api::client::Client;
 
 use crate::arguments::{Arguments, Command, ConfigCommand, Question};
@@ -53,9 +55,12 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
         Question::Devices => memory::devices(client, output).await?,
         Question::Limits(arguments) => limits::limits(client, arguments, output).await?,
         Question::Alloc(arguments) => allocations::alloc(client, arguments, output).await?,
-        Question::Free { ids } => return allocations::free(client, &ids, output).await,
-        Question::Renew { id, lease_seconds } => {
-            allocations::renew(client, id, lease_seconds, output).await?;
+        Question::Free { ids, peak } => return allocations::free(client, &ids, peak, output).await,
+        Question::Reserve(arguments) => reservations::reserve(client, arguments, output).await?,
+        Question::Footprints { model } => reservations::footprints(client, model, output).await?,
+        Question::Renew { id, lease_seconds, used } => {
+            let request = RenewRequest { lease_seconds, used_bytes: used };
+            allocations::renew(client, id, &request, output).await?;
         }
         Question::Allocations(arguments) => allocations::list(client, arguments, output).await?,
         Question::Ps { device } => allocations::holders(client, device, output).await?,

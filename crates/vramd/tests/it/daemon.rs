@@ -108,11 +108,40 @@ fn memory_is_allocated_shown_renewed_and_released() {
 }
 
 #[test]
+fn room_for_a_run_is_reserved_and_what_it_took_is_shown() {
+    let daemon = with_model(10);
+    let arguments = ["reserve", "8MiB", "--model", "sdxl", "--shape", "1x64,64", "--device", "sim:0"];
+    let made = daemon.run(&arguments).expect(0);
+    assert!(made.stderr.contains("8.0 MiB on sim:0, as was said; lease expires in"), "{made:?}");
+    let id = made.stdout.trim();
+    let renewed = daemon.json(&["renew", id, "--used", "3MiB"]);
+    assert_eq!(renewed["reservation"]["peakBytes"], 3 << 20);
+    assert_eq!(daemon.json(&["free", id, "--peak", "4MiB"])["released"][0]["footprint"]["error"], 1.0);
+    let shown = daemon.run(&["footprints"]).expect(0);
+    for text in ["sdxl", "1x64x64", "8.0 MiB", "4.0 MiB", "+100 %"] {
+        assert!(shown.stdout.contains(text), "{shown:?}");
+    }
+    let again =
+        daemon.run(&["reserve", "--model", "sdxl", "--shape", "1x64x64", "--device", "sim:0"]).expect(0);
+    assert!(again.stderr.contains("4.0 MiB on sim:0, as runs of that shape took"), "{again:?}");
+    let wide =
+        daemon.run(&["reserve", "--model", "sdxl", "--shape", "2x64x64", "--device", "sim:0"]).expect(0);
+    assert!(wide.stderr.contains("8.0 MiB on sim:0, by what runs of other shapes took"), "{wide:?}");
+    let both = [again.stdout.trim(), wide.stdout.trim()];
+    daemon.run(&["free", both[0], both[1], "--peak", "1"]).expect(2);
+    daemon.run(&["free", both[0], both[1]]).expect(0);
+    daemon.run(&["reserve"]).expect(2);
+    daemon.run(&["reserve", "1MiB", "--model", "m", "--shape", "1x0"]).expect(2);
+    daemon.run(&["reserve", "1MiB", "--shape", "1"]).expect(2);
+}
+
+#[test]
 fn each_answer_is_json_on_request() {
     let daemon = with_model(100);
     let made = daemon.json(&["alloc", "4K", "--persistent", "--memory-type", "ram"]);
     assert_eq!((&made["deviceId"], &made["persistent"]), (&"cpu:0".into(), &true.into()));
     let id = made["allocationId"].as_str().expect("an id");
+    let pid = &std::process::id().to_string();
     for (arguments, field) in [
         (&["status"][..], "/total/totalBytes"),
         (&["status", "cpu:0"], "/largestFreeBytes"),
@@ -135,6 +164,11 @@ fn each_answer_is_json_on_request() {
         (&["unload", "tiny"], "/operationId"),
         (&["models", "rm", "tiny"], "/name"),
         (&["free", id], "/released/0/releasedBytes"),
+        (
+            &["reserve", "1MiB", "--device", "sim:0", "--model", "m", "--shape", "2x8", "--pid", pid],
+            "/reservation/pid",
+        ),
+        (&["footprints", "m"], "/footprints"),
         (&["config", "show"], "/settings/0/origin"),
     ] {
         let answer = daemon.json(arguments);
@@ -191,6 +225,8 @@ fn what_the_daemon_refuses_ends_with_one_and_a_hint() {
         (&["alloc", "1TiB", "--on-shortage", "wait", "--timeout-seconds", "0"], "1.0 TiB"),
         (&["status", "sim:9"], "sim:9"),
         (&["limits", "sim:9"], "sim:9"),
+        (&["reserve", "--model", "never"], "not known"),
+        (&["reserve", "1TiB"], "1.0 TiB"),
     ] {
         let ended = daemon.run(arguments).expect(1);
         assert!(ended.stderr.contains("error: ") && ended.stderr.contains(text), "{arguments:?}: {ended:?}");

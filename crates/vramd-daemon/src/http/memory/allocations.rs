@@ -203,8 +203,17 @@ pub async fn renew(
     OptionalBody(body): OptionalBody<RenewRequest>,
 ) -> Answer<Allocation> {
     let id = id(&text)?;
-    let seconds = body.lease_seconds.map(requests::lease_seconds).transpose()?;
-    ok(app.driver.ask(|reply| Event::Renew(id, seconds, caller, reply)).await?)
+    body.lease_seconds.map(requests::lease_seconds).transpose()?;
+    ok(app.driver.ask(|reply| Event::Renew(id, body, caller, reply)).await?)
+}
+
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+#[into_params(parameter_in = Query)]
+pub struct ReleaseParams {
+    /// Of a reservation: the most that was in use, which goes before what was measured
+    #[param(required = false)]
+    peak_bytes: Option<u64>,
 }
 
 /// Release an allocation
@@ -212,14 +221,14 @@ pub async fn renew(
 /// Answers when its bytes are back with the device. While processes have it attached it is refused with 409, which
 /// names them.
 #[utoipa::path(delete, path = "/api/memory/allocations/{allocationId}", tag = "memory",
-    params(("allocationId" = AllocationId, Path)),
+    params(("allocationId" = AllocationId, Path), ReleaseParams),
     responses((status = 200, body = Success<Released>), Errors))]
 pub async fn release(
     State(app): State<App>,
     caller: Caller,
     Path(text): Path,
-    _: Params<NoParams>,
+    Params(params): Params<ReleaseParams>,
 ) -> Answer<Released> {
     let id = id(&text)?;
-    ok(app.driver.ask(|reply| Event::Release(id, caller, reply)).await?)
+    ok(app.driver.ask(|reply| Event::Release(id, params.peak_bytes, caller, reply)).await?)
 }
