@@ -207,6 +207,9 @@ pub struct LoadRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 86400)]
     pub timeout_seconds: Option<u64>,
+    /// Its components may go to different devices, if none has room for all of them. Not together with `deviceId`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub split: bool,
     /// Sum the bytes that have arrived; every later load of the same files is held to that, until the daemon ends.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub checksum: bool,

@@ -275,6 +275,7 @@ async fn restore(driver: Driver, roots: Arc<Roots>, known: Vec<ModelName>, resid
             components,
             keep_alive: None,
             shortage,
+            split: false,
             checksum: false,
             unasked: false,
             cache_for: None,

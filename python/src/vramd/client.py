@@ -430,6 +430,7 @@ class Client:
         keep_alive: str | int | None = None,
         on_shortage: bodies.OnShortage | None = None,
         timeout_seconds: int | None = None,
+        split: bool | None = None,
         checksum: bool | None = None,
         wait: bool = True,
         timeout: float | None = None,
@@ -440,8 +441,9 @@ class Client:
 
         Returns when it is, and raises what went wrong; with ``wait=False`` returns at once. ``timeout``
         bounds the wait, not the load. ``progress`` is called with the operation as it goes on. Without room,
-        idle models go for it, unless ``on_shortage`` says otherwise. With ``checksum`` its bytes are summed,
-        and later loads of the same files are held to that.
+        idle models go for it, unless ``on_shortage`` says otherwise. With ``split`` its components may go to
+        different devices, if none has room for all. With ``checksum`` its bytes are summed, and later loads of
+        the same files are held to that.
         """
         body = _given(
             deviceId=device,
@@ -449,6 +451,7 @@ class Client:
             keepAlive=keep_alive,
             onShortage=on_shortage,
             timeoutSeconds=timeout_seconds,
+            split=split,
             checksum=checksum,
         )
         return self._start(f"{_model(name)}/load", body, idempotency_key, wait, timeout, progress)

@@ -31,6 +31,14 @@ impl Ledger {
         allowed && self.held_for(requests, device).is_some_and(|bytes| bytes <= room)
     }
 
+    /// What a device has for such a request now, in all.
+    pub fn room_for(&self, request: &Request, device: &DeviceId) -> u64 {
+        let Some(book) = self.books.get(device) else { return 0 };
+        let standing = self.standing(book, &[request], false);
+        let allowed = standing.above == 0 && standing.above_models == 0;
+        if allowed { book.room_without_spare().saturating_sub(standing.kept) } else { 0 }
+    }
+
     /// The same, with that share of the device left free and its soft limit kept.
     pub fn has_room_to_spare(&self, requests: &[Request], device: &DeviceId, share: f64) -> bool {
         let Some(book) = self.books.get(device) else { return false };

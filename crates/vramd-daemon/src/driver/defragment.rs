@@ -164,7 +164,11 @@ impl State {
                 let current = running.current.as_ref().map(|pass| &pass.device);
                 (current == Some(device) || running.devices.contains(device)).then_some(*id)
             }
-            Running::Load(_) | Running::Unload(_) | Running::Transfer(_) | Running::Clear(_) => None,
+            Running::Load(_)
+            | Running::Unload(_)
+            | Running::Transfer(_)
+            | Running::Clear(_)
+            | Running::Split(_) => None,
         })
     }
 

@@ -112,6 +112,7 @@ impl State {
             components: None,
             keep_alive: None,
             shortage: OnShortage { evict: true, spill: false, wait_seconds: None },
+            split: false,
             checksum: false,
             unasked: false,
             cache_for: None,

@@ -56,6 +56,9 @@ impl State {
                 return Err(no_component(model, name));
             }
         }
+        if let Some((operation, splitting)) = self.splitting(&load.model).filter(|_| load.device.is_none()) {
+            return self.join(load, operation, splitting.brings(&wanted));
+        }
         let on = |name: &ComponentName, device: &DeviceId| model.components[name].residency.get(device);
         let device = load.device.clone().or_else(|| self.most_parts(model, &wanted));
         // What is on its way out there, or wherever it may go, is loaded again once it is gone.
@@ -82,9 +85,15 @@ impl State {
             }
             if here.iter().all(Option::is_some) {
                 let device = device.clone();
-                return self.loaded_already(load, &device);
+                return self.loaded_already(load, &[device]);
             }
         }
+        let places = self.places(model, &wanted);
+        if load.device.is_none() && places.len() == wanted.len() {
+            let devices: BTreeSet<DeviceId> = places.into_values().collect();
+            return self.loaded_already(load, &devices.into_iter().collect::<Vec<_>>());
+        }
+        let split = load.split && load.device.is_none();
         if let Some((operation, waiting)) = self.waiting_load(&load.model) {
             let same = load.device.is_none() || load.device == waiting.load.device;
             let there = |name: &ComponentName| {
@@ -109,7 +118,11 @@ impl State {
         }
         let missing: BTreeMap<ComponentName, String> = wanted
             .iter()
-            .filter(|name| device.as_ref().is_none_or(|device| on(name, device).is_none()))
+            .filter(|name| match &device {
+                _ if split => !places.contains_key(*name),
+                Some(device) => on(name, device).is_none(),
+                None => true,
+            })
             .map(|name| (name.clone(), model.components[name].path.clone()))
             .collect();
         // What was prepared may be of another registration, or of less than what is missing by now.
@@ -117,10 +130,11 @@ impl State {
             prepared.len() == missing.len()
                 && prepared.iter().all(|(name, file)| missing.get(name) == Some(&file.path))
         });
-        match fitting {
-            Some(prepared) => self.begin_load(load, device, prepared, wanted),
-            None => Ok(LoadAnswer::Prepare(missing)),
+        let Some(mut prepared) = fitting else { return Ok(LoadAnswer::Prepare(missing)) };
+        if split && let Some(begun) = self.begin_split(load, &mut prepared, &wanted)? {
+            return Ok(begun);
         }
+        self.begin_load(load, device, prepared, wanted)
     }
 
     /// The device, not a lost one, that most of the wanted components are on, on the way to, or had to go from.
@@ -164,26 +178,32 @@ impl State {
         .detail("operationId", operation.to_string()))
     }
 
-    fn loaded_already(&mut self, load: &Load, device: &DeviceId) -> Result<LoadAnswer, ApiError> {
+    fn loaded_already(&mut self, load: &Load, devices: &[DeviceId]) -> Result<LoadAnswer, ApiError> {
         self.set_keep_alive(load);
-        self.try_policies(&load.model, device);
         let now = self.now;
-        if let Some(model) = self.models.get_mut(&load.model) {
-            let here = model.components.values_mut().filter_map(|entry| entry.residency.get_mut(device));
-            for residency in here {
-                // Who asks again and again and never comes does not keep it for ever.
-                if let Residency::Resident { awaited: awaited @ None, .. } = residency {
-                    *awaited = Some(stays(now, 0.0));
+        for device in devices {
+            self.try_policies(&load.model, device);
+            if let Some(model) = self.models.get_mut(&load.model) {
+                let here = model.components.values_mut().filter_map(|entry| entry.residency.get_mut(device));
+                for residency in here {
+                    // Who asks again and again and never comes does not keep it for ever.
+                    if let Residency::Resident { awaited: awaited @ None, .. } = residency {
+                        *awaited = Some(stays(now, 0.0));
+                    }
                 }
             }
+            self.asked_for(&load.model, device);
         }
-        self.asked_for(&load.model, device);
-        let subject = format!("{} on {device}", load.model);
+        let places: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
+        let subject = format!("{} on {}", load.model, places.join(", "));
         let id = self.operations.begin(OperationKind::Load, subject, 0, self.now);
-        self.end_operation(
-            id,
-            Ok(serde_json::json!({ "model": load.model, "deviceId": device, "loaded": false })),
-        );
+        let result = if let [device] = devices {
+            serde_json::json!({ "model": load.model, "deviceId": device, "loaded": false })
+        } else {
+            let devices: Vec<_> = devices.iter().map(|on| serde_json::json!({ "deviceId": on })).collect();
+            serde_json::json!({ "model": load.model, "devices": devices, "loaded": false })
+        };
+        self.end_operation(id, Ok(result));
         Ok(LoadAnswer::Operation(Box::new(self.operations.show(id)?)))
     }
 
@@ -263,7 +283,7 @@ impl State {
                 let model = self.changeable(&load.model)?;
                 let in_ram = |name: &ComponentName| model.components[name].residency.get(&ram);
                 if wanted.iter().all(|name| matches!(in_ram(name), Some(Residency::Resident { .. }))) {
-                    return self.loaded_already(load, &ram);
+                    return self.loaded_already(load, &[ram]);
                 }
                 // All of it goes there, or none.
                 if prepared.len() == wanted.len() && wanted.iter().all(|name| in_ram(name).is_none()) {
@@ -661,7 +681,7 @@ impl State {
             }
             Some(Running::Transfer(_)) => return self.item_released(id, allocation, held_by),
             Some(Running::Defragment(_)) => return self.place_freed(id, allocation),
-            Some(Running::Clear(_)) | None => return,
+            Some(Running::Clear(_) | Running::Split(_)) | None => return,
         }
         self.end_if_given_back(id);
     }
@@ -711,7 +731,8 @@ impl State {
         let name = match self.operations.running.get(&id) {
             Some(Running::Load(loading)) => loading.model.clone(),
             Some(Running::Unload(unloading)) => unloading.model.clone(),
-            Some(Running::Transfer(_) | Running::Defragment(_) | Running::Clear(_)) | None => return,
+            Some(Running::Transfer(_) | Running::Defragment(_) | Running::Clear(_) | Running::Split(_))
+            | None => return,
         };
         if let Some(model) = self.models.get_mut(&name) {
             for component in model.components.values_mut() {

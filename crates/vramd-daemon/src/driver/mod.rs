@@ -22,6 +22,7 @@ mod reservations;
 mod restore;
 mod room;
 mod snapshot;
+mod split;
 mod tiers;
 mod transfers;
 mod unloads;
@@ -92,6 +93,8 @@ pub struct Load {
     pub components: Option<Vec<ComponentName>>,
     pub keep_alive: Option<KeepAlive>,
     pub shortage: OnShortage,
+    /// Its components may go to different devices.
+    pub split: bool,
     /// What has arrived is summed.
     pub checksum: bool,
     /// Nobody asked: it is no use of the model.
@@ -497,6 +500,7 @@ impl State {
                     self.go_on(operation);
                     self.end_transfer(operation);
                     self.go_on_clearing(operation);
+                    self.go_on_splitting(operation);
                 }
             }
             debug_assert_eq!(self.ledger.check(), Ok(()));

@@ -20,6 +20,7 @@ use vramd_core::{Now, Tick};
 use super::clear::Clearing;
 use super::copies::flow;
 use super::defragment::Defragmenting;
+use super::split::Splitting;
 use super::transfers::Transferring;
 use super::{Part, Reply, State};
 use crate::clock;
@@ -92,6 +93,7 @@ pub(super) enum Running {
     Transfer(Transferring),
     Defragment(Defragmenting),
     Clear(Clearing),
+    Split(Splitting),
 }
 
 #[derive(Debug, Default)]
@@ -291,10 +293,10 @@ impl State {
             }
             self.emit(EventKind::OperationChanged, serde_json::json!(operation));
         }
-        // A clearing may have waited for it.
-        let clears =
-            self.operations.running.iter().filter(|(_, running)| matches!(running, Running::Clear(_)));
-        self.to_go_on.extend(clears.map(|(id, _)| *id));
+        // A clearing or a load over several devices may have waited for it.
+        let waits = |running: &Running| matches!(running, Running::Clear(_) | Running::Split(_));
+        let waiting = self.operations.running.iter().filter(|(_, running)| waits(running));
+        self.to_go_on.extend(waiting.map(|(id, _)| *id));
     }
 
     /// The operation's copies take turns with those of others.
@@ -325,21 +327,24 @@ impl State {
                 return Err(ApiError::new(ErrorCode::Conflict, "what gives memory back cannot be cancelled")
                     .hint("it ends in a moment; load the model or allocate again afterwards"));
             }
-            if self.waiting_loads.contains_key(&id) {
-                let error = ApiError::new(ErrorCode::Cancelled, "the load was cancelled while it waited");
-                self.end_waiting_load(id, error);
-                return self.operations.show(id);
-            }
-            if let Some(progress) = self.operations.progress(id) {
-                progress.cancelled.store(true, Ordering::Relaxed);
-            }
-            // What is paused has to run to its end.
-            self.mover.pause(flow(id), false);
-            self.mover.sweep();
-            self.to_go_on.insert(id);
-            Ok(operation)
+            self.begin_cancel(id);
+            self.operations.show(id)
         });
         self.answer(reply, answer);
+    }
+
+    pub(super) fn begin_cancel(&mut self, id: OperationId) {
+        if self.waiting_loads.contains_key(&id) {
+            let error = ApiError::new(ErrorCode::Cancelled, "the load was cancelled while it waited");
+            return self.end_waiting_load(id, error);
+        }
+        if let Some(progress) = self.operations.progress(id) {
+            progress.cancelled.store(true, Ordering::Relaxed);
+        }
+        // What is paused has to run to its end.
+        self.mover.pause(flow(id), false);
+        self.mover.sweep();
+        self.to_go_on.insert(id);
     }
 
     /// Holds an operation that moves bytes, or lets it go on.

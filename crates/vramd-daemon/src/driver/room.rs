@@ -205,7 +205,12 @@ impl State {
     }
 
     /// Those of [`Self::candidates`] that may go for a request: no more than their owners and purposes have above their reserves.
-    fn candidates_for(&self, device: &DeviceId, request: &Request, asking: Option<&ModelName>) -> Vec<Idle> {
+    pub(super) fn candidates_for(
+        &self,
+        device: &DeviceId,
+        request: &Request,
+        asking: Option<&ModelName>,
+    ) -> Vec<Idle> {
         let mut all = self.candidates(device, request.priority, asking);
         let blocks: Vec<_> = all.iter().map(|idle| (idle.allocation, idle.candidate.loss())).collect();
         let mut may = self.ledger.above_reserves(device, &blocks, request).into_iter();

@@ -582,6 +582,7 @@ impl Load {
             components: None,
             keep_alive: None,
             shortage: OnShortage { evict: false, spill: false, wait_seconds: None },
+            split: false,
             checksum: false,
             unasked: true,
             cache_for: None,

@@ -137,6 +137,10 @@ pub async fn load(
         );
     }
     let device = body.device_id.as_ref().map(|name| app.driver.devices.id(name)).transpose()?;
+    if body.split && device.is_some() {
+        let what = "components that may go to different devices name none";
+        return Err(ApiError::invalid("split", what).hint("leave out one of split and deviceId").into());
+    }
     let shortage = requests::shortage(body.on_shortage.unwrap_or(OnShortage::Evict), body.timeout_seconds)?;
     let (components, keep_alive, checksum) = (body.components, body.keep_alive, body.checksum);
     let load = Load {
@@ -145,6 +149,7 @@ pub async fn load(
         components,
         keep_alive,
         shortage,
+        split: body.split,
         checksum,
         unasked: false,
         cache_for: None,

@@ -21,6 +21,7 @@ mod quiet_hours;
 mod ram;
 mod reservations;
 mod restart;
+mod split;
 mod support;
 mod tiers;
 #[cfg(unix)]

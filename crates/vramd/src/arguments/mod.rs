@@ -477,6 +477,9 @@ pub struct LoadArguments {
     /// How long to wait for room [default: 30 with wait, and with evict until what goes is gone]
     #[arg(long, value_name = "SECONDS")]
     pub timeout_seconds: Option<u64>,
+    /// Its components may go to different devices, if none has room for all of them
+    #[arg(long, conflicts_with = "device")]
+    pub split: bool,
     /// Sum the bytes that arrive; later loads of the same files are held to that
     #[arg(long)]
     pub checksum: bool,

@@ -26,6 +26,7 @@ pub async fn load(client: &Client, arguments: LoadArguments, output: Output) -> 
         keep_alive: arguments.keep_alive,
         on_shortage: arguments.on_shortage,
         timeout_seconds: arguments.timeout_seconds,
+        split: arguments.split,
         checksum: arguments.checksum,
     };
     if arguments.no_wait {

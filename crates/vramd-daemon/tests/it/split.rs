@@ -1,0 +1,185 @@
+//! Models whose components are on different devices.
+
+use serde_json::{Value, json};
+use vramd_device::{Call, sim::Fault};
+
+use crate::support::{Daemon, MIB, caught, wait_for, write_model};
+
+const COMPONENTS: [(&str, u64); 3] = [("unet", 24), ("encoder", 16), ("vae", 4)];
+
+/// A daemon with a model `sdxl` of three components, 44 MiB together, and two others of one.
+fn with_pipeline(sizes: &[u64]) -> Daemon {
+    let daemon = Daemon::start(sizes);
+    let folder = daemon.home.path("models");
+    let mut components = json!({});
+    for (name, mib) in COMPONENTS {
+        let path = folder.join(format!("{name}.safetensors"));
+        write_model(&path, name, (mib << 20) as usize - 4096);
+        components[name] = json!({ "path": path });
+    }
+    daemon.post("/api/models", &json!({"name": "sdxl", "components": components})).data(201);
+    for name in ["a", "b"] {
+        write_model(&folder.join(format!("{name}.safetensors")), "w", (20 << 20) - 4096);
+        daemon.register(name, &format!("{name}.safetensors"));
+    }
+    daemon
+}
+
+fn split() -> Value {
+    json!({"split": true})
+}
+
+/// On which devices each component of `sdxl` is.
+fn places(daemon: &Daemon) -> Vec<(String, Vec<String>)> {
+    let text = |value: &Value| value.as_str().expect("a name").to_owned();
+    let components = daemon.model("sdxl")["components"].as_array().expect("a list").clone();
+    components
+        .iter()
+        .map(|it| {
+            let residency = it["residency"].as_array().expect("a list").iter();
+            (text(&it["name"]), residency.map(|on| text(&on["deviceId"])).collect())
+        })
+        .collect()
+}
+
+fn nowhere(daemon: &Daemon) -> bool {
+    places(daemon).iter().all(|(_, on)| on.is_empty())
+}
+
+#[test]
+fn what_no_device_has_room_for_is_spread_over_as_few_as_can_be() {
+    let daemon = with_pipeline(&[32 * MIB, 32 * MIB, 32 * MIB]);
+    let ended = daemon.ended(&daemon.load("sdxl", &split()));
+    assert_eq!(ended["state"], "Completed", "{ended:#}");
+    let devices = ended["result"]["devices"].as_array().expect("a list").clone();
+    assert_eq!(devices.len(), 2, "{ended:#}");
+    let reason = ended["result"]["reason"].as_str().expect("words");
+    assert!(
+        reason.contains("unet on sim:") && reason.contains("no device has room for all of it"),
+        "{reason}"
+    );
+    assert_eq!(ended["bytesDone"], ended["bytesTotal"]);
+    for (name, on) in places(&daemon) {
+        assert_eq!(on.len(), 1, "{name} is in one place");
+        let attached = daemon.attach(&json!({"model": "sdxl", "component": name})).expect("attached");
+        assert_eq!(attached.attached.device_id.as_str(), on[0]);
+    }
+    // It is there, however it is asked for.
+    let before = places(&daemon);
+    for body in [split(), json!({})] {
+        let again = daemon.ended(&daemon.load("sdxl", &body));
+        assert_eq!(
+            (&again["state"], &again["result"]["loaded"]),
+            (&json!("Completed"), &json!(false)),
+            "{again:#}"
+        );
+    }
+    assert_eq!(places(&daemon), before);
+    // One part that went comes back to where there is room, beside the others.
+    let from = &before.iter().find(|(name, _)| name == "unet").expect("it is one of them").1[0];
+    daemon.post("/api/models/sdxl/unload?wait=20", &json!({"deviceId": from})).data(200);
+    daemon.ended(&daemon.load("sdxl", &split()));
+    assert_eq!(places(&daemon).iter().filter(|(_, on)| on.len() == 1).count(), 3);
+    daemon.unloaded("sdxl");
+    for device in ["sim:0", "sim:1", "sim:2"] {
+        daemon.all_is_back(device);
+    }
+}
+
+#[test]
+fn what_one_device_has_room_for_stays_together() {
+    let daemon = with_pipeline(&[48 * MIB, 64 * MIB]);
+    let ended = daemon.ended(&daemon.load("sdxl", &split()));
+    assert_eq!(
+        (&ended["state"], &ended["result"]["devices"]),
+        (&json!("Completed"), &Value::Null),
+        "{ended:#}"
+    );
+    let on: Vec<_> = places(&daemon).into_iter().map(|(_, on)| on).collect();
+    assert!(on.iter().all(|one| *one == on[0]), "{on:?}");
+}
+
+#[test]
+fn others_go_for_it_where_there_is_no_room_either_way() {
+    let daemon = with_pipeline(&[32 * MIB, 32 * MIB]);
+    daemon.loaded("a", "sim:0");
+    daemon.loaded("b", "sim:1");
+    let begun = std::time::Instant::now();
+    wait_for("both to be nobody's", || (begun.elapsed().as_millis() > 1200).then_some(()));
+    daemon
+        .post("/api/models/sdxl/load?wait=20", &json!({"split": true, "onShortage": "fail"}))
+        .error("INSUFFICIENT_MEMORY");
+    assert!(nowhere(&daemon) && daemon.residency("a").len() == 1 && daemon.residency("b").len() == 1);
+    let ended = daemon.ended(&daemon.load("sdxl", &split()));
+    assert_eq!(ended["state"], "Completed", "{ended:#}");
+    assert!(daemon.residency("a").is_empty() && daemon.residency("b").is_empty());
+    // What processes have attached goes for nobody.
+    daemon.unloaded("sdxl");
+    daemon.loaded("a", "sim:0");
+    let reader = daemon.attach(&json!({"model": "a"})).expect("attached");
+    daemon.post("/api/models/sdxl/load?wait=20", &split()).error("INSUFFICIENT_MEMORY");
+    let waits = daemon.load("sdxl", &json!({"split": true, "onShortage": "wait", "timeoutSeconds": 60}));
+    daemon.settle();
+    assert_eq!(daemon.get(&format!("/api/operations/{waits}")).data(200)["state"], "Running");
+    drop(reader);
+    daemon.unloaded("a");
+    assert_eq!(daemon.ended(&waits)["state"], "Completed");
+}
+
+#[test]
+fn a_part_that_fails_leaves_none_of_the_others() {
+    let daemon = with_pipeline(&[32 * MIB, 32 * MIB]);
+    for (device, call) in
+        [(0, Call::Create), (1, Call::Create), (0, Call::FillFromFile), (1, Call::FillFromFile)]
+    {
+        daemon.faults[device].fail(call, 0, Fault::Native);
+        let ended = daemon.ended(&daemon.load("sdxl", &split()));
+        assert_eq!(
+            (&ended["state"], &ended["error"]["code"]),
+            (&json!("Failed"), &json!("DEVICE_LOST")),
+            "{ended:#}"
+        );
+        assert!(nowhere(&daemon));
+        daemon.all_is_back("sim:0");
+        daemon.all_is_back("sim:1");
+    }
+    daemon.ended(&daemon.load("sdxl", &split()));
+    assert!(!nowhere(&daemon));
+}
+
+#[test]
+fn it_is_joined_and_cancelled_as_one() {
+    let daemon = with_pipeline(&[32 * MIB, 32 * MIB]);
+    let held = daemon.faults[0].hold(Call::FillFromFile);
+    let running = daemon.load("sdxl", &split());
+    caught(&held, Call::FillFromFile);
+    assert_eq!(daemon.load("sdxl", &split()), running);
+    assert_eq!(daemon.load("sdxl", &json!({"components": ["vae"]})), running);
+    daemon.post("/api/models/sdxl/load", &json!({"deviceId": "sim:0"})).error("CONFLICT");
+    // The other device's part is there already.
+    wait_for("one part to be there", || {
+        let there = |it: &Value| it["state"] == "Resident";
+        let components = daemon.model("sdxl")["components"].as_array().expect("a list").clone();
+        components
+            .iter()
+            .any(|it| it["residency"].as_array().expect("a list").iter().any(there))
+            .then_some(())
+    });
+    daemon.delete(&format!("/api/operations/{running}")).data(202);
+    drop(held);
+    assert_eq!(daemon.ended(&running)["state"], "Cancelled");
+    assert!(nowhere(&daemon));
+    daemon.all_is_back("sim:0");
+    daemon.all_is_back("sim:1");
+}
+
+#[test]
+fn what_is_too_large_for_all_together_is_refused_for_good() {
+    let daemon = with_pipeline(&[16 * MIB, 16 * MIB]);
+    let refused = daemon.post("/api/models/sdxl/load", &split()).error("INSUFFICIENT_MEMORY");
+    assert_eq!(refused["retryable"], false);
+    daemon.post("/api/models/sdxl/load", &json!({"split": true, "deviceId": "sim:0"})).refuses("split");
+    daemon.post("/api/models/sdxl/load", &json!({"split": 1})).error("INVALID_ARGUMENT");
+    daemon.post("/api/models/sdxl/load", &json!({"split": true, "components": ["clip"]})).error("NOT_FOUND");
+    assert!(nowhere(&daemon));
+}
