@@ -92,6 +92,8 @@ pub enum Residency {
         plan: Arc<Plan>,
         /// Somebody had it loaded and nobody has attached it since: until then it is theirs.
         awaited: Option<Tick>,
+        /// It does not go for others before.
+        stays: Tick,
         /// Nobody asked for it here: it had to go from that device, and waits in RAM for its next use there.
         cached_from: Option<DeviceId>,
     },

@@ -30,7 +30,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
-use vramd_api::{ComponentName, DeviceId, EvictionPolicy, ModelName, ReadyFile};
+use vramd_api::{ComponentName, DeviceId, EvictionPolicy, KeepAlive, ModelName, ReadyFile};
 
 pub use clock::LocalTime;
 pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, directml, vulkan_adapters};
@@ -75,6 +75,8 @@ pub struct Config {
     pub quiet_hours: Option<QuietHours>,
     /// By what models are chosen that go when room is needed.
     pub eviction: EvictionPolicy,
+    /// How long what was loaded stays at least before it may go for others.
+    pub minimum_stay: KeepAlive,
     /// Host memory whose pages are made ahead.
     pub page_pool_bytes: u64,
     /// The most that models take in RAM that had to go from a card; unset: half of it.
@@ -196,7 +198,11 @@ pub async fn serve_on(
         ram_bytes: config.ram_tier_bytes.unwrap_or(ram_bytes / 2),
         reserve_bytes: config.ram_reserve_bytes.unwrap_or(ram_bytes / 10),
     };
-    let rules = Rules { schedule, eviction: config.eviction, tiers };
+    let minimum_stay = match config.minimum_stay {
+        KeepAlive::Seconds(seconds) => seconds,
+        KeepAlive::Forever => u64::MAX,
+    };
+    let rules = Rules { schedule, eviction: config.eviction, minimum_stay, tiers };
     let (unasked, to_load) = tokio::sync::mpsc::unbounded_channel();
     let (driver, mut task) =
         Driver::start(devices, store, stored, run, rules, unasked).map_err(StartError::Threads)?;

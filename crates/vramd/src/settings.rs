@@ -11,7 +11,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
-use vramd_api::{Bytes, EvictionPolicy};
+use vramd_api::{Bytes, EvictionPolicy, KeepAlive};
 #[cfg(unix)]
 use vramd_daemon::LoaderCommand;
 use vramd_daemon::{Adapters, CudaCards, QuietHours};
@@ -62,6 +62,8 @@ settings! {
         "When devices are defragmented without being asked, in local time: `02:00-05:00`, `12:00-13:00,22:00-06:00`, or `none`.";
     EVICTION = "eviction", "--eviction", "VRAMD_EVICTION", "LowestCost",
         "By what idle models are chosen that go when room is needed: `LowestCost`, `LeastRecentlyUsed`, `LeastFrequentlyUsed` or `LargestFirst`.";
+    MINIMUM_STAY = "minimum_stay", "--minimum-stay", "VRAMD_MINIMUM_STAY", "0s",
+        "How long a model that was loaded stays at least before it may go for others: `30s`, `5m`, or `-1` for ever.";
     PAGE_POOL = "page_pool", "--page-pool", "VRAMD_PAGE_POOL", "none",
         "Host memory whose pages are made ahead while it is quiet, so that loads need not wait for theirs: `16GiB`, or `none`. It goes when others need the memory. Linux only.";
     RAM_TIER = "ram_tier", "--ram-tier", "VRAMD_RAM_TIER", "half of the machine's memory",
@@ -189,6 +191,7 @@ pub struct Layer {
     pub ready_file: Option<PathBuf>,
     pub quiet_hours: Option<Switch<QuietHours>>,
     pub eviction: Option<EvictionPolicy>,
+    pub minimum_stay: Option<KeepAlive>,
     pub page_pool: Option<Switch<Bytes>>,
     pub ram_tier: Option<Switch<Bytes>>,
     pub ram_reserve: Option<Switch<Bytes>>,
@@ -235,6 +238,7 @@ pub struct Settings {
     pub ready_file: Sourced<Option<PathBuf>>,
     pub quiet_hours: Sourced<Switch<QuietHours>>,
     pub eviction: Sourced<EvictionPolicy>,
+    pub minimum_stay: Sourced<KeepAlive>,
     pub page_pool: Sourced<Switch<Bytes>>,
     pub ram_tier: Sourced<Option<Switch<Bytes>>>,
     pub ram_reserve: Sourced<Option<Switch<Bytes>>>,
@@ -310,6 +314,7 @@ pub fn resolve(
         d3d12: pick.value(&D3D12, |layer| layer.d3d12).or_default(Adapters::Hardware),
         ready_file: pick.value(&READY_FILE, |layer| layer.ready_file.clone().map(Some)).or_default(None),
         eviction: pick.value(&EVICTION, |layer| layer.eviction).or_default(EvictionPolicy::default()),
+        minimum_stay: pick.value(&MINIMUM_STAY, |layer| layer.minimum_stay).or_default(KeepAlive::Seconds(0)),
         page_pool: pick.value(&PAGE_POOL, |layer| layer.page_pool.clone()).or_default(Switch::Off),
         ram_tier: pick.value(&RAM_TIER, |layer| layer.ram_tier.clone().map(Some)).or_default(None),
         ram_reserve: pick.value(&RAM_RESERVE, |layer| layer.ram_reserve.clone().map(Some)).or_default(None),
@@ -410,6 +415,7 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
         ready_file: path(&READY_FILE),
         quiet_hours: parse(environment, &QUIET_HOURS)?,
         eviction: parse(environment, &EVICTION)?,
+        minimum_stay: parse(environment, &MINIMUM_STAY)?,
         page_pool: parse(environment, &PAGE_POOL)?,
         ram_tier: parse(environment, &RAM_TIER)?,
         ram_reserve: parse(environment, &RAM_RESERVE)?,
@@ -424,7 +430,7 @@ pub fn set<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsString>
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 16] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 17] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         let shown =
@@ -446,6 +452,7 @@ impl Settings {
                 &self.quiet_hours.origin,
             ),
             (EVICTION.key, json!(self.eviction.value), &self.eviction.origin),
+            (MINIMUM_STAY.key, json!(self.minimum_stay.value), &self.minimum_stay.origin),
             (PAGE_POOL.key, self.page_pool.value.shown(|bytes| json!(bytes.get())), &self.page_pool.origin),
             (RAM_TIER.key, shown(self.ram_tier.value.as_ref()), &self.ram_tier.origin),
             (RAM_RESERVE.key, shown(self.ram_reserve.value.as_ref()), &self.ram_reserve.origin),
@@ -471,6 +478,7 @@ impl Settings {
             loader: LoaderCommand { program: "/proc/self/exe".into(), arguments: vec!["loader".into()] },
             quiet_hours: self.quiet_hours.value.on(),
             eviction: self.eviction.value,
+            minimum_stay: self.minimum_stay.value,
             page_pool_bytes: self.page_pool.value.on().map_or(0, Bytes::get),
             ram_tier_bytes: self.ram_tier.value.map(|it| it.on().map_or(0, Bytes::get)),
             ram_reserve_bytes: self.ram_reserve.value.map(|it| it.on().map_or(0, Bytes::get)),

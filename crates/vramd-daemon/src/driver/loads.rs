@@ -594,7 +594,9 @@ impl State {
                 let (allocation, plan) = (part.allocation, part.plan.clone());
                 let awaited = (!loading.unasked).then(|| stays(now, seconds));
                 let cached_from = loading.cache_for.clone();
-                let resident = Residency::Resident { allocation, plan, awaited, cached_from };
+                let least = if loading.unasked { 0 } else { self.minimum_stay };
+                let stays = now.tick.after_seconds(least);
+                let resident = Residency::Resident { allocation, plan, awaited, stays, cached_from };
                 component.residency.insert(loading.device.clone(), resident);
                 if from_files && !part.is_shared {
                     let share = of(part) as f64 / bytes.max(1) as f64;

@@ -299,6 +299,8 @@ pub struct Driver {
 pub struct Rules {
     pub schedule: Schedule,
     pub eviction: EvictionPolicy,
+    /// In seconds.
+    pub minimum_stay: u64,
     pub tiers: Tiers,
 }
 
@@ -340,6 +342,7 @@ impl Driver {
             promote_after: vramd_core::Tick::default(),
             trials: BTreeMap::new(),
             policy: rules.eviction,
+            minimum_stay: rules.minimum_stay,
             to_go_on: BTreeSet::new(),
             rates: BTreeMap::new(),
             defragmented_at: BTreeMap::new(),
@@ -421,6 +424,8 @@ struct State {
     /// Bytes per second that loads onto a device came to lately.
     load_rates: BTreeMap<DeviceId, f64>,
     policy: EvictionPolicy,
+    /// How many seconds what was loaded stays at least.
+    minimum_stay: u64,
     /// Bytes per second that copies of components from one device to another came to lately.
     copy_rates: BTreeMap<(DeviceId, DeviceId), f64>,
     /// Components on their way to RAM, or waiting for room there.

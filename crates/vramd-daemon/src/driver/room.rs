@@ -240,13 +240,21 @@ impl State {
         for model in self.models.iter().filter(here).filter(|model| may_go(model)) {
             let idle = model.last_used.map_or(0, |used| self.now.tick.0.saturating_sub(used.tick.0));
             for (component, entry) in &model.components {
-                let (allocation, awaited) = match entry.residency.get(device) {
+                let (allocation, awaited, least) = match entry.residency.get(device) {
                     Some(Residency::Resident { .. }) if model.is_loading() => continue,
-                    Some(Residency::Resident { allocation, awaited, .. }) => (*allocation, *awaited),
+                    Some(Residency::Resident { allocation, awaited, stays, .. }) => {
+                        (*allocation, *awaited, *stays)
+                    }
                     // Once it is there, and whoever it is for has had time to come, it may be idle.
-                    Some(Residency::Loading { allocation, .. }) => (*allocation, None),
+                    Some(Residency::Loading { allocation, .. }) => {
+                        (*allocation, None, self.now.tick.after_seconds(self.minimum_stay))
+                    }
                     Some(Residency::Evicting { .. }) | None => continue,
                 };
+                // Nobody waits that long.
+                if least > self.now.tick.after_seconds(RETURN_SECONDS) {
+                    continue;
+                }
                 let Some(held) = self.ledger.allocation(allocation) else { continue };
                 let is_loading = model.is_loading();
                 let busy = held.state != AllocationState::Active
@@ -281,6 +289,7 @@ impl State {
                 } else {
                     awaited.unwrap_or_default()
                 };
+                let stays = stays.max(least);
                 found
                     .entry(allocation)
                     .and_modify(|idle| {

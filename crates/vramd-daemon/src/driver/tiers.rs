@@ -435,7 +435,8 @@ impl State {
         if let (Some(entry), Some(ram), true) = (entry, ram, arrived) {
             self.ledger.grant(target, LeaseId(Uuid::now_v7()), Lease::Model, self.now);
             let cached_from = Some(from.clone());
-            let resident = Residency::Resident { allocation: target, plan, awaited: None, cached_from };
+            let (awaited, stays) = (None, Tick::default());
+            let resident = Residency::Resident { allocation: target, plan, awaited, stays, cached_from };
             entry.residency.insert(ram.clone(), resident);
             let bytes = self.ledger.allocation(target).map_or(0, |target| target.block_bytes);
             let began = begun.unwrap_or(self.now.tick);

@@ -406,6 +406,7 @@ impl State {
             allocation: item.target,
             plan: plan.clone(),
             awaited: None,
+            stays: vramd_core::Tick::default(),
             cached_from: None,
         };
         entry.residency.insert(item.to.clone(), resident);

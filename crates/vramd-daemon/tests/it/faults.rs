@@ -209,6 +209,45 @@ fn a_file_that_shrinks_while_it_is_read_fails_the_load() {
 }
 
 #[test]
+fn a_disk_that_fails_under_a_read_fails_the_load_and_no_other() {
+    // More than one read, so that others are in flight when one of them fails.
+    let (daemon, _) = with_model(&[128 * MIB], 40 << 20);
+    for after in [0, 3] {
+        daemon.faults[0].fail(Call::FillFromFile, after, Fault::Disk);
+        let ended = daemon.ended(&daemon.load("tiny", &json!({})));
+        let error = &ended["error"];
+        assert_eq!((&ended["state"], &error["code"]), (&json!("Failed"), &json!("MODEL_READ_FAILED")));
+        assert!(error["hint"].as_str().is_some_and(|hint| hint.contains("dmesg")), "{error:#}");
+        daemon.all_is_back("sim:0");
+        assert_eq!(
+            daemon.get("/api/devices/sim:0").data(200)["health"],
+            "Healthy",
+            "it is not the card's fault"
+        );
+    }
+    daemon.loaded("tiny", "sim:0");
+}
+
+#[test]
+fn a_disk_that_answers_later_than_anybody_waits_holds_up_nobody_else() {
+    let (daemon, _) = with_model(&[128 * MIB, 64 * MIB], 40 << 20);
+    let held = daemon.faults[0].hold(Call::FillFromFile);
+    let begun = daemon.post("/api/models/tiny/load?wait=1", &json!({"deviceId": "sim:0"})).data(202);
+    assert_eq!((&begun["state"], &begun["bytesDone"]), (&json!("Running"), &json!(0)));
+    daemon.loaded("tiny", "sim:1");
+    drop(daemon.attach(&json!({"model": "tiny", "deviceId": "sim:1"})).expect("attached"));
+    let id = daemon.allocated(&json!({"sizeBytes": MIB}));
+    daemon.release(&id).data(200);
+    // It is cancelled at once, and ends when the disk has answered.
+    let operation = begun["operationId"].as_str().expect("an id");
+    daemon.delete(&format!("/api/operations/{operation}")).data(202);
+    assert_eq!(daemon.get(&format!("/api/operations/{operation}")).data(200)["state"], "Running");
+    drop(held);
+    assert_eq!(daemon.ended(operation)["state"], "Cancelled");
+    daemon.all_is_back("sim:0");
+}
+
+#[test]
 fn a_request_waits_until_a_release_that_the_device_takes_its_time_for() {
     let daemon = Daemon::start(&[64 * MIB]);
     let full = daemon.allocated(&json!({"sizeBytes": 64 * MIB}));

@@ -143,6 +143,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         vulkan: vramd_daemon::Adapters::None,
         d3d12: vramd_daemon::Adapters::None,
         eviction: vramd_api::EvictionPolicy::default(),
+        minimum_stay: vramd_api::KeepAlive::Seconds(0),
         page_pool_bytes: 0,
         ram_tier_bytes: None,
         ram_reserve_bytes: None,

@@ -11,6 +11,7 @@ use jiff::civil::Time;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
+use vramd_api::KeepAlive;
 use vramd_api::attach::Attach;
 use vramd_attach::{AttachError, Attachment, Stream, attach};
 use vramd_daemon::{Config, Devices, LocalTime, StartError, serve_on};
@@ -198,6 +199,12 @@ impl Home {
         })
     }
 
+    /// What was loaded stays so long at least.
+    pub fn start_staying(&self, sizes: &[u64], minimum_stay: KeepAlive) -> Daemon {
+        let (devices, simulated) = Self::simulated(sizes);
+        self.start_by(devices, simulated, LocalTime::system(), |config| config.minimum_stay = minimum_stay)
+    }
+
     fn start_by(
         &self,
         devices: Devices,
@@ -217,6 +224,7 @@ impl Home {
             vulkan: vramd_daemon::Adapters::None,
             d3d12: vramd_daemon::Adapters::None,
             eviction: vramd_api::EvictionPolicy::default(),
+            minimum_stay: KeepAlive::Seconds(0),
             page_pool_bytes: 0,
             ram_tier_bytes: None,
             ram_reserve_bytes: None,

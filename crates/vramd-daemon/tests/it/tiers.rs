@@ -1,9 +1,10 @@
 //! Room for models: what goes for a load, in what order loads get it, and what never goes.
 
 use serde_json::{Value, json};
+use vramd_api::KeepAlive;
 use vramd_device::Call;
 
-use crate::support::{Daemon, MIB, caught, wait_for, write_model};
+use crate::support::{Daemon, Home, MIB, caught, wait_for, write_model};
 
 /// A daemon with models of 20 MiB, of which three fit onto its device of 64 MiB.
 fn with_models(names: &[&str]) -> Daemon {
@@ -360,4 +361,28 @@ fn who_does_not_wait_gets_room_that_nobody_before_can_use() {
     assert!(!line.is_answered());
     line.hang_up();
     drop(readers);
+}
+
+#[test]
+fn what_was_loaded_stays_as_long_as_it_is_configured_to() {
+    let start = |minimum_stay| {
+        let daemon = Home::new().start_staying(&[32 * MIB], minimum_stay);
+        add(&daemon, "a", 20 * MIB, &json!({}));
+        add(&daemon, "b", 20 * MIB, &json!({}));
+        daemon.loaded("a", "sim:0");
+        // Somebody came, so that it is nobody's any more but for its stay.
+        drop(daemon.attach(&json!({"model": "a"})).expect("attached"));
+        daemon
+    };
+    let daemon = start(KeepAlive::Forever);
+    daemon.post("/api/models/b/load", &json!({})).error("INSUFFICIENT_MEMORY");
+    assert!(is_resident(&daemon, "a"));
+    daemon.unloaded("a");
+    daemon.loaded("b", "sim:0");
+    let daemon = start(KeepAlive::Seconds(2));
+    let waits = daemon.load("b", &json!({}));
+    daemon.settle();
+    assert!(is_resident(&daemon, "a"), "its stay is not over");
+    assert_eq!(daemon.ended(&waits)["state"], "Completed");
+    assert!(!is_resident(&daemon, "a"));
 }

@@ -17,6 +17,8 @@ pub enum Fault {
     OutOfMemory,
     /// The driver fails with `EIO`.
     Native,
+    /// The disk fails with `EIO` under a read of a file.
+    Disk,
     /// The device is lost by this call.
     Lost,
 }
@@ -133,6 +135,7 @@ impl Faults {
                 native: "a simulated driver call",
                 source: io::Error::from_raw_os_error(EIO),
             }),
+            Some(Fault::Disk) => Err(DeviceError::Source(io::Error::from_raw_os_error(EIO))),
             Some(Fault::Lost) => {
                 state.lost = Some(format!("lost on demand in {call:?}"));
                 state.check_lost()

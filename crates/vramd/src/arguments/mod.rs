@@ -278,6 +278,9 @@ pub struct ServeArguments {
     /// By what idle models are chosen that go when room is needed [default: LowestCost]
     #[arg(long, value_name = "POLICY", ignore_case = true, value_parser = words(EVICTION_POLICIES))]
     eviction: Option<EvictionPolicy>,
+    /// How long a model that was loaded stays at least before it may go for others [default: 0s]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    minimum_stay: Option<KeepAlive>,
     /// Host memory whose pages are made ahead, such as 8GiB, so that loads need not wait for theirs [default: none]
     #[arg(long, value_name = "SIZE|none")]
     page_pool: Option<Switch<Bytes>>,
@@ -308,6 +311,7 @@ impl ServeArguments {
             ready_file: self.ready_file,
             quiet_hours: self.quiet_hours,
             eviction: self.eviction,
+            minimum_stay: self.minimum_stay,
             page_pool: self.page_pool,
             ram_tier: self.ram_tier,
             ram_reserve: self.ram_reserve,
