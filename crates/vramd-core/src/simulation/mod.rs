@@ -2,9 +2,10 @@
 //!
 //! Owns the description of a machine, the trace, the run and its picture. The choice of what goes and how use is counted are the
 //! daemon's own ([`crate::eviction`], [`crate::trial`]). Simpler than there: a model is one component; a load takes its seconds whatever else is loaded; bytes that
-//! go are free at once; those who wait are served by priority, then age, and nobody passes them.
+//! go are free at once, or once they are in RAM, from where nothing comes back unasked; those who wait are served by priority, then age, and nobody passes them.
 
 mod picture;
+mod ram;
 mod run;
 
 use std::collections::HashMap;
@@ -25,7 +26,24 @@ pub struct Machine {
     /// How fast models load that do not say it themselves.
     #[serde(default = "default_rate", deserialize_with = "size")]
     pub bytes_per_second: Bytes,
+    /// Host memory that keeps models which had to go from a device, as `--ram-tier` does. None if left out.
+    #[serde(default)]
+    pub ram: Option<Ram>,
     pub models: Vec<Model>,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Ram {
+    #[serde(deserialize_with = "size")]
+    pub bytes: Bytes,
+    /// How fast models are copied from a device and back.
+    #[serde(default = "default_copy_rate", deserialize_with = "size")]
+    pub bytes_per_second: Bytes,
+}
+
+fn default_copy_rate() -> Bytes {
+    Bytes::new(4_000_000_000).expect("a size")
 }
 
 fn default_rate() -> Bytes {
@@ -92,6 +110,8 @@ pub struct Report {
     /// The share of requests whose model was resident.
     pub hit_rate: f64,
     pub loads: u64,
+    /// Those of them that were copied from RAM.
+    pub from_ram: u64,
     pub evictions: u64,
     pub loaded_bytes: u64,
     /// The sum over all loads.

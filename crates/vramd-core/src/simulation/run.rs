@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use vramd_api::{EvictionPolicy, KeepAlive, Priority};
 
+use super::ram::Ram;
 use super::{Machine, Report, Request, Waits};
 use crate::Tick;
 use crate::eviction::{self, Candidate, Popularity};
@@ -58,7 +59,7 @@ impl PartialOrd for Event {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Place {
+pub(super) enum Place {
     OnDisk,
     /// It waits for room.
     Waiting,
@@ -67,27 +68,31 @@ enum Place {
 }
 
 #[derive(Debug)]
-struct Model {
-    bytes: u64,
-    load_seconds: f64,
-    priority: Priority,
-    keep: Option<f64>,
-    place: Place,
+pub(super) struct Model {
+    pub bytes: u64,
+    /// From its files.
+    pub load_seconds: f64,
+    pub priority: Priority,
+    pub keep: Option<f64>,
+    pub place: Place,
+    /// RAM has it.
+    pub is_cached: bool,
     /// Since it is on its device.
     since: f64,
-    last_used: f64,
-    popularity: Popularity,
+    pub last_used: f64,
+    pub popularity: Popularity,
     /// The requests that use it now.
     busy: usize,
     /// Those that wait for it: when they came, and how long they take.
     waiting: Vec<(f64, f64)>,
 }
 
-struct Simulator {
-    now: f64,
+pub(super) struct Simulator {
+    pub now: f64,
     policy: EvictionPolicy,
     events: BinaryHeap<Reverse<Event>>,
-    models: Vec<Model>,
+    pub models: Vec<Model>,
+    pub ram: Option<Ram>,
     /// What is free, and of how much.
     devices: Vec<(u64, u64)>,
     residents: Vec<Vec<usize>>,
@@ -97,6 +102,7 @@ struct Simulator {
     waits: Vec<f64>,
     hits: u64,
     loads: u64,
+    from_ram: u64,
     loaded_bytes: u64,
     load_seconds: f64,
     evictions: u64,
@@ -116,6 +122,7 @@ pub fn run(machine: &Machine, trace: &[Request], policy: EvictionPolicy) -> Run 
             KeepAlive::Forever => None,
         },
         place: Place::OnDisk,
+        is_cached: false,
         since: 0.0,
         last_used: 0.0,
         popularity: Popularity::default(),
@@ -127,6 +134,10 @@ pub fn run(machine: &Machine, trace: &[Request], policy: EvictionPolicy) -> Run 
         policy,
         events: BinaryHeap::new(),
         models: machine.models.iter().map(model).collect(),
+        ram: machine
+            .ram
+            .as_ref()
+            .map(|ram| Ram { free: ram.bytes.get(), bytes_per_second: ram.bytes_per_second.get() as f64 }),
         devices: machine.devices.iter().map(|device| (device.bytes.get(), device.bytes.get())).collect(),
         residents: vec![Vec::new(); machine.devices.len()],
         trials: vec![Trial::default(); machine.devices.len()],
@@ -135,6 +146,7 @@ pub fn run(machine: &Machine, trace: &[Request], policy: EvictionPolicy) -> Run 
         waits: Vec::with_capacity(trace.len()),
         hits: 0,
         loads: 0,
+        from_ram: 0,
         loaded_bytes: 0,
         load_seconds: 0.0,
         evictions: 0,
@@ -167,7 +179,7 @@ impl Simulator {
         }
     }
 
-    fn tick(&self) -> Tick {
+    pub(super) fn tick(&self) -> Tick {
         Tick((self.now * 1000.0) as u64)
     }
 
@@ -227,10 +239,15 @@ impl Simulator {
 
     fn expire(&mut self, at: usize) {
         let model = &self.models[at];
-        let idle = model.keep.is_some_and(|keep| model.last_used + keep <= self.now);
-        if let (Place::Resident(device), 0, true) = (model.place, model.busy, idle) {
-            self.unload(at, device);
-            self.admit();
+        let idle = model.busy == 0 && model.keep.is_some_and(|keep| model.last_used + keep <= self.now);
+        match model.place {
+            Place::Resident(device) if idle => {
+                self.forget(at);
+                self.unload(at, device);
+                self.admit();
+            }
+            Place::OnDisk if idle => self.forget(at),
+            _ => {}
         }
     }
 
@@ -249,22 +266,24 @@ impl Simulator {
     /// Gives those who wait their room, in order, until one cannot have it.
     fn admit(&mut self) {
         while let Some((key, at)) = self.queue.first_key_value().map(|(key, at)| (*key, *at)) {
-            let Some(device) = self.room(at) else { return };
+            let Some((device, made_in)) = self.room(at) else { return };
             self.queue.remove(&key);
+            let seconds = self.seconds_to_load(at);
             let model = &mut self.models[at];
             model.place = Place::Loading(device);
-            let (bytes, seconds) = (model.bytes, model.load_seconds);
+            let bytes = model.bytes;
+            self.from_ram += u64::from(seconds < model.load_seconds);
             self.try_policies(at, device);
             self.devices[device].0 -= bytes;
             self.loads += 1;
             self.loaded_bytes += bytes;
             self.load_seconds += seconds;
-            self.at(self.now + seconds, What::Loaded(at));
+            self.at(self.now + made_in + seconds, What::Loaded(at));
         }
     }
 
-    /// A device with room for a model, which idle ones may go for.
-    fn room(&mut self, at: usize) -> Option<usize> {
+    /// A device with room for a model, which idle ones may go for, and how long it takes to bring these to RAM.
+    fn room(&mut self, at: usize) -> Option<(usize, f64)> {
         let bytes = self.models[at].bytes;
         let fits = (0..self.devices.len()).filter(|device| self.devices[*device].0 >= bytes);
         let emptiest = |device: &usize| {
@@ -275,8 +294,8 @@ impl Simulator {
             let (one, other) = (emptiest(a), emptiest(b));
             one.0.total_cmp(&other.0).then(one.1.cmp(&other.1))
         });
-        if best.is_some() {
-            return best;
+        if let Some(device) = best {
+            return Some((device, 0.0));
         }
         let tick = self.tick();
         let mut cheapest: Option<(f64, usize, Vec<usize>)> = None;
@@ -297,7 +316,7 @@ impl Simulator {
                     priority: model.priority,
                     idle_seconds: self.now - model.last_used,
                     uses_per_second: model.popularity.uses_per_second(tick),
-                    reload_seconds: model.load_seconds,
+                    reload_seconds: self.seconds_to_load(other),
                 });
             }
             let policy = match self.policy {
@@ -311,11 +330,13 @@ impl Simulator {
             }
         }
         let (_, device, chosen) = cheapest?;
+        let mut made_in = 0.0;
         for other in chosen {
             self.evictions += 1;
+            made_in += self.keep(other);
             self.unload(other, device);
         }
-        Some(device)
+        Some((device, made_in))
     }
 
     fn unload(&mut self, at: usize, device: usize) {
@@ -352,6 +373,7 @@ impl Simulator {
             unserved: requests - served,
             hit_rate: self.hits as f64 / requests.max(1) as f64,
             loads: self.loads,
+            from_ram: self.from_ram,
             evictions: self.evictions,
             loaded_bytes: self.loaded_bytes,
             load_seconds: self.load_seconds,

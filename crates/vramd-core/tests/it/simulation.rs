@@ -181,3 +181,37 @@ fn what_costs_least_loads_for_a_fifth_less_time_where_use_is_skewed_and_is_never
     let mean = (of_kind.iter().sum::<f64>() / of_kind.len() as f64).exp();
     assert!(mean <= 0.8, "{mean:.3}: {ratios:?}");
 }
+
+/// Two models of 6 GB that take turns on 10 GB, a minute each: 12 s from the disk, 2 s to RAM or back.
+fn taking_turns(ram: &str) -> Report {
+    let text = format!(
+        r#"{{"devices": [{{"deviceId": "sim:0", "bytes": 10000000000}}], "bytesPerSecond": 500000000{ram},
+        "models": [{{"name": "a", "bytes": 6000000000}}, {{"name": "b", "bytes": 6000000000}}]}}"#
+    );
+    let machine = Machine::read(&text).unwrap();
+    let trace: Vec<_> = (0..40).map(|at| format!("{},{},1", at * 60, ["a", "b"][at % 2])).collect();
+    served(&machine, &trace.join("\n"), EvictionPolicy::LowestCost).report
+}
+
+#[test]
+fn what_has_to_go_comes_back_from_ram_where_that_pays() {
+    let (without, with) =
+        (taking_turns(""), taking_turns(r#", "ram": {"bytes": "16GB", "bytesPerSecond": 3000000000}"#));
+    assert_eq!((without.loads, without.from_ram, with.loads), (40, 0, 40));
+    // Each was read once and copied to RAM at most once; all that RAM had came from there.
+    assert_eq!(with.from_ram, 38, "{with:?}");
+    assert!(
+        (with.load_seconds - (2.0 * 12.0 + 38.0 * 2.0)).abs() < 1e-6
+            && (without.load_seconds - 480.0).abs() < 1e-6
+    );
+    assert!(with.waits.p50_seconds < 2.5 && with.waits.max_seconds < 14.5, "{:?}", with.waits);
+    // There is room in RAM for one: the other is read each time.
+    let one = taking_turns(r#", "ram": {"bytes": "7GB", "bytesPerSecond": 3000000000}"#);
+    assert!(one.from_ram > 0 && one.from_ram < 38, "{one:?}");
+    // RAM that is no faster than the disk keeps nothing.
+    assert_eq!(taking_turns(r#", "ram": {"bytes": "16GB", "bytesPerSecond": 500000000}"#), without);
+    assert!(
+        Machine::read(r#"{"devices": [{"deviceId": "sim:0", "bytes": 1}], "models": [], "ram": {}}"#)
+            .is_err()
+    );
+}

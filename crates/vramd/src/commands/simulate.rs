@@ -77,7 +77,18 @@ fn usage(message: String, hint: &str) -> CommandError {
 
 fn show(reports: &[Report]) -> String {
     table(
-        ["POLICY", ">HITS", ">LOADS", ">LOADED", ">LOAD SECONDS", ">EVICTIONS", ">WAIT P50", ">P99", ">MOST"],
+        [
+            "POLICY",
+            ">HITS",
+            ">LOADS",
+            ">FROM RAM",
+            ">LOADED",
+            ">LOAD SECONDS",
+            ">EVICTIONS",
+            ">WAIT P50",
+            ">P99",
+            ">MOST",
+        ],
         reports.iter().map(|report| {
             let waits = &report.waits;
             let seconds = |seconds: f64| format!("{seconds:.2} s");
@@ -85,6 +96,7 @@ fn show(reports: &[Report]) -> String {
                 report.policy.to_string(),
                 percent(report.hit_rate),
                 report.loads.to_string(),
+                report.from_ram.to_string(),
                 Bytes::show(report.loaded_bytes),
                 format!("{:.0}", report.load_seconds),
                 report.evictions.to_string(),
