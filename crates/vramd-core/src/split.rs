@@ -4,10 +4,8 @@
 //! as few, those on which all is loaded soonest by the rates that loads came to, since loads to different devices run side by
 //! side; then those that stay emptiest.
 
-use std::collections::BTreeSet;
-
 /// More ways than these are not compared one by one.
-const EXACT: usize = 20_000;
+const EXACT: usize = 4096;
 
 /// A device that components may go to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -26,19 +24,17 @@ pub struct Place {
 /// is its size on each place, None where it can never be.
 pub fn split(parts: &[Vec<Option<u64>>], places: &[Place]) -> Option<(Vec<usize>, f64)> {
     let ways = (0..parts.len()).try_fold(1_usize, |ways, _| ways.checked_mul(places.len()));
-    let chosen = if ways.is_some_and(|ways| ways <= EXACT) {
-        every_way(parts.len(), places.len()).filter(|way| fits(parts, places, way)).min_by(|a, b| {
-            let (a, b) = (Cost::of(parts, places, a), Cost::of(parts, places, b));
-            a.devices
-                .cmp(&b.devices)
-                .then(a.seconds.total_cmp(&b.seconds))
-                .then(a.fullest.total_cmp(&b.fullest))
+    let best = if ways.is_some_and(|ways| ways <= EXACT) {
+        let all = every_way(parts.len(), places.len());
+        let costs = all.filter_map(|way| Some((Cost::of(parts, places, &way)?, way)));
+        costs.min_by(|(a, _), (b, _)| {
+            let devices = a.devices.cmp(&b.devices);
+            devices.then(a.seconds.total_cmp(&b.seconds)).then(a.fullest.total_cmp(&b.fullest))
         })
     } else {
-        largest_first(parts, places)
-    }?;
-    let seconds = Cost::of(parts, places, &chosen).seconds;
-    Some((chosen, seconds))
+        largest_first(parts, places).and_then(|way| Some((Cost::of(parts, places, &way)?, way)))
+    };
+    best.map(|(cost, way)| (way, cost.seconds))
 }
 
 struct Cost {
@@ -48,33 +44,24 @@ struct Cost {
 }
 
 impl Cost {
-    fn of(parts: &[Vec<Option<u64>>], places: &[Place], way: &[usize]) -> Self {
-        let used: BTreeSet<usize> =
-            way.iter().copied().chain((0..places.len()).filter(|at| places[*at].is_used)).collect();
-        let taken = taken(parts, places, way);
-        let most = |of: &dyn Fn(usize) -> f64| (0..places.len()).map(of).fold(0.0, f64::max);
-        Self {
-            devices: used.len(),
-            seconds: most(&|at| taken[at] as f64 / places[at].bytes_per_second.max(1.0)),
-            fullest: most(&|at| {
-                let left = places[at].bytes.saturating_sub(taken[at]);
-                if taken[at] == 0 { 0.0 } else { 1.0 - left as f64 / places[at].total_bytes.max(1) as f64 }
-            }),
+    /// None: it does not fit.
+    fn of(parts: &[Vec<Option<u64>>], places: &[Place], way: &[usize]) -> Option<Self> {
+        let mut taken = vec![None::<u64>; places.len()];
+        for (part, at) in parts.iter().zip(way) {
+            let sum = taken[*at].unwrap_or(0).checked_add(part[*at]?)?;
+            taken[*at] = Some(sum).filter(|sum| *sum <= places[*at].bytes);
+            taken[*at]?;
         }
+        let mut cost = Self { devices: 0, seconds: 0.0, fullest: 0.0 };
+        for (taken, place) in taken.iter().zip(places) {
+            cost.devices += usize::from(taken.is_some() || place.is_used);
+            let Some(bytes) = *taken else { continue };
+            let left = (place.bytes - bytes) as f64 / place.total_bytes.max(1) as f64;
+            cost.seconds = cost.seconds.max(bytes as f64 / place.bytes_per_second.max(1.0));
+            cost.fullest = cost.fullest.max(1.0 - left);
+        }
+        Some(cost)
     }
-}
-
-/// What each place would have to take.
-fn taken(parts: &[Vec<Option<u64>>], places: &[Place], way: &[usize]) -> Vec<u64> {
-    let mut taken = vec![0_u64; places.len()];
-    for (part, at) in parts.iter().zip(way) {
-        taken[*at] = taken[*at].saturating_add(part[*at].unwrap_or(u64::MAX));
-    }
-    taken
-}
-
-fn fits(parts: &[Vec<Option<u64>>], places: &[Place], way: &[usize]) -> bool {
-    taken(parts, places, way).iter().zip(places).all(|(taken, place)| *taken <= place.bytes)
 }
 
 /// Every way to put so many parts onto so many places, counted up like a number.
@@ -155,7 +142,7 @@ mod tests {
         let parts = everywhere(&[10; 40], 8);
         let places = [place(55, 1.0); 8];
         let (way, _) = split(&parts, &places).expect("8 times 5 fit");
-        assert!(fits(&parts, &places, &way));
+        assert!(Cost::of(&parts, &places, &way).is_some());
         assert_eq!(split(&everywhere(&[10; 41], 8), &places), None);
     }
 }

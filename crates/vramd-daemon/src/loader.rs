@@ -105,7 +105,7 @@ pub async fn begin(driver: &Driver, roots: &Arc<Roots>, load: &Load) -> Result<O
                 };
                 let gone = tokio::time::timeout(GOING, snapshots.wait_for(ended)).await;
                 if !matches!(gone, Ok(Ok(_))) {
-                    let what = format!("some of model {} is still being unloaded", load.model);
+                    let what = format!("some of model {} is still being loaded or unloaded", load.model);
                     return Err(ApiError::new(ErrorCode::Conflict, what)
                         .hint("wait for that operation, then load again")
                         .detail("operationId", operation.to_string()));

@@ -212,6 +212,12 @@ impl Book {
         needed.saturating_add(self.staying()).saturating_add(self.claimed).saturating_sub(self.most())
     }
 
+    /// What can be taken once what is on its way back is there.
+    pub fn room_to_be(&self) -> u64 {
+        let held = self.staying().saturating_add(self.claimed);
+        if self.lost { 0 } else { self.most().saturating_sub(held) }
+    }
+
     /// Whether a segment is on its way back.
     pub fn goes(&self, id: SegmentId) -> bool {
         let segment = self.segments.get(&id);

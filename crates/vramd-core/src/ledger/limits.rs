@@ -143,6 +143,24 @@ impl Ledger {
         standing
     }
 
+    /// What others have in reserve, and the most that the limits of their owners and purposes leave to requests.
+    pub(super) fn left_by_limits(&self, book: &Book, requests: &[Request], returning: bool) -> (u64, u64) {
+        let (mut kept, mut most) = (0_u64, u64::MAX);
+        for (party, share) in parties(&book.limits) {
+            let mut used = self.used_by(book, party);
+            if returning {
+                used = used.saturating_sub(self.leaving(book, party));
+            }
+            if !requests.iter().any(|request| party.has(request)) {
+                let reserve = share.reserve_bytes.map_or(0, Bytes::get);
+                kept = kept.saturating_add(reserve.saturating_sub(used));
+            } else if let Some(limit) = share.limit_bytes {
+                most = most.min(limit.get().saturating_sub(used));
+            }
+        }
+        (kept, most)
+    }
+
     /// What of a party's is on its way back.
     fn leaving(&self, book: &Book, party: Party<'_>) -> u64 {
         let goes = |it: &&Arc<Allocation>| {

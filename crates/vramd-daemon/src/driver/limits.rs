@@ -38,14 +38,16 @@ impl State {
         self.admit();
     }
 
-    /// Has idle models go where more is held than is wanted.
-    pub(super) fn keep_soft_limits(&mut self) {
+    /// Has idle models go where more is held than is wanted, or allowed: what stayed when a limit was set may be idle now.
+    pub(super) fn keep_limits(&mut self) {
         if self.stopping {
             return;
         }
         let devices: Vec<DeviceId> = self.ledger.devices().map(|facts| facts.device.clone()).collect();
         for device in devices {
-            let gone = self.shrink(&device, self.ledger.above_soft(&device), "the soft limit");
+            let above = self.ledger.limit(&device).map_or(0, |limit| self.ledger.above(&device, limit));
+            let mut gone = self.shrink(&device, above, "the limit");
+            gone.extend(self.shrink(&device, self.ledger.above_soft(&device), "the soft limit"));
             if !gone.is_empty() {
                 self.promote_later(PROMOTE_LATER_SECONDS);
             }

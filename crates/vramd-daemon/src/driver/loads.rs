@@ -49,7 +49,7 @@ impl State {
         let model = self.changeable(&load.model)?;
         let wanted: Vec<ComponentName> = match &load.components {
             None => model.components.keys().cloned().collect(),
-            Some(names) => names.clone(),
+            Some(names) => names.iter().collect::<BTreeSet<_>>().into_iter().cloned().collect(),
         };
         for name in &wanted {
             if !model.components.contains_key(name) {
@@ -57,6 +57,9 @@ impl State {
             }
         }
         if let Some((operation, splitting)) = self.splitting(&load.model).filter(|_| load.device.is_none()) {
+            if splitting.has_failed() {
+                return Ok(LoadAnswer::After(operation));
+            }
             return self.join(load, operation, splitting.brings(&wanted));
         }
         let on = |name: &ComponentName, device: &DeviceId| model.components[name].residency.get(device);
@@ -94,6 +97,10 @@ impl State {
             return self.loaded_already(load, &devices.into_iter().collect::<Vec<_>>());
         }
         let split = load.split && load.device.is_none();
+        if split && let Some(operation) = model.operation(None) {
+            // Of what comes or goes anywhere, it cannot be said yet where it will be.
+            return Ok(LoadAnswer::After(operation));
+        }
         if let Some((operation, waiting)) = self.waiting_load(&load.model) {
             let same = load.device.is_none() || load.device == waiting.load.device;
             let there = |name: &ComponentName| {
@@ -131,10 +138,14 @@ impl State {
                 && prepared.iter().all(|(name, file)| missing.get(name) == Some(&file.path))
         });
         let Some(mut prepared) = fitting else { return Ok(LoadAnswer::Prepare(missing)) };
-        if split && let Some(begun) = self.begin_split(load, &mut prepared, &wanted)? {
+        if !split {
+            return self.begin_load(load, device, prepared, wanted);
+        }
+        if let Some(begun) = self.begin_split(load, &mut prepared, &wanted)? {
             return Ok(begun);
         }
-        self.begin_load(load, device, prepared, wanted)
+        let missing = prepared.keys().cloned().collect();
+        self.begin_load(&Load { split: false, ..load.clone() }, device, prepared, missing)
     }
 
     /// The device, not a lost one, that most of the wanted components are on, on the way to, or had to go from.
@@ -207,7 +218,14 @@ impl State {
         Ok(LoadAnswer::Operation(Box::new(self.operations.show(id)?)))
     }
 
-    fn set_keep_alive(&mut self, load: &Load) {
+    /// A part of a split load is no use of its own.
+    fn count_use(&mut self, load: &Load) {
+        if !load.split {
+            self.set_keep_alive(load);
+        }
+    }
+
+    pub(super) fn set_keep_alive(&mut self, load: &Load) {
         if load.unasked {
             return;
         }
@@ -309,7 +327,7 @@ impl State {
         };
         let id = if let Some(grants) = grants {
             let id = operation(self, false);
-            self.set_keep_alive(&load);
+            self.count_use(&load);
             let mut admitted = WaitingLoad::new(load, prepared, shared, wanted);
             admitted.spilled_from = spilled_from;
             self.start_load(id, admitted, grants);
@@ -330,7 +348,7 @@ impl State {
                 return Err(if load.shortage.evict { nothing_to_evict(error) } else { error });
             };
             let id = operation(self, true);
-            self.set_keep_alive(&load);
+            self.count_use(&load);
             let mut waiting = WaitingLoad::new(load, prepared, shared, wanted);
             waiting.evicted = evicted;
             if !self.line_up_load(id, (requests, on), waiting, deadline) {

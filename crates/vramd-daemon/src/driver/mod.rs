@@ -93,7 +93,7 @@ pub struct Load {
     pub components: Option<Vec<ComponentName>>,
     pub keep_alive: Option<KeepAlive>,
     pub shortage: OnShortage,
-    /// Its components may go to different devices.
+    /// Its components may go to different devices, or it is a part of a load whose components do.
     pub split: bool,
     /// What has arrived is summed.
     pub checksum: bool,
@@ -636,7 +636,7 @@ impl State {
         self.pack_for_waiting();
         self.expire_models();
         self.make_room_for_waiting();
-        self.keep_soft_limits();
+        self.keep_limits();
         self.look_after_tiers();
         self.operations.prune();
         self.keep_quiet_hours();

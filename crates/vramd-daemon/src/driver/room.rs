@@ -185,7 +185,9 @@ impl State {
 
     /// A load of it waits, or some of it comes or goes.
     pub(super) fn is_on_its_way(&self, model: &Model) -> bool {
-        model.operation(None).is_some() || self.waiting_load(&model.name).is_some()
+        model.operation(None).is_some()
+            || self.waiting_load(&model.name).is_some()
+            || self.splitting(&model.name).is_some()
     }
 
     /// Unloads what was chosen to go. `keep`: in RAM, where that pays.
@@ -385,6 +387,7 @@ impl State {
             return Err(too_many_wait());
         }
         let open: usize = self.waiting_loads.values().map(|waiting| files(&waiting.prepared)).sum();
+        let open = open + self.files_of_waiting_splits();
         if open > 0 && open + files(prepared) > WAITING_FILES {
             let what = format!("loads that wait keep {open} files open already");
             return Err(ApiError::new(ErrorCode::TooManyRequests, what)
@@ -479,7 +482,7 @@ impl State {
     }
 }
 
-fn files(prepared: &BTreeMap<ComponentName, Prepared>) -> usize {
+pub(super) fn files(prepared: &BTreeMap<ComponentName, Prepared>) -> usize {
     prepared.values().map(|prepared| prepared.files.len()).sum()
 }
 

@@ -5,17 +5,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 
 use vramd_api::{
-    AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, ModelName, OperationId,
-    OperationKind, OperationState,
+    AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, ModelName, Operation,
+    OperationId, OperationKind, OperationState,
 };
 use vramd_core::ledger::{Request, Shortage};
 use vramd_core::models::{Model, Residency};
-use vramd_core::{placement, split};
+use vramd_core::{Tick, placement, split};
 
 use super::allocations::refusal;
+use super::models::no_model;
 use super::operations::Running;
-use super::room::{BYTES_PER_SECOND, nothing_to_evict};
-use super::{Load, LoadAnswer, State};
+use super::room::{BYTES_PER_SECOND, files, nothing_to_evict, timed_out};
+use super::{Load, LoadAnswer, OnShortage, State};
 use crate::source::Prepared;
 
 /// A load over several devices.
@@ -23,19 +24,23 @@ use crate::source::Prepared;
 pub(super) struct Splitting {
     model: ModelName,
     /// All that is to be there in the end, wherever.
-    wanted: BTreeSet<ComponentName>,
-    /// The loads that bring what was missing, one for each device.
-    loads: BTreeMap<OperationId, Group>,
+    wanted: Vec<ComponentName>,
+    /// It has not begun: there is no room yet.
+    waiting: Option<WaitingSplit>,
+    /// What each device is to have of what was missing.
+    groups: Vec<Group>,
     reason: String,
     /// What gives back what came, after something else did not.
     unloads: Vec<OperationId>,
     failed: Option<ApiError>,
 }
 
-impl Splitting {
-    pub(super) fn brings(&self, wanted: &[ComponentName]) -> bool {
-        wanted.iter().all(|name| self.wanted.contains(name))
-    }
+/// It holds nothing while it waits, so that two of them never wait for each other.
+#[derive(Debug)]
+struct WaitingSplit {
+    load: Load,
+    prepared: BTreeMap<ComponentName, Prepared>,
+    deadline: Tick,
 }
 
 /// Components that go to one device.
@@ -43,17 +48,34 @@ impl Splitting {
 struct Group {
     device: DeviceId,
     components: BTreeSet<ComponentName>,
+    /// The load that brings them.
+    load: OperationId,
+    /// How it ended.
+    ended: Option<Operation>,
 }
+
+/// Which components go to which devices, and why.
+type Way = (BTreeMap<DeviceId, BTreeSet<ComponentName>>, String);
 
 /// What counts as room on a device.
 #[derive(Debug, Clone, Copy)]
 enum Capacity {
     /// What there is.
     Free,
-    /// What there would be without all that may go.
+    /// What there will be without all that may go.
     Evictable,
-    /// What there would be if it were empty.
+    /// What there would be without anybody else.
     Limit,
+}
+
+impl Splitting {
+    pub(super) fn brings(&self, wanted: &[ComponentName]) -> bool {
+        wanted.iter().all(|name| self.wanted.contains(name))
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed.is_some()
+    }
 }
 
 impl State {
@@ -63,6 +85,14 @@ impl State {
             Running::Split(splitting) if splitting.model == *name => Some((*id, splitting)),
             _ => None,
         })
+    }
+
+    pub(super) fn files_of_waiting_splits(&self) -> usize {
+        let waiting = self.operations.running.values().filter_map(|running| match running {
+            Running::Split(splitting) => splitting.waiting.as_ref(),
+            _ => None,
+        });
+        waiting.map(|waiting| files(&waiting.prepared)).sum()
     }
 
     /// Where each of `wanted` is that is somewhere of itself.
@@ -82,8 +112,8 @@ impl State {
         wanted.iter().filter_map(|name| Some((name.clone(), place(name)?))).collect()
     }
 
-    /// Begins a load whose components may go to different devices; None if one device, or none, is to have all of them: then it is a
-    /// load like others.
+    /// Begins a load whose components may go to different devices; None if one device is to have all of them: then it is a load like
+    /// others.
     pub(super) fn begin_split(
         &mut self,
         load: &Load,
@@ -91,44 +121,102 @@ impl State {
         wanted: &[ComponentName],
     ) -> Result<Option<LoadAnswer>, ApiError> {
         let model = self.changeable(&load.model)?;
-        let priority = model.priority;
         let there: BTreeSet<DeviceId> = self.places(model, wanted).into_values().collect();
-        let requests: Vec<(ComponentName, Request)> = prepared
-            .iter()
-            .map(|(name, one)| {
-                (name.clone(), Self::weights(load, Some(name), one.plan.layout.block_bytes, priority))
-            })
-            .collect();
+        let requests = self.requests_of(load, prepared)?;
+        let whole: Vec<Request> = requests.iter().map(|(_, request)| request.clone()).collect();
         let devices = self.nearest_devices();
-        let spread = |capacity| self.spread(load, &requests, &devices, &there, capacity);
-        let shortage = load.shortage;
-        let found = spread(Capacity::Free)
-            .or_else(|| spread(Capacity::Evictable).filter(|_| shortage.evict))
-            .or_else(|| spread(Capacity::Limit).filter(|_| shortage.wait_seconds.is_some()));
-        let Some((groups, reason)) = found else {
-            let whole: Vec<Request> = requests.iter().map(|(_, request)| request.clone()).collect();
-            let fits_one =
-                devices.iter().any(|on| self.ledger.could_fit_all(&whole, std::slice::from_ref(on)));
-            if fits_one || shortage.spill || spread(Capacity::Limit).is_none() {
+        let on_one = |fits: &dyn Fn(&DeviceId) -> bool| there.is_empty() && devices.iter().any(fits);
+        if there.is_empty() && self.has_all(load, prepared).is_some()
+            || on_one(&|device| self.ledger.has_room(&whole, device))
+        {
+            return Ok(None);
+        }
+        let found = self.way(load, prepared, &requests, &there);
+        if let Some((groups, _)) = &found
+            && groups.len() == 1
+        {
+            let device =
+                groups.first_key_value().map(|(device, _)| device.clone()).filter(|_| !there.is_empty());
+            // Where all of it goes to one device, that is chosen by what is lost there.
+            let Some(device) = device else { return Ok(None) };
+            let one = Load { device: Some(device.clone()), split: false, ..load.clone() };
+            let (own, missing) =
+                (std::mem::take(prepared), requests.into_iter().map(|(name, _)| name).collect());
+            return self.begin_load(&one, Some(device), own, missing).map(Some);
+        }
+        let payload =
+            prepared.values().fold(0, |sum, part| u64::saturating_add(sum, part.plan.layout.payload_bytes));
+        let subject = load.model.to_string();
+        let mut splitting = Splitting {
+            model: load.model.clone(),
+            wanted: wanted.to_vec(),
+            waiting: None,
+            groups: Vec::new(),
+            reason: String::new(),
+            unloads: Vec::new(),
+            failed: None,
+        };
+        let id = if let Some((groups, reason)) = found {
+            self.set_keep_alive(load);
+            splitting.reason = reason;
+            let id = self.operations.begin(OperationKind::Load, subject, payload, self.now);
+            self.begin_groups(&mut splitting, load, std::mem::take(prepared), groups);
+            id
+        } else {
+            let fits_one = on_one(&|device| self.ledger.could_fit_all(&whole, std::slice::from_ref(device)));
+            let ever = || self.spread(load, prepared, &requests, &devices, &there, Capacity::Limit).is_some();
+            if fits_one || load.shortage.spill || !ever() {
                 return Ok(None);
             }
-            let largest =
-                whole.iter().max_by_key(|request| request.size_bytes).expect("something is missing");
-            let size_bytes = whole.iter().fold(0_u64, |sum, one| sum.saturating_add(one.size_bytes));
-            let all = Request { size_bytes, ..largest.clone() };
-            let shortage = Shortage { could_fit: true, ..self.ledger.refusal(&all, &devices) };
-            let error = refusal(&shortage);
-            return Err(if load.shortage.evict { nothing_to_evict(error) } else { error });
+            let Some(seconds) = load.shortage.wait_seconds else {
+                let error = self.no_way(&whole, &devices);
+                return Err(if load.shortage.evict { nothing_to_evict(error) } else { error });
+            };
+            self.check_line(prepared)?;
+            self.set_keep_alive(load);
+            let deadline = self.now.tick.after_seconds(seconds);
+            let prepared = std::mem::take(prepared);
+            splitting.waiting = Some(WaitingSplit { load: load.clone(), prepared, deadline });
+            self.operations.line_up(OperationKind::Load, subject, payload, self.now)
         };
-        if let [only] = &groups[..] {
-            // Beside what is there, or all of it together.
-            let one = Load { device: Some(only.device.clone()), ..load.clone() };
-            let components = only.components.iter().cloned().collect();
-            return self
-                .begin_load(&one, Some(only.device.clone()), std::mem::take(prepared), components)
-                .map(Some);
-        }
-        self.begin_groups(load, prepared, wanted, groups, reason).map(Some)
+        self.operations.running.insert(id, Running::Split(splitting));
+        let shown = self.operations.show(id)?;
+        self.emit(EventKind::OperationChanged, serde_json::json!(shown));
+        self.to_go_on.insert(id);
+        Ok(Some(LoadAnswer::Operation(Box::new(shown))))
+    }
+
+    fn requests_of(
+        &self,
+        load: &Load,
+        prepared: &BTreeMap<ComponentName, Prepared>,
+    ) -> Result<Vec<(ComponentName, Request)>, ApiError> {
+        let priority = self.changeable(&load.model)?.priority;
+        let request = |(name, one): (&ComponentName, &Prepared)| {
+            (name.clone(), Self::weights(load, Some(name), one.plan.layout.block_bytes, priority))
+        };
+        Ok(prepared.iter().map(request).collect())
+    }
+
+    /// Why there is no room for all of `requests` on these devices together, now.
+    fn no_way(&self, requests: &[Request], devices: &[DeviceId]) -> ApiError {
+        let size_bytes = requests.iter().fold(0_u64, |sum, one| sum.saturating_add(one.size_bytes));
+        let whole = Request { size_bytes, ..requests[0].clone() };
+        refusal(&Shortage { could_fit: true, ..self.ledger.refusal(&whole, devices) })
+    }
+
+    /// Where components could go now.
+    fn way(
+        &self,
+        load: &Load,
+        prepared: &BTreeMap<ComponentName, Prepared>,
+        requests: &[(ComponentName, Request)],
+        there: &BTreeSet<DeviceId>,
+    ) -> Option<Way> {
+        let devices = self.nearest_devices();
+        let spread = |capacity| self.spread(load, prepared, requests, &devices, there, capacity);
+        let evictable = || load.shortage.evict.then(|| spread(Capacity::Evictable)).flatten();
+        spread(Capacity::Free).or_else(evictable)
     }
 
     /// The devices of the nearest kind of memory that there is.
@@ -144,22 +232,24 @@ impl State {
     fn spread(
         &self,
         load: &Load,
+        prepared: &BTreeMap<ComponentName, Prepared>,
         requests: &[(ComponentName, Request)],
         devices: &[DeviceId],
         there: &BTreeSet<DeviceId>,
         capacity: Capacity,
-    ) -> Option<(Vec<Group>, String)> {
-        let (_, first) = requests.first()?;
+    ) -> Option<Way> {
+        let all: Vec<Request> = requests.iter().map(|(_, request)| request.clone()).collect();
+        let first = all.first()?;
         let place = |device: &DeviceId| {
             let limit = self.ledger.limit(device).unwrap_or_default();
-            let free = self.ledger.room_for(first, device);
             let bytes = match capacity {
-                Capacity::Free => free,
+                Capacity::Free => self.ledger.room_for(&all, device, false),
                 Capacity::Evictable => {
                     let idle = self.candidates_for(device, first, Some(&load.model));
-                    idle.iter().fold(free, |sum, one| sum.saturating_add(one.candidate.bytes))
+                    let room = self.ledger.room_for(&all, device, true);
+                    idle.iter().fold(room, |sum, one| sum.saturating_add(one.candidate.bytes))
                 }
-                Capacity::Limit => limit,
+                Capacity::Limit => limit.saturating_sub(self.held_by_model(&load.model, device)),
             };
             split::Place {
                 bytes: bytes.min(limit),
@@ -169,153 +259,206 @@ impl State {
             }
         };
         let places: Vec<split::Place> = devices.iter().map(place).collect();
-        let part = |request: &Request| {
-            let held = |device| self.ledger.held_for(std::slice::from_ref(request), device);
+        let part = |(name, request): &(ComponentName, Request)| {
+            let plan = prepared.get(name).map(|one| &one.plan);
+            let held = |device: &DeviceId| match plan {
+                Some(plan) if self.has_bytes(plan, device) => Some(0),
+                _ => self.ledger.held_for(std::slice::from_ref(request), device),
+            };
             devices.iter().map(held).collect()
         };
-        let parts: Vec<Vec<Option<u64>>> = requests.iter().map(|(_, request)| part(request)).collect();
+        let parts: Vec<Vec<Option<u64>>> = requests.iter().map(part).collect();
         let (way, seconds) = split::split(&parts, &places)?;
-        let mut groups: BTreeMap<&DeviceId, BTreeSet<ComponentName>> = BTreeMap::new();
+        let mut groups: BTreeMap<DeviceId, BTreeSet<ComponentName>> = BTreeMap::new();
         for ((name, _), at) in requests.iter().zip(way) {
-            groups.entry(&devices[at]).or_default().insert(name.clone());
+            groups.entry(devices[at].clone()).or_default().insert(name.clone());
         }
-        let named = |(device, components): (&&DeviceId, &BTreeSet<ComponentName>)| {
+        let named = |(device, components): (&DeviceId, &BTreeSet<ComponentName>)| {
             let names: Vec<_> = components.iter().map(ComponentName::as_str).collect();
             format!("{} on {device}", names.join(", "))
         };
         let shown: Vec<_> = groups.iter().map(named).collect();
-        let why = match capacity {
-            Capacity::Free => "no device has room for all of it",
-            Capacity::Evictable => "no device has room for all of it without those that may go",
-            Capacity::Limit => "it waits for room",
-        };
+        let went = if matches!(capacity, Capacity::Evictable) { " without others going" } else { "" };
         let reason = format!(
-            "{}: {why}; of the ways over as few devices it is there soonest so, in {seconds:.1} s by the rates that loads came to",
+            "{}: no device has room for all of it{went}; of the ways over as few devices it is there soonest so, in {seconds:.1} s by the rates that loads came to",
             shown.join("; ")
         );
-        let group = |(device, components): (&DeviceId, _)| Group { device: device.clone(), components };
-        Some((groups.into_iter().map(group).collect(), reason))
+        Some((groups, reason))
+    }
+
+    /// What a device has of a model.
+    fn held_by_model(&self, name: &ModelName, device: &DeviceId) -> u64 {
+        let components = self.models.get(name).into_iter().flat_map(|model| model.components.values());
+        let here = components.filter_map(|entry| entry.residency.get(device));
+        here.filter_map(|it| self.ledger.allocation(it.allocation())).map(|held| held.block_bytes).sum()
     }
 
     fn begin_groups(
         &mut self,
+        splitting: &mut Splitting,
         load: &Load,
-        prepared: &mut BTreeMap<ComponentName, Prepared>,
-        wanted: &[ComponentName],
-        groups: Vec<Group>,
-        reason: String,
-    ) -> Result<LoadAnswer, ApiError> {
-        let payload =
-            prepared.values().fold(0, |sum, part| u64::saturating_add(sum, part.plan.layout.payload_bytes));
-        let mut loads: BTreeMap<OperationId, Group> = BTreeMap::new();
-        for group in groups {
-            let device = group.device.clone();
-            let components: Vec<ComponentName> = group.components.iter().cloned().collect();
-            let own = components.iter().filter_map(|name| prepared.remove_entry(name)).collect();
-            let one =
-                Load { device: Some(device.clone()), components: Some(components.clone()), ..load.clone() };
-            match self.begin_load(&one, Some(device), own, components) {
-                Ok(LoadAnswer::Operation(begun)) => drop(loads.insert(begun.operation_id, group)),
+        mut prepared: BTreeMap<ComponentName, Prepared>,
+        groups: BTreeMap<DeviceId, BTreeSet<ComponentName>>,
+    ) {
+        // Room was found for all of them: nobody waits longer than what goes for it takes to be back.
+        let shortage = OnShortage { spill: false, wait_seconds: None, ..load.shortage };
+        for (device, components) in groups {
+            let names: Vec<ComponentName> = components.iter().cloned().collect();
+            let own = names.iter().filter_map(|name| prepared.remove_entry(name)).collect();
+            let one = Load {
+                device: Some(device.clone()),
+                components: Some(names.clone()),
+                shortage,
+                split: true,
+                ..load.clone()
+            };
+            match self.begin_load(&one, Some(device.clone()), own, names) {
+                Ok(LoadAnswer::Operation(begun)) => {
+                    let load = begun.operation_id;
+                    splitting.groups.push(Group { device, components, load, ended: None });
+                }
                 Ok(LoadAnswer::Prepare(_) | LoadAnswer::After(_)) => unreachable!("all of it is prepared"),
                 Err(error) => {
-                    for begun in loads.into_keys() {
-                        self.begin_cancel(begun);
-                    }
-                    return Err(error);
+                    splitting.failed = Some(error);
+                    return;
                 }
             }
         }
-        let devices: Vec<_> = loads.values().map(|group| group.device.as_str()).collect();
-        let subject = format!("{} on {}", load.model, devices.join(", "));
-        let id = self.operations.begin(OperationKind::Load, subject, payload, self.now);
-        let splitting = Splitting {
-            model: load.model.clone(),
-            wanted: wanted.iter().cloned().collect(),
-            loads,
-            reason,
-            unloads: Vec::new(),
-            failed: None,
-        };
-        self.operations.running.insert(id, Running::Split(splitting));
-        let shown = self.operations.show(id)?;
-        self.emit(EventKind::OperationChanged, serde_json::json!(shown));
-        self.to_go_on.insert(id);
-        Ok(LoadAnswer::Operation(Box::new(shown)))
     }
 
     /// Looks how the loads of a split one stand.
     pub(super) fn go_on_splitting(&mut self, id: OperationId) {
-        let Some(Running::Split(splitting)) = self.operations.running.get(&id) else { return };
-        let cancelled = self.operations.cancelled(id);
-        let loads: Vec<_> =
-            splitting.loads.keys().filter_map(|load| self.operations.show(*load).ok()).collect();
-        if let Some(progress) = self.operations.progress(id) {
-            progress.done.store(loads.iter().map(|load| load.bytes_done).sum(), Ordering::Relaxed);
-        }
-        let mut failed = splitting.failed.clone();
-        let wrong = |error: &ApiError| error.code != ErrorCode::Cancelled || !cancelled;
-        failed = failed.or_else(|| loads.iter().find_map(|load| load.error.clone().filter(&wrong)));
-        if cancelled {
-            let error = "the load was cancelled; nothing of it is left";
-            failed = failed.or_else(|| Some(ApiError::new(ErrorCode::Cancelled, error)));
-        }
-        let open: Vec<_> =
-            loads.iter().filter(|load| !load.state.ended()).map(|load| load.operation_id).collect();
-        if failed.is_some() {
-            for load in &open {
-                self.begin_cancel(*load);
-            }
-        }
-        let Some(Running::Split(splitting)) = self.operations.running.get_mut(&id) else { return };
-        splitting.failed.clone_from(&failed);
-        if !open.is_empty() {
+        if !matches!(self.operations.running.get(&id), Some(Running::Split(_))) {
             return;
         }
-        let Some(error) = failed else {
-            let Some(Running::Split(all)) = self.operations.running.remove(&id) else { return };
-            let devices: Vec<_> = all.loads.iter().map(|(operation, group)| {
-                serde_json::json!({ "deviceId": group.device, "components": group.components, "operationId": operation })
-            }).collect();
-            let result = serde_json::json!({
-                "model": all.model, "loaded": true, "devices": devices, "reason": all.reason,
-            });
-            return self.end_operation(id, Ok(result));
-        };
-        // What came is of no use without the rest. What somebody has attached meanwhile stays.
-        let came = loads.iter().filter(|load| load.state == OperationState::Completed);
-        let came: Vec<_> = came.filter_map(|load| splitting.loads.remove(&load.operation_id)).collect();
-        let model = splitting.model.clone();
-        let mut begun = Vec::new();
-        for Group { device, components } in came {
-            if let Ok(unload) = self.unload_part(&model, &device, &components) {
-                begun.push(unload);
-            }
-        }
-        let Some(Running::Split(splitting)) = self.operations.running.get_mut(&id) else { return };
-        splitting.unloads.extend(begun);
-        let unloads = splitting.unloads.clone();
-        let ended = |unload: &OperationId| self.operations.show(*unload).is_ok_and(|one| one.state.ended());
-        if unloads.iter().all(ended) {
-            self.end_operation(id, Err(error));
+        let Some(Running::Split(mut splitting)) = self.operations.running.remove(&id) else { return };
+        match self.look_at_split(id, &mut splitting) {
+            None => drop(self.operations.running.insert(id, Running::Split(splitting))),
+            Some(outcome) => self.end_operation(id, outcome),
         }
     }
 
-    fn unload_part(
+    /// Takes its next step; answers what came of it, once it is over.
+    fn look_at_split(
         &mut self,
-        model: &ModelName,
-        device: &DeviceId,
-        components: &BTreeSet<ComponentName>,
-    ) -> Result<OperationId, ApiError> {
-        let entry = self.changeable(model)?;
-        let attached = components.iter().any(|name| {
-            let residency = entry.components.get(name).and_then(|it| it.residency.get(device));
-            let held = residency.and_then(|it| self.ledger.allocation(it.allocation()));
-            held.is_some_and(vramd_core::ledger::Allocation::is_attached)
-        });
-        if attached {
-            return Err(ApiError::new(ErrorCode::Conflict, format!("{model} is attached on {device}")));
+        id: OperationId,
+        splitting: &mut Splitting,
+    ) -> Option<Result<serde_json::Value, ApiError>> {
+        let cancelled = self.operations.cancelled(id);
+        if cancelled && splitting.failed.is_none() {
+            let what = "the load was cancelled; nothing of it is left";
+            splitting.failed = Some(ApiError::new(ErrorCode::Cancelled, what));
         }
-        self.begin_unload(model, vec![device.clone()], Some(components), false)
-            .map(|begun| begun.operation_id)
+        if let Some(waiting) = splitting.waiting.take() {
+            self.end_waiting_split(id, splitting, waiting)?;
+        }
+        for group in splitting.groups.iter_mut().filter(|group| group.ended.is_none()) {
+            group.ended = self.operations.show(group.load).ok().filter(|load| load.state.ended());
+        }
+        let error = splitting.groups.iter().find_map(|group| group.ended.as_ref()?.error.clone());
+        splitting.failed = splitting.failed.take().or(error);
+        let open: Vec<OperationId> =
+            splitting.groups.iter().filter(|group| group.ended.is_none()).map(|group| group.load).collect();
+        if let Some(progress) = self.operations.progress(id) {
+            let now = |group: &Group| {
+                let ended = group.ended.as_ref().map(|load| load.bytes_done);
+                ended.or_else(|| self.operations.show(group.load).ok().map(|load| load.bytes_done))
+            };
+            progress.done.store(splitting.groups.iter().filter_map(now).sum(), Ordering::Relaxed);
+        }
+        if splitting.failed.is_some() {
+            open.iter().for_each(|load| self.begin_cancel(*load));
+        }
+        if !open.is_empty() {
+            return None;
+        }
+        if splitting.failed.is_none() {
+            let model = self.models.get(&splitting.model);
+            let places = model.map(|model| self.places(model, &splitting.wanted)).unwrap_or_default();
+            if splitting.wanted.iter().all(|name| places.contains_key(name)) {
+                let group = |group: &Group| {
+                    let Group { device, components, load, .. } = group;
+                    serde_json::json!({ "deviceId": device, "components": components, "operationId": load })
+                };
+                let devices: Vec<_> = splitting.groups.iter().map(group).collect();
+                return Some(Ok(serde_json::json!({
+                    "model": splitting.model, "loaded": !devices.is_empty(), "devices": devices,
+                    "reason": splitting.reason,
+                })));
+            }
+            let what = format!("model {} changed meanwhile", splitting.model);
+            let error = ApiError::new(ErrorCode::Conflict, what);
+            splitting.failed = Some(error.hint("load it again: some of it may be there already"));
+        }
+        // What came is of no use without the rest.
+        for group in std::mem::take(&mut splitting.groups) {
+            if group.ended.is_some_and(|load| load.state == OperationState::Completed) {
+                let unload = self.unload_group(&splitting.model, &group.device, group.components);
+                splitting.unloads.extend(unload);
+            }
+        }
+        let ended = |unload: &OperationId| self.operations.show(*unload).map_or(true, |it| it.state.ended());
+        splitting.unloads.iter().all(ended).then(|| {
+            splitting
+                .failed
+                .take()
+                .map_or_else(|| Err(ApiError::new(ErrorCode::Internal, "the load failed")), Err)
+        })
+    }
+
+    /// Looks whether there is room by now for one that waits; None while there is none.
+    fn end_waiting_split(
+        &mut self,
+        id: OperationId,
+        splitting: &mut Splitting,
+        waiting: WaitingSplit,
+    ) -> Option<()> {
+        if splitting.failed.is_some() {
+            return Some(());
+        }
+        let WaitingSplit { load, mut prepared, deadline } = waiting;
+        let Some(model) = self.models.get(&load.model) else {
+            splitting.failed = Some(no_model(&load.model));
+            return Some(());
+        };
+        if model.operation(None).is_none() {
+            let places = self.places(model, &splitting.wanted);
+            prepared.retain(|name, _| !places.contains_key(name));
+            let there = places.into_values().collect();
+            let requests = self.requests_of(&load, &prepared).unwrap_or_default();
+            if requests.is_empty() {
+                return Some(());
+            }
+            if let Some((groups, reason)) = self.way(&load, &prepared, &requests, &there) {
+                self.operations.start(id, load.model.to_string(), self.now);
+                splitting.reason = reason;
+                self.begin_groups(splitting, &load, prepared, groups);
+                return Some(());
+            }
+            if deadline <= self.now.tick {
+                let whole: Vec<Request> = requests.into_iter().map(|(_, request)| request).collect();
+                splitting.failed = Some(timed_out(self.no_way(&whole, &self.nearest_devices())));
+                return Some(());
+            }
+        } else if deadline <= self.now.tick {
+            let what = format!("some of model {} was being loaded or unloaded all the time", load.model);
+            splitting.failed = Some(ApiError::new(ErrorCode::Timeout, what));
+            return Some(());
+        }
+        splitting.waiting = Some(WaitingSplit { load, prepared, deadline });
+        None
+    }
+
+    /// Gives back what came for a load that has failed, but what somebody has attached meanwhile.
+    fn unload_group(
+        &mut self,
+        name: &ModelName,
+        device: &DeviceId,
+        mut components: BTreeSet<ComponentName>,
+    ) -> Option<OperationId> {
+        let model = self.models.get(name)?;
+        components.retain(|component| self.holders_by(model, Some(device), Some(component)).is_empty());
+        let unload = self.begin_unload(name, vec![device.clone()], Some(&components), false);
+        unload.ok().map(|begun| begun.operation_id)
     }
 }

@@ -402,11 +402,15 @@ impl State {
         let Some(entry) = self.models.get_mut(model) else { return };
         entry.last_used = Some(now);
         let Some(entry) = entry.components.get_mut(component) else { return };
+        let stays = match entry.residency.get(&item.from) {
+            Some(Residency::Resident { stays, .. }) if moved => *stays,
+            _ => vramd_core::Tick::default(),
+        };
         let resident = Residency::Resident {
             allocation: item.target,
             plan: plan.clone(),
             awaited: None,
-            stays: vramd_core::Tick::default(),
+            stays,
             cached_from: None,
         };
         entry.residency.insert(item.to.clone(), resident);

@@ -23,12 +23,13 @@ impl State {
 
     fn try_unload(&mut self, name: &ModelName, device: Option<&DeviceId>) -> Result<Operation, ApiError> {
         let model = self.changeable(name)?;
-        let holders = self.holders_by(model, device);
+        let holders = self.holders_by(model, device, None);
         if !holders.is_empty() {
             return Err(attached(&format!("model {name}"), &holders));
         }
         let waiting = self.waiting_load(name).map(|(operation, _)| operation);
-        if let Some(operation) = model.operation(device).or(waiting) {
+        let splitting = self.splitting(name).map(|(operation, _)| operation);
+        if let Some(operation) = model.operation(device).or(waiting).or(splitting) {
             return Err(refuse(name, Busy::Operation(operation)));
         }
         let devices: Vec<DeviceId> =
@@ -45,14 +46,20 @@ impl State {
         self.begin_unload(name, devices, None, false)
     }
 
-    /// Who has a model attached: by that name, where its bytes are another model's too.
-    fn holders_by(&self, model: &Model, device: Option<&DeviceId>) -> Vec<Holder> {
+    /// Who has a model attached, or one component of it: by that name, where its bytes are another model's too.
+    pub(super) fn holders_by(
+        &self,
+        model: &Model,
+        device: Option<&DeviceId>,
+        component: Option<&ComponentName>,
+    ) -> Vec<Holder> {
         let shared = |id: AllocationId| self.ledger.allocation(id).is_some_and(|it| it.model_count() > 1);
         let by_name = |lease: &LeaseId| {
             let reader = self.attachments.get(lease);
             reader.is_none_or(|reader| reader.model.as_ref() == Some(&model.name))
         };
-        let all = model.components.values().flat_map(|entry| &entry.residency);
+        let meant = model.components.iter().filter(|(name, _)| component.is_none_or(|one| one == *name));
+        let all = meant.flat_map(|(_, entry)| &entry.residency);
         let here = all.filter(|(on, _)| device.is_none_or(|device| device == *on));
         here.filter_map(|(_, residency)| self.ledger.allocation(residency.allocation()))
             .flat_map(|held| held.leases.iter().map(move |(id, lease)| (held.request.id, id, lease)))

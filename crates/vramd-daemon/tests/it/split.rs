@@ -120,10 +120,71 @@ fn others_go_for_it_where_there_is_no_room_either_way() {
     daemon.post("/api/models/sdxl/load?wait=20", &split()).error("INSUFFICIENT_MEMORY");
     let waits = daemon.load("sdxl", &json!({"split": true, "onShortage": "wait", "timeoutSeconds": 60}));
     daemon.settle();
-    assert_eq!(daemon.get(&format!("/api/operations/{waits}")).data(200)["state"], "Running");
+    assert_eq!(daemon.get(&format!("/api/operations/{waits}")).data(200)["state"], "Queued");
+    assert_eq!(daemon.status("sim:1")["reservedBytes"], 0, "it holds nothing while it waits");
+    assert_eq!(daemon.load("sdxl", &json!({})), waits, "others wait with it");
+    daemon.post("/api/models/sdxl/unload", &json!({})).error("CONFLICT");
+    let short = daemon.load("sdxl", &json!({"deviceId": "sim:1", "components": ["vae"]}));
+    assert_eq!(daemon.ended(&short)["state"], "Completed", "it is in nobody's way");
     drop(reader);
+    wait_for("it to be detached", || (daemon.residency("a")[0]["attachedCount"] == 0).then_some(()));
     daemon.unloaded("a");
-    assert_eq!(daemon.ended(&waits)["state"], "Completed");
+    let ended = daemon.ended(&waits);
+    assert_eq!(ended["state"], "Completed", "{ended:#}");
+    assert!(places(&daemon).iter().all(|(_, on)| on.len() == 1));
+    // One that waits in vain says so, one that is cancelled ends, and neither leaves anything.
+    daemon.unloaded("sdxl");
+    daemon.loaded("a", "sim:0");
+    let reader = daemon.attach(&json!({"model": "a"})).expect("attached");
+    let body = json!({"split": true, "onShortage": "wait", "timeoutSeconds": 1});
+    assert_eq!(daemon.ended(&daemon.load("sdxl", &body))["error"]["code"], "TIMEOUT");
+    let cancelled = daemon.load("sdxl", &json!({"split": true, "onShortage": "wait", "timeoutSeconds": 60}));
+    daemon.delete(&format!("/api/operations/{cancelled}"));
+    assert_eq!(daemon.ended(&cancelled)["state"], "Cancelled");
+    drop(reader);
+    wait_for("it to be detached", || (daemon.residency("a")[0]["attachedCount"] == 0).then_some(()));
+    daemon.unloaded("a");
+    daemon.all_is_back("sim:0");
+    daemon.all_is_back("sim:1");
+}
+
+#[test]
+fn half_of_it_is_not_taken_away_while_the_rest_comes() {
+    let daemon = with_pipeline(&[32 * MIB, 32 * MIB]);
+    let held = daemon.faults[1].hold(Call::FillFromFile);
+    let running = daemon.load("sdxl", &split());
+    caught(&held, Call::FillFromFile);
+    wait_for("the other half to be there", || {
+        let status = daemon.get("/api/operations?state=Completed").data(200);
+        (status["operations"].as_array().map(Vec::len) == Some(1)).then_some(())
+    });
+    for device in ["sim:0", "sim:1"] {
+        let refused = daemon.post("/api/models/sdxl/unload", &json!({"deviceId": device})).error("CONFLICT");
+        assert!(refused["details"]["operationId"].is_string());
+    }
+    daemon.delete("/api/models/sdxl").error("CONFLICT");
+    drop(held);
+    assert_eq!(daemon.ended(&running)["state"], "Completed");
+    assert!(places(&daemon).iter().all(|(_, on)| on.len() == 1));
+}
+
+#[test]
+fn components_that_are_named_twice_are_loaded_once() {
+    let daemon = with_pipeline(&[32 * MIB, 32 * MIB]);
+    for device in ["sim:0", "sim:1"] {
+        let name = if device == "sim:0" { "unet" } else { "vae" };
+        daemon.ended(&daemon.load("sdxl", &json!({"deviceId": device, "components": [name, name]})));
+    }
+    let twice = json!({"split": true, "components": ["unet", "unet", "vae"]});
+    assert_eq!(daemon.ended(&daemon.load("sdxl", &twice))["result"]["loaded"], false);
+    // What is missing goes to where it fits, beside what is there.
+    let rest = daemon.ended(&daemon.load("sdxl", &split()));
+    assert_eq!(
+        (&rest["state"], &rest["result"]["components"]),
+        (&json!("Completed"), &json!(["encoder"])),
+        "{rest:#}"
+    );
+    assert_eq!(places(&daemon)[0], ("encoder".to_owned(), vec!["sim:1".to_owned()]));
 }
 
 #[test]
