@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use imbl::OrdMap;
 use jiff::Timestamp;
 use vramd_api::{Basis, DeviceId, Footprint, ModelName, RECENT_PEAKS};
 
@@ -24,8 +25,9 @@ pub struct Run {
 
 type Key = (ModelName, DeviceId, Vec<u64>);
 
+/// Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Footprints(BTreeMap<Key, Footprint>);
+pub struct Footprints(OrdMap<Key, Footprint>);
 
 impl Footprints {
     pub fn iter(&self) -> impl Iterator<Item = &Footprint> {
@@ -67,14 +69,15 @@ impl Footprints {
         footprint.run_count += 1;
         footprint.error = error;
         let before = footprint.mean_error;
-        footprint.mean_error = rounded(before + (error.abs() - before) / footprint.run_count as f64);
+        footprint.mean_error += (error.abs() - before) / footprint.run_count as f64;
         footprint.updated_at = run.ended_at;
         (footprint.clone(), forgotten)
     }
 
-    /// Forgets a model that is no more; answers what was known of it.
+    /// Forgets all runs of a model; answers what was known of them.
     pub fn forget(&mut self, model: &ModelName) -> Vec<Footprint> {
-        self.0.extract_if(.., |(of, ..), _| of == model).map(|(_, footprint)| footprint).collect()
+        let known: Vec<Key> = self.0.keys().filter(|(of, ..)| of == model).cloned().collect();
+        known.iter().filter_map(|key| self.0.remove(key)).collect()
     }
 
     /// What a run of that shape took.

@@ -2,8 +2,8 @@
 
 use uuid::Uuid;
 use vramd_api::{
-    AllocateRequest, AllocationId, AllocationType, ApiError, Basis, Bytes, DeviceId, MAX_DIMENSIONS,
-    OnShortage, OwnerName, ReserveRequest,
+    AllocateRequest, AllocationId, AllocationType, ApiError, Basis, Bytes, DeviceId, ErrorCode,
+    MAX_DIMENSIONS, OnShortage, OwnerName, ReserveRequest,
 };
 use vramd_core::ledger::{Request, Room};
 
@@ -75,6 +75,13 @@ pub fn reserve(body: ReserveRequest, on: Option<DeviceId>, caller: Caller) -> Re
         return Err(
             ApiError::invalid("pid", what).hint("leave pid out where the daemon runs in another container")
         );
+    }
+    if let (Some(pid), Some(uid)) = (body.pid, caller.uid)
+        && !is_trusted(uid)
+        && crate::platform::uid_of(pid) != Some(uid)
+    {
+        let error = ApiError::new(ErrorCode::PermissionDenied, format!("process {pid} is another user's"));
+        return Err(error.hint("name a process of your own").detail("field", "pid"));
     }
     // Without one, how much it comes to is decided by what is known when it is its turn.
     let size = body.size_bytes.or(Bytes::new(1)).expect("1 is a size");
@@ -170,6 +177,10 @@ pub fn lease_seconds(seconds: u64) -> Result<u64, ApiError> {
     ))
 }
 
+fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == crate::platform::own_uid()
+}
+
 /// On the Unix socket an ordinary user owns only what carries their own uid; the daemon's user and root may use
 /// any label.
 fn owner(asked: Option<OwnerName>, caller: Caller) -> Result<OwnerName, ApiError> {
@@ -177,7 +188,7 @@ fn owner(asked: Option<OwnerName>, caller: Caller) -> Result<OwnerName, ApiError
         return Ok(asked.unwrap_or_else(|| "local".parse().expect("a valid owner")));
     };
     let mine = format!("uid:{uid}");
-    let trusted = uid == 0 || uid == crate::platform::own_uid();
+    let trusted = is_trusted(uid);
     let name = match asked {
         None => mine,
         Some(label) if trusted => return Ok(label),

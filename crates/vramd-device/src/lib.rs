@@ -32,6 +32,7 @@ pub use std::os::fd::OwnedFd as Descriptor;
 pub use std::os::windows::io::OwnedHandle as Descriptor;
 
 use std::any::Any;
+use std::collections::BTreeMap;
 
 pub use error::{Call, DeviceError};
 pub use source::Source;
@@ -253,11 +254,15 @@ pub trait Device: Any + Send + Sync {
         Ok(None)
     }
 
-    /// How much of the device a process uses beside what it maps of ours. None: the driver does not tell.
-    fn used_by(&self, pid: u32) -> Result<Option<u64>, DeviceError> {
-        let Some(all) = self.processes()? else { return Ok(None) };
-        // Who has not used it yet is not listed.
-        Ok(all.into_iter().find(|one| one.pid == pid).map_or(Some(0), |one| one.used_bytes))
+    /// How much of the device processes use beside what they map of ours; nothing of those of which the driver does not tell.
+    fn used_by(&self, pids: &[u32]) -> Result<BTreeMap<u32, u64>, DeviceError> {
+        let Some(all) = self.processes()? else { return Ok(BTreeMap::new()) };
+        let used = |pid: u32| match all.iter().find(|one| one.pid == pid) {
+            Some(one) => one.used_bytes,
+            // Who has not used it yet is not listed.
+            None => Some(0),
+        };
+        Ok(pids.iter().filter_map(|pid| Some((*pid, used(*pid)?))).collect())
     }
 
     /// Which of `processes` still have a segment's memory mapped or open: its bytes are not back with the system before

@@ -82,14 +82,14 @@ impl Process {
         Ok(std::ffi::OsString::from_wide(&units[..length as usize]).into())
     }
 
-    /// What it has committed that it shares with nobody.
+    /// What it has in memory that it shares with nobody, at most: what is committed and not touched is not there yet.
     pub fn private_bytes(&self) -> io::Result<u64> {
         let mut counters = PROCESS_MEMORY_COUNTERS_EX::default();
         let size = size_of_val(&counters) as u32;
         let handle = raw(self.handle.as_handle());
         // SAFETY: the handle lives, and the structure, of which the plain counters are the beginning, is as long as is said.
         unsafe { GetProcessMemoryInfo(handle, (&raw mut counters).cast(), size) }.map_err(system)?;
-        Ok(counters.PrivateUsage as u64)
+        Ok(counters.PrivateUsage.min(counters.WorkingSetSize) as u64)
     }
 
     /// Opens in that process what `handle` is here, with the same rights.

@@ -224,6 +224,12 @@ class Client:
         page: bodies.FootprintPage = self._get("/api/memory/footprints", model=model)
         return page["footprints"]
 
+    def forget_footprints(self, model: str) -> list[bodies.Footprint]:
+        """Forgets what runs of ``model`` took; answers that."""
+        path = f"/api/memory/footprints/{_part(model)}"
+        page: bodies.FootprintPage = self._transport.call("DELETE", path)
+        return page["footprints"]
+
     def renew(
         self, allocation_id: str, *, lease_seconds: int | None = None, used_bytes: int | None = None
     ) -> bodies.Allocation:
@@ -442,8 +448,8 @@ class Client:
         Returns when it is, and raises what went wrong; with ``wait=False`` returns at once. ``timeout``
         bounds the wait, not the load. ``progress`` is called with the operation as it goes on. Without room,
         idle models go for it, unless ``on_shortage`` says otherwise. With ``split`` its components may go to
-        different devices, if none has room for all. With ``checksum`` its bytes are summed, and later loads of
-        the same files are held to that.
+        different devices, if none has room for all. With ``checksum`` its bytes are summed, and later loads
+        of the same files are held to that.
         """
         body = _given(
             deviceId=device,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import VramdError
 
@@ -26,8 +27,9 @@ def working_memory(
     on_shortage: bodies.OnShortage | None = None,
     timeout_seconds: int | None = None,
     priority: bodies.Priority | None = None,
-    lease_seconds: int | None = None,
+    lease_seconds: int = 86_400,
     purpose: str | None = None,
+    pid: int | None = None,
 ) -> Iterator[bodies.Allocation]:
     """Reserves what runs of ``model`` took before, runs the block, and says what it took this time.
 
@@ -35,30 +37,40 @@ def working_memory(
     ...     image = pipeline(prompt)
 
     ``size_bytes`` is reserved as long as no run of that shape was measured. On a card, PyTorch's own figures
-    of its current device say what the block took; elsewhere the daemon follows this process. A block that
-    raises teaches nothing.
+    of its current device say what the block took, unless another such block ran in this process meanwhile;
+    elsewhere the daemon follows this process, or ``pid``. The room ends with the block, with that process, or
+    after ``lease_seconds``. A block that raises teaches nothing.
     """
-    room = client.reserve(
-        size_bytes,
-        model=model,
-        shape=shape,
-        device=device,
-        pid=os.getpid(),
-        held_bytes=_cached(),
-        on_shortage=on_shortage,
-        timeout_seconds=timeout_seconds,
-        priority=priority,
-        lease_seconds=lease_seconds,
-        purpose=purpose,
-    )
-    peak = _meter() if _is_card(room["deviceId"]) else None
+    fields: dict[str, Any] = {
+        "model": model,
+        "shape": tuple(shape),
+        "device": device,
+        # What a framework keeps is on a card: which one it will be is only known if it is named.
+        "held_bytes": _cached() if device is not None and _is_card(device) else None,
+        "on_shortage": on_shortage,
+        "timeout_seconds": timeout_seconds,
+        "priority": priority,
+        "lease_seconds": lease_seconds,
+        "purpose": purpose,
+    }
+    try:
+        room = client.reserve(size_bytes, pid=os.getpid() if pid is None else pid, **fields)
+    except VramdError as refused:
+        if pid is not None or refused.details.get("field") != "pid":
+            raise
+        # The daemon does not see this process: one of us is in a container.
+        room = client.reserve(size_bytes, **fields)
+    peak = _Meter(_cuda()) if _is_card(room["deviceId"]) and _cuda() is not None else None
     try:
         yield room
     except BaseException:
         # What it took until then says little of a run that ends well, and 0 is nothing to learn from.
         _release(client, room, 0)
         raise
-    _release(client, room, None if peak is None else peak())
+    finally:
+        if peak is not None:
+            peak.stop()
+    _release(client, room, None if peak is None else peak.bytes)
 
 
 def _release(client: Client, room: bodies.Allocation, peak_bytes: int | None) -> None:
@@ -83,10 +95,27 @@ def _cached() -> int:
     return 0 if cuda is None else max(int(cuda.memory_reserved() - cuda.memory_allocated()), 0)
 
 
-def _meter() -> Callable[[], int] | None:
-    cuda = _cuda()
-    if cuda is None:
-        return None
-    cuda.reset_peak_memory_stats()
-    before = int(cuda.memory_allocated())
-    return lambda: max(int(cuda.max_memory_allocated()) - before, 0)
+class _Meter:
+    """What PyTorch allocated at most since it was made; None where another one ran at the same time."""
+
+    _running: ClassVar[set[_Meter]] = set()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+        self.bytes: int | None = None
+        with self._lock:
+            self._running.add(self)
+            self._is_alone = len(self._running) == 1
+            if self._is_alone:
+                cuda.reset_peak_memory_stats()
+            else:
+                for other in self._running:
+                    other._is_alone = False
+            self._before = int(cuda.memory_allocated())
+
+    def stop(self) -> None:
+        with self._lock:
+            self._running.discard(self)
+            if self._is_alone:
+                self.bytes = max(int(self._cuda.max_memory_allocated()) - self._before, 0)

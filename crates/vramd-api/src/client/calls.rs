@@ -138,6 +138,10 @@ impl Client {
         self.post(&["api", "memory", "reservations"], request).await
     }
 
+    pub async fn forget_footprints(&self, model: &ModelName) -> Result<FootprintPage, ClientError> {
+        self.delete(&["api", "memory", "footprints", model.as_str()]).await
+    }
+
     pub async fn footprints(&self, model: Option<&ModelName>) -> Result<FootprintPage, ClientError> {
         let of: Vec<_> = model.map(|model| ("model", model.as_str())).into_iter().collect();
         self.get_with(&["api", "memory", "footprints"], &of).await

@@ -77,7 +77,8 @@ impl Ledger {
         if let [only] = requests {
             return self.could_fit(only, on);
         }
-        self.devices_for(&requests[0], on).iter().any(|device| {
+        let Some(first) = requests.first() else { return true };
+        self.devices_for(first, on).iter().any(|device| {
             let book = self.books.get(device).filter(|book| !book.lost && Self::may_ever(book, requests));
             let total = book.map_or(0, |book| book.facts.total_bytes);
             self.held_for(requests, device).is_some_and(|bytes| bytes <= total)

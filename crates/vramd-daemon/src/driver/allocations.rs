@@ -65,6 +65,8 @@ struct Created {
     owner: OwnerName,
     purpose: String,
     generation: u64,
+    /// It is only room.
+    is_reservation: bool,
 }
 
 /// The data of `allocation.released`.
@@ -415,6 +417,7 @@ impl State {
             owner: request.owner.clone(),
             purpose: request.purpose.clone(),
             generation: request.generation,
+            is_reservation: request.room.is_some(),
         };
         let counts = self.counts.entry(allocation.device.clone()).or_default();
         counts.allocations += 1;
@@ -483,8 +486,9 @@ impl State {
             if let Err(error) = self.is_reservation(id, "peakBytes") {
                 return self.answer(reply, Err(error));
             }
-            self.ledger.note_room(id, |room| room.peak_bytes = Some(bytes));
+            self.ledger.note_room(id, |room| room.peak_bytes = room.peak_bytes.max(Some(bytes)));
         }
+        self.ends_well(id, peak);
         if is_persistent {
             self.removing.insert(id);
             self.store(Change::RemoveAllocation(id), OnStored::Release(id, reply));

@@ -64,9 +64,14 @@ impl State {
             let (device, followed) = (id.clone(), self.followed(&id));
             self.spawn(&id, move |on| {
                 let reports = on.reports();
-                let used_by = followed.into_iter().filter_map(|pid| Some((pid, on.used_by(pid).ok()??)));
-                let used_by = used_by.collect();
-                Event::Measured { device, reports, used_by, outcome: on.sample() }
+                let used_by = || on.used_by(&followed).unwrap_or_default();
+                // The less of before and after: what a process gave back meanwhile is free already.
+                let before = if followed.is_empty() { BTreeMap::new() } else { used_by() };
+                let outcome = on.sample();
+                let after = if followed.is_empty() { BTreeMap::new() } else { used_by() };
+                let less = |(pid, before): (u32, u64)| Some((pid, before.min(*after.get(&pid)?)));
+                let used_by = before.into_iter().filter_map(less).collect();
+                Event::Measured { device, reports, used_by, outcome }
             });
         }
     }

@@ -35,9 +35,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use vramd_api::attach::{Access, HandleType};
 use vramd_api::{
     AllocateRequest, AllocationId, ApiError, ClearRequest, Cleared, ComponentName, CopyRequest,
-    DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, EvictionPolicy, Holder,
-    KeepAlive, LeaseId, MemoryPlan, ModelName, Operation, OperationId, OwnerName, PressureLevel, Released,
-    RenewRequest, SetLimits, TransferRequest,
+    DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, EvictionPolicy,
+    FootprintPage, Holder, KeepAlive, LeaseId, MemoryPlan, ModelName, Operation, OperationId, OwnerName,
+    PressureLevel, Released, RenewRequest, SetLimits, TransferRequest,
 };
 use vramd_core::Now;
 use vramd_core::footprints::Footprints;
@@ -159,6 +159,7 @@ pub enum Event {
     Release(AllocationId, Option<u64>, Caller, Reply<Released>),
     Renew(AllocationId, RenewRequest, Caller, Reply<vramd_api::Allocation>),
     SetLimits(DeviceId, Box<SetLimits>, Reply<DeviceLimits>),
+    ForgetFootprints(ModelName, Reply<FootprintPage>),
     Register(Box<Model>, Reply<vramd_api::Model>),
     Remove(ModelName, Reply<vramd_api::Model>),
     Load(Load, Option<BTreeMap<ComponentName, Prepared>>, Reply<LoadAnswer>),
@@ -337,7 +338,7 @@ impl Driver {
             tiers: rules.tiers,
             succession: Succession::default(),
             reservations: BTreeMap::new(),
-            footprints: Arc::default(),
+            footprints: Footprints::default(),
             unasked,
             promote_after: vramd_core::Tick::default(),
             trials: BTreeMap::new(),
@@ -437,7 +438,7 @@ struct State {
     succession: Succession<ModelName>,
     /// The active reservations.
     reservations: BTreeMap<AllocationId, reservations::Reserved>,
-    footprints: Arc<Footprints>,
+    footprints: Footprints,
     /// To whoever begins loads that nobody asked for.
     unasked: mpsc::UnboundedSender<Load>,
     /// Nothing comes back from RAM by itself before.
@@ -523,6 +524,10 @@ impl State {
             Event::Reserve(allocate, reply) => self.reserve(*allocate, reply),
             Event::Release(id, peak, caller, reply) => self.release(id, peak, caller, reply),
             Event::Renew(id, request, caller, reply) => self.renew(id, &request, caller, reply),
+            Event::ForgetFootprints(model, reply) => {
+                let forgotten = self.forget_footprints(&model);
+                self.answer(reply, Ok(forgotten));
+            }
             Event::SetLimits(device, limits, reply) => self.set_limits(device, limits, reply),
             Event::Register(model, reply) => self.register(model, reply),
             Event::Remove(name, reply) => self.remove(name, reply),

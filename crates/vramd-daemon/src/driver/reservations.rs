@@ -1,10 +1,11 @@
 //! Reservations: room beside the weights that a process fills, followed while it does, and what is learned when it has ended.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
-use vramd_api::{AllocationId, ApiError, Basis, Bytes, DeviceId, ErrorCode, Footprint, ModelName};
+use vramd_api::{
+    AllocationId, ApiError, Basis, Bytes, DeviceId, ErrorCode, Footprint, FootprintPage, ModelName,
+};
 use vramd_core::Tick;
 use vramd_core::footprints::Run;
 use vramd_core::ledger::Allocation;
@@ -14,10 +15,17 @@ use crate::platform;
 use crate::store::Change;
 
 /// An active reservation.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Reserved {
+    since: Tick,
     /// What its owner said is in use, and when.
     told: Option<(Tick, u64)>,
+    /// Its process had others on the device: how much of what it took was for this one, only its owner can say.
+    is_shared: bool,
+    /// Its owner released it.
+    is_released: bool,
+    /// And said how much was in use at most.
+    peak_told: Option<u64>,
 }
 
 impl State {
@@ -42,9 +50,15 @@ impl State {
                 }
                 let on: Vec<DeviceId> = match &allocate.on {
                     Some(device) => vec![device.clone()],
-                    None => self.ledger.devices().map(|facts| facts.device.clone()).collect(),
+                    None => self.nearest_devices(),
                 };
-                let known = |device| self.footprints.expect(name, device, &room.shape, room.estimate_bytes);
+                let known = |device| {
+                    let limit = self.ledger.limit(device).unwrap_or_default();
+                    // What the device could never hold was told or measured wrongly, or before a limit was set.
+                    let expected = self.footprints.expect(name, device, &room.shape, room.estimate_bytes)?;
+                    let said = room.estimate_bytes.map(|bytes| (bytes, Basis::Estimate));
+                    Some(if expected.0 > limit { said.unwrap_or(expected) } else { expected })
+                };
                 let rank = |basis| match basis {
                     Basis::Learned => 2,
                     Basis::Estimate => 1,
@@ -71,7 +85,10 @@ impl State {
             return self.ready(id);
         };
         let device = allocation.device.clone();
-        self.spawn(&device, move |on| Event::BaseMeasured { reservation: id, outcome: on.used_by(pid) });
+        self.spawn(&device, move |on| {
+            let used = on.used_by(&[pid]).map(|used| used.get(&pid).copied());
+            Event::BaseMeasured { reservation: id, outcome: used }
+        });
     }
 
     pub(super) fn base_measured(&mut self, id: AllocationId, used: Option<u64>) {
@@ -85,53 +102,74 @@ impl State {
     pub(super) fn follow(&mut self, id: AllocationId) {
         let Some(room) = self.ledger.room(id) else { return };
         let told = (room.pid.is_none() && room.held_bytes > 0).then_some((self.now.tick, room.held_bytes));
-        let of = |id| Some((self.ledger.room(id)?.pid?, &self.ledger.allocation(id)?.device));
-        let mine = of(id);
-        let others = self.reservations.keys().filter(|other| mine.is_some() && of(**other) == mine);
-        let mut together: Vec<_> = others.copied().collect();
-        self.reservations.insert(id, Reserved { told });
-        if !together.is_empty() {
-            // How much of what a process uses is for which of its reservations, only its owner can say.
-            together.push(id);
-            for id in together {
-                self.ledger.fill(id, 0);
-                self.ledger.note_room(id, |room| (room.base_bytes, room.peak_bytes) = (None, None));
+        let mine = self.process_of(id);
+        let others =
+            self.reservations.keys().filter(|other| mine.is_some() && self.process_of(**other) == mine);
+        let others: Vec<AllocationId> = others.copied().collect();
+        for other in &others {
+            if let Some(other) = self.reservations.get_mut(other) {
+                other.is_shared = true;
             }
         }
+        let reserved = Reserved {
+            since: self.now.tick,
+            told,
+            is_shared: !others.is_empty(),
+            is_released: false,
+            peak_told: None,
+        };
+        self.reservations.insert(id, reserved);
+    }
+
+    /// The process that is followed for a reservation, and where.
+    fn process_of(&self, id: AllocationId) -> Option<(u32, DeviceId)> {
+        let pid = self.ledger.room(id).filter(|room| room.base_bytes.is_some())?.pid?;
+        Some((pid, self.ledger.allocation(id)?.device.clone()))
     }
 
     /// The processes whose use of a device is to be measured.
     pub(super) fn followed(&self, device: &DeviceId) -> Vec<u32> {
-        let here = |id: &&AllocationId| self.ledger.allocation(**id).is_some_and(|it| it.device == *device);
-        let room = |id| self.ledger.room(id).filter(|room| room.base_bytes.is_some());
-        self.reservations.keys().filter(here).filter_map(|id| room(*id)?.pid).collect()
+        let all = self.reservations.keys().filter_map(|id| self.process_of(*id));
+        let here: BTreeSet<u32> = all.filter(|(_, on)| on == device).map(|(pid, _)| pid).collect();
+        here.into_iter().collect()
     }
 
     /// Takes in what was measured on a device since `began`.
     pub(super) fn fill_reservations(&mut self, device: &DeviceId, used: &BTreeMap<u32, u64>, began: Tick) {
+        // What each process took since its oldest reservation here, and has not been charged yet.
+        let mut taken: BTreeMap<u32, u64> = BTreeMap::new();
         for (id, reserved) in &self.reservations {
-            let here = self.ledger.allocation(*id).filter(|it| it.device == *device);
-            let Some(room) = here.and_then(|it| it.request.room.as_ref()) else { continue };
-            let measured = room.pid.and_then(|pid| Some(used.get(&pid)?.saturating_sub(room.base_bytes?)));
-            // What was said meanwhile may not be in the device's figures yet.
-            let in_use = match reserved.told {
-                Some((when, bytes)) => (when < began).then_some(bytes),
-                None => measured,
-            };
-            if let Some(bytes) = in_use {
-                self.ledger.fill(*id, bytes);
+            let Some(held) = self.ledger.allocation(*id).filter(|it| it.device == *device) else { continue };
+            let Some(room) = &held.request.room else { continue };
+            // Neither what was said nor what was begun meanwhile is in these figures for certain.
+            if let Some((when, bytes)) = reserved.told {
+                if when < began {
+                    self.ledger.fill(*id, bytes);
+                }
+                continue;
             }
+            let (Some(pid), Some(base)) = (room.pid, room.base_bytes) else { continue };
+            if reserved.since >= began {
+                continue;
+            }
+            // Of a process that cannot be measured any more, nothing is known to be in use.
+            let left = taken
+                .entry(pid)
+                .or_insert_with(|| used.get(&pid).map_or(0, |used| used.saturating_sub(base)));
+            let own = if reserved.is_shared { (*left).min(held.block_bytes) } else { *left };
+            *left -= own;
+            self.ledger.fill(*id, own);
         }
     }
 
-    /// Ends the reservations of processes that have ended.
+    /// Ends the reservations of processes that have ended, and on devices that are lost.
     pub(super) fn end_reservations(&mut self) {
         let ended = |id: &&AllocationId| {
-            self.ledger.room(**id).and_then(|room| room.pid).is_some_and(|pid| !platform::lives(pid))
+            let pid = self.ledger.room(**id).and_then(|room| room.pid);
+            let lost = self.ledger.allocation(**id).is_some_and(|it| self.ledger.is_lost(&it.device));
+            lost || pid.is_some_and(|pid| !platform::lives(pid))
         };
         for id in self.reservations.keys().filter(ended).copied().collect::<Vec<_>>() {
-            // What it took before it died says little of a run that does not.
-            self.ledger.note_room(id, |room| room.peak_bytes = None);
             let leases = self.ledger.allocation(id).map(|it| it.leases.keys().copied().collect::<Vec<_>>());
             for lease in leases.unwrap_or_default() {
                 self.lease_ended(lease);
@@ -150,16 +188,27 @@ impl State {
 
     /// What its owner says is in use of a reservation now.
     pub(super) fn told_used(&mut self, id: AllocationId, bytes: u64) {
+        let Some(reserved) = self.reservations.get_mut(&id) else { return };
+        reserved.told = Some((self.now.tick, bytes));
+        // Less is true at once; more is taken off what is free once the device shows it.
+        if self.ledger.room(id).is_some_and(|room| bytes < room.used_bytes) {
+            self.ledger.fill(id, bytes);
+        }
+        self.ledger.note_room(id, |room| room.peak_bytes = room.peak_bytes.max(Some(bytes)));
+    }
+
+    /// Its owner releases a reservation, and says perhaps how much was in use at most.
+    pub(super) fn ends_well(&mut self, id: AllocationId, peak: Option<u64>) {
         if let Some(reserved) = self.reservations.get_mut(&id) {
-            reserved.told = Some((self.now.tick, bytes));
-            self.ledger.note_room(id, |room| room.peak_bytes = room.peak_bytes.max(Some(bytes)));
+            (reserved.is_released, reserved.peak_told) = (true, peak);
         }
     }
 
-    /// A reservation is over: what it took is learned, if that is known.
+    /// A reservation is over: what it took is learned, if its owner released it and that is known.
     pub(super) fn learn(&mut self, allocation: &Allocation) -> Option<Footprint> {
         let room = allocation.request.room.as_deref()?;
-        self.reservations.remove(&allocation.request.id)?;
+        let reserved = self.reservations.remove(&allocation.request.id).filter(|it| it.is_released)?;
+        let measured = room.peak_bytes.filter(|_| !reserved.is_shared || reserved.told.is_some());
         // Nobody took more than there is.
         let total = self.devices.get(&allocation.device)?.facts().total_bytes;
         let run = Run {
@@ -168,25 +217,28 @@ impl State {
             shape: room.shape.clone(),
             estimate_bytes: room.estimate_bytes,
             reserved_bytes: allocation.request.size_bytes,
-            peak_bytes: room.peak_bytes.filter(|bytes| *bytes > 0)?.min(total),
+            peak_bytes: reserved.peak_told.or(measured).filter(|bytes| *bytes > 0)?.min(total),
             ended_at: self.now.wall,
         };
-        let (footprint, forgotten) = Arc::make_mut(&mut self.footprints).learn(run);
-        let mut changes: Vec<_> =
-            forgotten.into_iter().map(|one| Change::RemoveFootprint(Box::new(one))).collect();
+        let (footprint, forgotten) = self.footprints.learn(run);
+        let mut changes: Vec<_> = forgotten.into_iter().map(remove).collect();
         changes.push(Change::PutFootprint(Box::new(footprint.clone())));
         self.store_all(changes, OnStored::Nothing);
         Some(footprint)
     }
 
-    /// A model is no more.
-    pub(super) fn forget_footprints(&mut self, model: &ModelName) {
-        let forgotten = Arc::make_mut(&mut self.footprints).forget(model);
-        if !forgotten.is_empty() {
-            let gone = forgotten.into_iter().map(|one| Change::RemoveFootprint(Box::new(one)));
-            self.store_all(gone.collect(), OnStored::Nothing);
+    /// Forgets what runs of a model took; answers that.
+    pub(super) fn forget_footprints(&mut self, model: &ModelName) -> FootprintPage {
+        let footprints = self.footprints.forget(model);
+        if !footprints.is_empty() {
+            self.store_all(footprints.iter().cloned().map(remove).collect(), OnStored::Nothing);
         }
+        FootprintPage { footprints }
     }
+}
+
+fn remove(footprint: Footprint) -> Change {
+    Change::RemoveFootprint(Box::new(footprint))
 }
 
 /// What only its owner's process can do with a reservation.

@@ -24,7 +24,7 @@ impl State {
             self.ledger.set_limits(&device, limits);
         }
         for footprint in stored.footprints {
-            std::sync::Arc::make_mut(&mut self.footprints).insert(footprint);
+            self.footprints.insert(footprint);
         }
         for model in stored.models {
             match restored_model(&model) {

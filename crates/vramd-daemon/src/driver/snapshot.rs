@@ -24,7 +24,7 @@ pub struct Snapshot {
     pub allocations: Allocations,
     pub models: Models,
     pub operations: OrdMap<OperationId, Arc<Entry>>,
-    pub footprints: Arc<Footprints>,
+    pub footprints: Footprints,
     pub stopping: bool,
     /// The answer to `GET /api/memory/status`, once somebody has asked for it.
     pub status_printed: OnceLock<Arc<RawValue>>,

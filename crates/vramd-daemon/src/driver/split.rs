@@ -57,6 +57,20 @@ struct Group {
 /// Which components go to which devices, and why.
 type Way = (BTreeMap<DeviceId, BTreeSet<ComponentName>>, String);
 
+/// What is to come, and beside what.
+struct Missing<'a> {
+    load: &'a Load,
+    prepared: &'a BTreeMap<ComponentName, Prepared>,
+    requests: Vec<(ComponentName, Request)>,
+    there: BTreeSet<DeviceId>,
+}
+
+impl Missing<'_> {
+    fn all(&self) -> Vec<Request> {
+        self.requests.iter().map(|(_, request)| request.clone()).collect()
+    }
+}
+
 /// What counts as room on a device.
 #[derive(Debug, Clone, Copy)]
 enum Capacity {
@@ -120,28 +134,25 @@ impl State {
         prepared: &mut BTreeMap<ComponentName, Prepared>,
         wanted: &[ComponentName],
     ) -> Result<Option<LoadAnswer>, ApiError> {
-        let model = self.changeable(&load.model)?;
-        let there: BTreeSet<DeviceId> = self.places(model, wanted).into_values().collect();
-        let requests = self.requests_of(load, prepared)?;
-        let whole: Vec<Request> = requests.iter().map(|(_, request)| request.clone()).collect();
-        let devices = self.nearest_devices();
-        let on_one = |fits: &dyn Fn(&DeviceId) -> bool| there.is_empty() && devices.iter().any(fits);
-        if there.is_empty() && self.has_all(load, prepared).is_some()
+        let missing = self.missing(load, prepared, wanted)?;
+        let (whole, devices) = (missing.all(), self.nearest_devices());
+        let is_whole = missing.there.is_empty();
+        let on_one = |fits: &dyn Fn(&DeviceId) -> bool| is_whole && devices.iter().any(fits);
+        if is_whole && self.has_all(load, prepared).is_some()
             || on_one(&|device| self.ledger.has_room(&whole, device))
         {
             return Ok(None);
         }
-        let found = self.way(load, prepared, &requests, &there);
+        let found = self.way(&missing);
         if let Some((groups, _)) = &found
             && groups.len() == 1
         {
-            let device =
-                groups.first_key_value().map(|(device, _)| device.clone()).filter(|_| !there.is_empty());
+            let device = groups.first_key_value().map(|(device, _)| device.clone()).filter(|_| !is_whole);
             // Where all of it goes to one device, that is chosen by what is lost there.
             let Some(device) = device else { return Ok(None) };
             let one = Load { device: Some(device.clone()), split: false, ..load.clone() };
-            let (own, missing) =
-                (std::mem::take(prepared), requests.into_iter().map(|(name, _)| name).collect());
+            let missing = prepared.keys().cloned().collect();
+            let own = std::mem::take(prepared);
             return self.begin_load(&one, Some(device), own, missing).map(Some);
         }
         let payload =
@@ -164,8 +175,7 @@ impl State {
             id
         } else {
             let fits_one = on_one(&|device| self.ledger.could_fit_all(&whole, std::slice::from_ref(device)));
-            let ever = || self.spread(load, prepared, &requests, &devices, &there, Capacity::Limit).is_some();
-            if fits_one || load.shortage.spill || !ever() {
+            if fits_one || load.shortage.spill || self.spread(&missing, Capacity::Limit).is_none() {
                 return Ok(None);
             }
             let Some(seconds) = load.shortage.wait_seconds else {
@@ -186,16 +196,19 @@ impl State {
         Ok(Some(LoadAnswer::Operation(Box::new(shown))))
     }
 
-    fn requests_of(
+    fn missing<'a>(
         &self,
-        load: &Load,
-        prepared: &BTreeMap<ComponentName, Prepared>,
-    ) -> Result<Vec<(ComponentName, Request)>, ApiError> {
-        let priority = self.changeable(&load.model)?.priority;
+        load: &'a Load,
+        prepared: &'a BTreeMap<ComponentName, Prepared>,
+        wanted: &[ComponentName],
+    ) -> Result<Missing<'a>, ApiError> {
+        let model = self.changeable(&load.model)?;
         let request = |(name, one): (&ComponentName, &Prepared)| {
-            (name.clone(), Self::weights(load, Some(name), one.plan.layout.block_bytes, priority))
+            (name.clone(), Self::weights(load, Some(name), one.plan.layout.block_bytes, model.priority))
         };
-        Ok(prepared.iter().map(request).collect())
+        let requests = prepared.iter().map(request).collect();
+        let there = self.places(model, wanted).into_values().collect();
+        Ok(Missing { load, prepared, requests, there })
     }
 
     /// Why there is no room for all of `requests` on these devices together, now.
@@ -206,21 +219,14 @@ impl State {
     }
 
     /// Where components could go now.
-    fn way(
-        &self,
-        load: &Load,
-        prepared: &BTreeMap<ComponentName, Prepared>,
-        requests: &[(ComponentName, Request)],
-        there: &BTreeSet<DeviceId>,
-    ) -> Option<Way> {
-        let devices = self.nearest_devices();
-        let spread = |capacity| self.spread(load, prepared, requests, &devices, there, capacity);
-        let evictable = || load.shortage.evict.then(|| spread(Capacity::Evictable)).flatten();
-        spread(Capacity::Free).or_else(evictable)
+    fn way(&self, missing: &Missing<'_>) -> Option<Way> {
+        let evicts = missing.load.shortage.evict;
+        let evictable = || evicts.then(|| self.spread(missing, Capacity::Evictable)).flatten();
+        self.spread(missing, Capacity::Free).or_else(evictable)
     }
 
     /// The devices of the nearest kind of memory that there is.
-    fn nearest_devices(&self) -> Vec<DeviceId> {
+    pub(super) fn nearest_devices(&self) -> Vec<DeviceId> {
         let rank =
             |it: &vramd_core::ledger::DeviceFacts| placement::rank(it.memory_type, AllocationType::Weights);
         let alive = || self.ledger.devices().filter(|it| !self.ledger.is_lost(&it.device));
@@ -229,16 +235,9 @@ impl State {
     }
 
     /// Where each component would go, and why there.
-    fn spread(
-        &self,
-        load: &Load,
-        prepared: &BTreeMap<ComponentName, Prepared>,
-        requests: &[(ComponentName, Request)],
-        devices: &[DeviceId],
-        there: &BTreeSet<DeviceId>,
-        capacity: Capacity,
-    ) -> Option<Way> {
-        let all: Vec<Request> = requests.iter().map(|(_, request)| request.clone()).collect();
+    fn spread(&self, missing: &Missing<'_>, capacity: Capacity) -> Option<Way> {
+        let Missing { load, prepared, requests, there } = missing;
+        let (all, devices) = (missing.all(), self.nearest_devices());
         let first = all.first()?;
         let place = |device: &DeviceId| {
             let limit = self.ledger.limit(device).unwrap_or_default();
@@ -367,7 +366,9 @@ impl State {
             progress.done.store(splitting.groups.iter().filter_map(now).sum(), Ordering::Relaxed);
         }
         if splitting.failed.is_some() {
-            open.iter().for_each(|load| self.begin_cancel(*load));
+            for load in &open {
+                self.begin_cancel(*load);
+            }
         }
         if !open.is_empty() {
             return None;
@@ -424,20 +425,25 @@ impl State {
         if model.operation(None).is_none() {
             let places = self.places(model, &splitting.wanted);
             prepared.retain(|name, _| !places.contains_key(name));
-            let there = places.into_values().collect();
-            let requests = self.requests_of(&load, &prepared).unwrap_or_default();
-            if requests.is_empty() {
+            if prepared.is_empty() {
                 return Some(());
             }
-            if let Some((groups, reason)) = self.way(&load, &prepared, &requests, &there) {
+            let missing = match self.missing(&load, &prepared, &splitting.wanted) {
+                Ok(missing) => missing,
+                Err(error) => {
+                    splitting.failed = Some(error);
+                    return Some(());
+                }
+            };
+            if let Some((groups, reason)) = self.way(&missing) {
                 self.operations.start(id, load.model.to_string(), self.now);
                 splitting.reason = reason;
                 self.begin_groups(splitting, &load, prepared, groups);
                 return Some(());
             }
             if deadline <= self.now.tick {
-                let whole: Vec<Request> = requests.into_iter().map(|(_, request)| request).collect();
-                splitting.failed = Some(timed_out(self.no_way(&whole, &self.nearest_devices())));
+                let error = self.no_way(&missing.all(), &self.nearest_devices());
+                splitting.failed = Some(timed_out(error));
                 return Some(());
             }
         } else if deadline <= self.now.tick {

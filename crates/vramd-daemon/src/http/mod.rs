@@ -113,6 +113,7 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(memory::plan::plan))
         .routes(routes!(memory::reservations::reserve))
         .routes(routes!(memory::reservations::footprints))
+        .routes(routes!(memory::reservations::forget))
         .routes(routes!(memory::limits::list))
         .routes(routes!(memory::limits::get, memory::limits::put))
         .routes(routes!(models::list, models::register))

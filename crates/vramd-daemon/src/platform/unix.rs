@@ -24,10 +24,19 @@ pub fn own_uid() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// Whether a process has not ended.
+/// Whether a process has not ended. One that only its parent has not heard of has.
 pub fn lives(pid: u32) -> bool {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    pid.is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(Errno::SRCH))
+    let id = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let is_there = id.is_some_and(|id| rustix::process::test_kill_process(id) != Err(Errno::SRCH));
+    // Its name, in brackets, may hold anything.
+    let state = |stat: String| Some(stat.rsplit_once(") ")?.1.starts_with(['Z', 'X']));
+    is_there && !std::fs::read_to_string(format!("/proc/{pid}/stat")).ok().and_then(state).unwrap_or(false)
+}
+
+/// The user that a process runs as.
+pub fn uid_of(pid: u32) -> Option<u32> {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata(format!("/proc/{pid}")).ok().map(|it| it.uid())
 }
 
 /// What a process calls itself.

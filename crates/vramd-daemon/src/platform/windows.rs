@@ -33,6 +33,11 @@ pub fn lives(pid: u32) -> bool {
     Process::open(pid).is_ok_and(|process| process.lives())
 }
 
+/// The user that a process runs as: here all clients are the daemon's own user.
+pub fn uid_of(pid: u32) -> Option<u32> {
+    lives(pid).then_some(own_uid())
+}
+
 /// What a process calls itself.
 pub fn command(pid: u32) -> String {
     Process::open(pid).map_or_else(|_| "?".to_owned(), |process| name(&process))

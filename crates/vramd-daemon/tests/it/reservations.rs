@@ -129,7 +129,7 @@ fn what_its_process_takes_of_it_is_charged_once() {
 }
 
 #[test]
-fn a_process_with_several_says_itself_what_each_takes() {
+fn what_a_process_with_several_takes_is_charged_once_and_learned_if_it_says_what_for() {
     let daemon = Daemon::start(&[64 * MIB]);
     let sim = daemon.faults[0].clone();
     let mut worker = idler();
@@ -139,26 +139,96 @@ fn a_process_with_several_says_itself_what_each_takes() {
     sim.set_process_bytes(pid, 8 * MIB);
     daemon.status_when("sim:0", "8 MiB in use", |it| it["workerBytes"] == json!(8 * MIB));
     let two = reserved(&daemon, &body(24));
-    daemon.status_when("sim:0", "nobody's share known", |it| it["workerBytes"] == json!(0));
-    let renew = |room: &Value, mib: u64| {
-        daemon
-            .post(&format!("/api/memory/allocation/{}/renew", id(room)), &json!({"usedBytes": mib * MIB}))
-            .data(200)
-    };
-    sim.set_process_bytes(pid, 18 * MIB);
-    assert_eq!(renew(&one, 8)["reservation"]["peakBytes"], json!(8 * MIB));
-    renew(&two, 10);
-    let status = daemon.status_when("sim:0", "both shares known", |it| it["workerBytes"] == json!(18 * MIB));
-    assert_eq!(
-        (&status["foreignBytes"], &status["availableBytes"]),
-        (&json!(0), &json!(24 * MIB)),
-        "{status:#}"
-    );
-    assert_eq!(released(&daemon, &one, None)["footprint"]["learnedBytes"], json!(8 * MIB));
-    assert_eq!(released(&daemon, &two, Some(12 * MIB))["footprint"]["learnedBytes"], json!(12 * MIB));
+    sim.set_process_bytes(pid, 30 * MIB);
+    let status = daemon.status_when("sim:0", "30 MiB in use", |it| it["workerBytes"] == json!(30 * MIB));
+    let shown = ["foreignBytes", "reservedBytes", "availableBytes"].map(|name| status[name].as_u64());
+    assert_eq!(shown, [0, 10, 24].map(|mib| Some(mib * MIB)), "{status:#}");
+    // It takes more than both together.
+    sim.set_process_bytes(pid, 45 * MIB);
+    let status = daemon.status_when("sim:0", "both full", |it| it["workerBytes"] == json!(40 * MIB));
+    assert_eq!(status["foreignBytes"], json!(5 * MIB));
+    sim.set_process_bytes(pid, 30 * MIB);
+    daemon.status_when("sim:0", "it to be less again", |it| it["foreignBytes"] == json!(0));
+    // How much was for which, nobody knows who is not told.
+    assert_eq!(released(&daemon, &one, None)["footprint"], Value::Null);
+    let learned = released(&daemon, &two, Some(12 * MIB))["footprint"]["learnedBytes"].clone();
+    assert_eq!(learned, json!(12 * MIB));
     worker.kill().expect("it is ours");
     worker.wait().expect("it ends");
     sim.set_process_bytes(pid, 0);
+    daemon.all_is_back("sim:0");
+}
+
+#[test]
+fn what_is_told_goes_before_what_is_measured() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let body = json!({"deviceId": "sim:0", "model": "sdxl", "sizeBytes": 32 * MIB, "heldBytes": 4 * MIB});
+    let room = reserved(&daemon, &body);
+    let renew = |mib: u64| {
+        let path = format!("/api/memory/allocation/{}/renew", id(&room));
+        daemon.post(&path, &json!({"usedBytes": mib * MIB})).data(200)
+    };
+    daemon.status_when("sim:0", "what it held", |it| it["workerBytes"] == json!(4 * MIB));
+    renew(20);
+    daemon.status_when("sim:0", "20 MiB in use", |it| it["workerBytes"] == json!(20 * MIB));
+    // Less is true at once: what is free meanwhile is not given out twice.
+    assert_eq!(renew(6)["reservation"]["usedBytes"], json!(6 * MIB));
+    assert_eq!(renew(6)["reservation"]["peakBytes"], json!(20 * MIB));
+    assert_eq!(released(&daemon, &room, None)["footprint"]["learnedBytes"], json!(20 * MIB));
+    // What was told wrongly can be forgotten, and what cannot be had goes by what is said.
+    released(&daemon, &reserved(&daemon, &body), Some(64 * MIB));
+    daemon.put("/api/memory/limits/sim:0", &json!({"limitBytes": 48 * MIB})).data(200);
+    let next = reserved(&daemon, &body);
+    assert_eq!((&next["reservation"]["basis"], &next["sizeBytes"]), (&json!("estimate"), &json!(32 * MIB)));
+    released(&daemon, &next, None);
+    let forgotten = daemon.delete("/api/memory/footprints/sdxl").data(200);
+    assert_eq!(forgotten["footprints"].as_array().map(Vec::len), Some(1));
+    daemon.delete("/api/memory/footprints/sdxl").error("NOT_FOUND");
+    daemon.delete("/api/memory/footprints/a%20b").refuses("model");
+    assert_eq!(reserved(&daemon, &body)["reservation"]["basis"], "estimate");
+}
+
+#[test]
+fn a_reservation_that_nobody_releases_teaches_nothing() {
+    let daemon = Daemon::start(&[64 * MIB, 64 * MIB]);
+    let body = json!({"deviceId": "sim:0", "model": "sdxl", "sizeBytes": 8 * MIB, "heldBytes": MIB, "leaseSeconds": 1});
+    reserved(&daemon, &body);
+    wait_for("its lease to end", || daemon.allocations().is_empty().then_some(()));
+    // Nor does one on a device that is lost: it ends with that, so that the device can come back.
+    let mut lasting = body.clone();
+    (lasting["deviceId"], lasting["leaseSeconds"]) = (json!("sim:1"), json!(600));
+    reserved(&daemon, &lasting);
+    daemon.faults[1].lose("on demand");
+    wait_for("the reservation to end", || daemon.allocations().is_empty().then_some(()));
+    daemon.faults[1].come_back();
+    wait_for("the device to be back", || {
+        (daemon.get("/api/devices/sim:1").data(200)["health"] == "Healthy").then_some(())
+    });
+    assert_eq!(daemon.get("/api/memory/footprints").data(200)["footprints"], json!([]));
+    reserved(&daemon, &lasting);
+}
+
+#[test]
+fn one_whose_client_hangs_up_or_whose_daemon_stops_before_it_is_there_leaves_nothing() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let other = daemon.allocated(&json!({"sizeBytes": 60 * MIB}));
+    let body =
+        json!({"deviceId": "sim:0", "sizeBytes": 32 * MIB, "pid": std::process::id(), "onShortage": "wait"});
+    let waits = daemon.begin(PATH, &[], &body);
+    daemon.settle();
+    waits.hang_up();
+    let stays = daemon.begin(PATH, &[], &body);
+    daemon.settle();
+    daemon.release(&other).data(200);
+    let room = stays.answer().data(201);
+    assert_eq!(figures(&daemon, &["reservedBytes", "availableBytes"]), [32, 32]);
+    released(&daemon, &room, None);
+    daemon.all_is_back("sim:0");
+    let full = daemon.allocated(&json!({"sizeBytes": 60 * MIB, "persistent": true}));
+    let _waits = daemon.begin(PATH, &[], &body);
+    daemon.settle();
+    let daemon = daemon.stop().start(&[64 * MIB]);
+    daemon.release(&full).data(200);
     daemon.all_is_back("sim:0");
 }
 

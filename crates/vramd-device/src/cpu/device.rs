@@ -1,6 +1,7 @@
 //! The device `cpu:0`: the books of what it holds, and the contract's calls.
 
 #[cfg(unix)]
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -406,8 +407,8 @@ impl crate::Device for Device {
         read.map_err(DeviceError::Source)
     }
 
-    fn used_by(&self, pid: u32) -> Result<Option<u64>, DeviceError> {
-        Ok(self.host.private_bytes(pid))
+    fn used_by(&self, pids: &[u32]) -> Result<BTreeMap<u32, u64>, DeviceError> {
+        Ok(pids.iter().filter_map(|pid| Some((*pid, self.host.private_bytes(*pid)?))).collect())
     }
 
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {

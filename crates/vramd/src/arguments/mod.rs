@@ -116,6 +116,9 @@ pub enum Question {
     Footprints {
         /// Only those of this model
         model: Option<ModelName>,
+        /// Forget them: the next run says again how much to reserve
+        #[arg(long, requires = "model")]
+        forget: bool,
     },
     /// Renew the lease of an allocation
     Renew {

@@ -57,7 +57,9 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
         Question::Alloc(arguments) => allocations::alloc(client, arguments, output).await?,
         Question::Free { ids, peak } => return allocations::free(client, &ids, peak, output).await,
         Question::Reserve(arguments) => reservations::reserve(client, arguments, output).await?,
-        Question::Footprints { model } => reservations::footprints(client, model, output).await?,
+        Question::Footprints { model, forget } => {
+            reservations::footprints(client, model, forget, output).await?;
+        }
         Question::Renew { id, lease_seconds, used } => {
             let request = RenewRequest { lease_seconds, used_bytes: used };
             allocations::renew(client, id, &request, output).await?;

@@ -115,6 +115,8 @@ impl Recording<'_> {
     async fn take(&mut self, event: &Event) -> Result<(), CommandError> {
         let (at, data) = (event.at, &event.data);
         match event.event {
+            // Room for what others allocate is no memory of the daemon's.
+            EventKind::AllocationCreated if data["isReservation"] == true => Ok(()),
             EventKind::AllocationCreated => {
                 let (id, bytes) = (id(data)?, number(data, "sizeBytes")?);
                 let text = |name| text(data, name).map(str::to_owned);
@@ -155,7 +157,8 @@ impl Recording<'_> {
             self.free(at, id)?;
         }
         for allocation in now {
-            if allocation.status == AllocationStatus::Releasing || allocation.place_of.is_some() {
+            let is_none = allocation.place_of.is_some() || allocation.reservation.is_some();
+            if allocation.status == AllocationStatus::Releasing || is_none {
                 continue;
             }
             let live = Live {

@@ -42,9 +42,14 @@ pub async fn reserve(
 pub async fn footprints(
     client: &Client,
     model: Option<ModelName>,
+    forget: bool,
     output: Output,
 ) -> Result<(), CommandError> {
-    output.data(&client.footprints(model.as_ref()).await?, shown)
+    let page = match &model {
+        Some(model) if forget => client.forget_footprints(model).await?,
+        model => client.footprints(model.as_ref()).await?,
+    };
+    output.data(&page, shown)
 }
 
 fn shown(page: &FootprintPage) -> String {

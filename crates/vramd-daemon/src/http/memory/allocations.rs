@@ -211,7 +211,7 @@ pub async fn renew(
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 #[into_params(parameter_in = Query)]
 pub struct ReleaseParams {
-    /// Of a reservation: the most that was in use, which goes before what was measured
+    /// Of a reservation: the most that was in use, which goes before what was measured; 0 teaches nothing
     #[param(required = false)]
     peak_bytes: Option<u64>,
 }

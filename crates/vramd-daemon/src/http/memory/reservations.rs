@@ -3,13 +3,13 @@
 use axum::extract::State;
 use serde::Deserialize;
 use utoipa::IntoParams;
-use vramd_api::{Allocation, FootprintPage, ModelName, ReserveRequest, Success};
+use vramd_api::{Allocation, ApiError, FootprintPage, ModelName, ReserveRequest, Success};
 
 use crate::driver::{Caller, Event};
-use crate::http::App;
-use crate::http::extract::{Body, NoParams, Params};
+use crate::http::extract::{Body, NoParams, Params, Path};
 use crate::http::idempotency::IdempotencyKey;
 use crate::http::reply::{Answer, Errors, created, ok};
+use crate::http::{App, bad_path};
 use crate::requests;
 
 /// Reserve room for working memory
@@ -53,4 +53,19 @@ pub async fn footprints(
     let meant =
         snapshot.footprints.iter().filter(|one| params.model.as_ref().is_none_or(|it| *it == one.model));
     ok(FootprintPage { footprints: meant.cloned().collect() })
+}
+
+/// Forget what runs of a model took
+///
+/// Of all devices and shapes; answers what was forgotten. The next reservation says `sizeBytes` again.
+#[utoipa::path(delete, path = "/api/memory/footprints/{model}", tag = "memory", params(("model" = ModelName, Path)),
+    responses((status = 200, body = Success<FootprintPage>), Errors))]
+pub async fn forget(State(app): State<App>, Path(text): Path, _: Params<NoParams>) -> Answer<FootprintPage> {
+    let model: ModelName = text.parse().map_err(|error| bad_path("model", &error))?;
+    let forgotten = app.driver.ask(|reply| Event::ForgetFootprints(model.clone(), reply)).await?;
+    if forgotten.footprints.is_empty() {
+        let error = ApiError::not_found("footprint of model", &model);
+        return Err(error.hint("`vramd footprints` shows what is known").into());
+    }
+    ok(forgotten)
 }
