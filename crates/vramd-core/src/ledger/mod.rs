@@ -90,7 +90,7 @@ pub struct Shortage {
     pub requested_bytes: u64,
     pub available_bytes: u64,
     pub largest_free_bytes: u64,
-    /// What one block could get if every idle model were unloaded.
+    /// What one block could get if all went that may go for it, which is not in these books: as much as now.
     pub largest_after_eviction_bytes: u64,
     /// What one block could get if the shared segments of one device were packed, at most; of all that it may go to.
     pub largest_after_compaction_bytes: u64,
@@ -415,14 +415,9 @@ impl Ledger {
         let wanted = |offer: &&Offer| request.memory_type.is_none_or(|wanted| wanted == offer.memory_type);
         let closest = offers.iter().filter(wanted).max_by_key(|offer| offer.largest_free_bytes);
         let mut holders: BTreeMap<OwnerName, u64> = BTreeMap::new();
-        let mut idle = 0;
         for allocation in self.allocations.values() {
             if closest.is_some_and(|offer| offer.device == allocation.device) {
                 *holders.entry(allocation.request.owner.clone()).or_default() += allocation.block_bytes;
-                if allocation.request.sealed && allocation.state == State::Active && !allocation.is_attached()
-                {
-                    idle += allocation.block_bytes;
-                }
             }
         }
         let mut holders: Vec<_> = holders.into_iter().collect();
@@ -443,7 +438,7 @@ impl Ledger {
             requested_bytes: request.size_bytes,
             available_bytes: closest.map_or(0, |offer| offer.available_bytes),
             largest_free_bytes: largest,
-            largest_after_eviction_bytes: largest.saturating_add(idle),
+            largest_after_eviction_bytes: largest,
             largest_after_compaction_bytes: packed.map_or(0, |(largest, _)| largest),
             pack: packed.filter(helps).map(|(_, offer)| offer.device.clone()),
             holders,

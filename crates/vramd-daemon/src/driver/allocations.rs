@@ -13,12 +13,13 @@ use vramd_core::ledger::{
     Allocation, Grant, Lease, Readiness, Release, Request, SegmentId, Shortage, State as AllocationState,
     Work,
 };
-use vramd_core::queue::{MAX_WAITING, Waiting as Queued};
+use vramd_core::queue::Waiting as Queued;
 use vramd_device::{Device, DeviceError, Range, SegmentId as Segment, Writers};
 
 use super::copies::CopyId;
-use super::reservations::only_room;
-use super::room::{nothing_to_evict, timed_out};
+use super::refusals::{
+    attached, being_released, nothing_to_evict, only_room, owned, refusal, refused, timed_out, too_many_wait,
+};
 use super::{Allocate, Caller, Event, OnStored, Reply, State};
 use crate::store::{Change, StoredAllocation};
 use crate::{devices, platform};
@@ -130,6 +131,7 @@ impl State {
                 if let Some(deadline) = deadline {
                     return self.line_up(allocate, on, deadline, reply);
                 }
+                let shortage = self.with_evictable(*shortage, &requests[0], model.as_ref());
                 let error = refused(&shortage, packing);
                 let evicted = how.evict && packing.is_none();
                 self.answer(reply, Err(if evicted { nothing_to_evict(error) } else { error }));
@@ -225,7 +227,8 @@ impl State {
                 self.load_expired(operation, &queued);
                 continue;
             }
-            let shortage = self.ledger.refusal(&queued.requests[0], &queued.on);
+            let request = &queued.requests[0];
+            let shortage = self.with_evictable(self.ledger.refusal(request, &queued.on), request, None);
             on_ready.refuse(&mut self.outbox, || timed_out(refusal(&shortage)));
         }
         let waiting = &mut self.waiting;
@@ -689,105 +692,4 @@ fn importers(on: &dyn Device, segment: Segment, mut seen_by: Vec<Holder>) -> Vec
         }
     }
     seen_by
-}
-
-/// On the Unix socket an ordinary user frees, renews and attaches only what carries their own uid.
-pub(super) fn owned(id: AllocationId, owner: &OwnerName, caller: Caller) -> Result<(), ApiError> {
-    let Some(uid) = caller.uid else { return Ok(()) };
-    let mine = format!("uid:{uid}");
-    let same =
-        owner.as_str().strip_prefix(&mine).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    if same || uid == 0 || uid == platform::own_uid() {
-        return Ok(());
-    }
-    Err(ApiError::new(
-        ErrorCode::PermissionDenied,
-        format!("allocation {id} belongs to {owner}, not to {mine}"),
-    ))
-}
-
-pub(super) fn too_many_wait() -> ApiError {
-    let what = format!("{MAX_WAITING} requests wait for memory already");
-    ApiError::new(ErrorCode::TooManyRequests, what)
-        .hint("try again later, or ask with onShortage=fail")
-        .detail("limit", MAX_WAITING)
-}
-
-pub(super) fn being_released(id: AllocationId) -> ApiError {
-    ApiError::new(ErrorCode::Conflict, format!("allocation {id} is being released already"))
-        .hint("its bytes are back in a moment")
-}
-
-/// Something cannot go because processes are attached to it.
-pub(super) fn attached(what: &str, holders: &[vramd_api::Holder]) -> ApiError {
-    let names: Vec<_> =
-        holders.iter().take(3).map(|holder| format!("{} ({})", holder.command, holder.pid)).collect();
-    let more = holders.len().saturating_sub(names.len());
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    ApiError::new(ErrorCode::Conflict, format!("{what} is attached by {}{more}", names.join(", ")))
-        .hint("it can go once these processes have closed it")
-        .detail("holders", serde_json::json!(holders))
-}
-
-/// A refusal that began a defragmentation.
-fn refused(shortage: &Shortage, packing: Option<OperationId>) -> ApiError {
-    let error = refusal(shortage);
-    match packing {
-        None => error,
-        Some(operation) => error
-            .hint("the device is being defragmented for it: try again in a moment, or wait with onShortage=wait")
-            .detail("operationId", operation.to_string()),
-    }
-}
-
-/// A request that was not admitted, in words and figures.
-pub(super) fn refusal(shortage: &Shortage) -> ApiError {
-    use vramd_api::Bytes;
-    if shortage.lost {
-        return ApiError::new(ErrorCode::DeviceLost, "the device is lost")
-            .hint("other devices go on working; restart the daemon once the device is back");
-    }
-    let holders: Vec<_> = shortage
-        .holders
-        .iter()
-        .map(|(owner, bytes)| serde_json::json!({ "owner": owner, "bytes": bytes }))
-        .collect();
-    let largest = shortage.largest_free_bytes;
-    let hint = if shortage.limited_by.is_some() {
-        "release some of it, or raise that limit: PUT /api/memory/limits/DEVICE"
-    } else if !shortage.could_fit && shortage.placement.considered.len() == 1 {
-        "that device could not hold it, even empty: ask for less, or name another"
-    } else if !shortage.could_fit {
-        "no device could hold it, even empty: ask for less"
-    } else if shortage.requested_bytes <= shortage.largest_after_eviction_bytes {
-        "it would fit once idle models are unloaded: `vramd ps` shows which, `vramd unload` unloads"
-    } else if shortage.requested_bytes <= shortage.largest_after_compaction_bytes {
-        "it would fit once the device is defragmented: `vramd defrag`"
-    } else if shortage.requested_bytes <= shortage.available_bytes {
-        "there is enough in all, but not in one piece"
-    } else {
-        "`vramd ps` shows who holds memory; ask for less, wait with onShortage=wait, or raise the limit"
-    };
-    let figures = [shortage.requested_bytes, shortage.available_bytes, largest];
-    let mut shown = figures.map(Bytes::show);
-    // Rounded, what lacks may not be seen.
-    if shown[0] == shown[1] || shown[0] == shown[2] {
-        shown = figures.map(|bytes| format!("{bytes} B"));
-    }
-    let [asked, available, piece] = shown;
-    let what = match &shortage.limited_by {
-        Some(limit) => format!("{asked} asked, and {limit}"),
-        None => format!("{asked} asked, {available} available to it, the largest piece is {piece}"),
-    };
-    let mut error = ApiError::new(ErrorCode::InsufficientMemory, what);
-    error.retryable = shortage.could_fit;
-    error
-        .hint(hint)
-        .detail("requestedBytes", shortage.requested_bytes)
-        .detail("availableBytes", shortage.available_bytes)
-        .detail("largestFreeBytes", largest)
-        .detail("largestAfterEvictionBytes", shortage.largest_after_eviction_bytes)
-        .detail("largestAfterDefragmentationBytes", shortage.largest_after_compaction_bytes)
-        .detail("holders", holders)
-        .detail("considered", serde_json::json!(shortage.placement.considered))
 }

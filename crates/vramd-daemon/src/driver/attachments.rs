@@ -14,8 +14,8 @@ use vramd_core::ledger::{Allocation, Lease};
 use vramd_core::models::{Plan, Residency};
 use vramd_device::{Facts, SegmentId};
 
-use super::allocations::being_released;
 use super::models::{no_component, no_model, not_resident};
+use super::refusals::being_released;
 use super::{AttachRequest, AttachTarget, Caller, Reply, State};
 
 /// What a connection got: a lease, and where the bytes are.

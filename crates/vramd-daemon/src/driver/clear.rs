@@ -15,8 +15,8 @@ use vramd_api::{
 use vramd_core::ledger::{Lease, SegmentId, Task};
 use vramd_device::{DeviceError, Range, SegmentId as Segment};
 
-use super::allocations::{attached, owned};
 use super::operations::Running;
+use super::refusals::{attached, owned};
 use super::{Caller, Event, Reply, State};
 
 /// A clearing under way.

@@ -13,11 +13,12 @@ use vramd_core::models::{Model, Residency};
 use vramd_core::{Now, Tick};
 use vramd_device::SegmentId;
 
-use super::allocations::{OnReady, OnReleased, refusal, too_many_wait};
+use super::allocations::{OnReady, OnReleased};
 use super::copies::flow;
 use super::models::no_component;
 use super::operations::{Loading, Running, Unloading};
-use super::room::{GRACE_SECONDS, WaitingLoad, nothing_to_evict};
+use super::refusals::{nothing_to_evict, refusal, too_many_wait};
+use super::room::{GRACE_SECONDS, WaitingLoad};
 use super::tiers::{PROMOTE_LATER_SECONDS, Shared};
 use super::{Event, Load, LoadAnswer, LoadFailure, OnStored, Part, Reply, State};
 use crate::loader::{self, From, Target};
@@ -343,7 +344,9 @@ impl State {
                 (None, Vec::new())
             };
             let Some(deadline) = deadline else {
-                let shortage = Shortage { could_fit: fits, ..self.ledger.refusal(&whole, &on) };
+                let shortage = self.ledger.refusal(&whole, &on);
+                let shortage = self.with_evictable(shortage, &whole, Some(&load.model));
+                let shortage = Shortage { could_fit: fits, ..shortage };
                 let error = refusal(&shortage);
                 return Err(if load.shortage.evict { nothing_to_evict(error) } else { error });
             };

@@ -18,6 +18,7 @@ mod operations;
 mod plans;
 mod prefetch;
 mod quiet_hours;
+mod refusals;
 mod reservations;
 mod restore;
 mod room;

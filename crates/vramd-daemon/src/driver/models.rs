@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vramd_api::{ApiError, ComponentName, DeviceId, ErrorCode, EventKind, KeepAlive, ModelName};
 use vramd_core::models::{Busy, MAX_MODELS, Model, Plan};
 
-use super::allocations::attached;
+use super::refusals::attached;
 use super::{OnStored, Reply, State};
 use crate::store::{Change, StoredModel};
 

@@ -2,10 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde_json::json;
-use vramd_api::{
-    AllocationId, ApiError, Basis, Bytes, DeviceId, ErrorCode, Footprint, FootprintPage, ModelName,
-};
+use vramd_api::{AllocationId, ApiError, Basis, Bytes, DeviceId, Footprint, FootprintPage, ModelName};
 use vramd_core::Tick;
 use vramd_core::footprints::Run;
 use vramd_core::ledger::Allocation;
@@ -142,22 +139,24 @@ impl State {
             let Some(held) = self.ledger.allocation(*id).filter(|it| it.device == *device) else { continue };
             let Some(room) = &held.request.room else { continue };
             // Neither what was said nor what was begun meanwhile is in these figures for certain.
-            if let Some((when, bytes)) = reserved.told {
-                if when < began {
-                    self.ledger.fill(*id, bytes);
-                }
-                continue;
-            }
-            let (Some(pid), Some(base)) = (room.pid, room.base_bytes) else { continue };
-            if reserved.since >= began {
+            let when = reserved.told.map_or(reserved.since, |(when, _)| when);
+            if when >= began {
                 continue;
             }
             // Of a process that cannot be measured any more, nothing is known to be in use.
-            let left = taken
-                .entry(pid)
-                .or_insert_with(|| used.get(&pid).map_or(0, |used| used.saturating_sub(base)));
-            let own = if reserved.is_shared { (*left).min(held.block_bytes) } else { *left };
-            *left -= own;
+            let left = room.pid.zip(room.base_bytes).map(|(pid, base)| {
+                let grown = used.get(&pid).map_or(0, |used| used.saturating_sub(base));
+                taken.entry(pid).or_insert(grown)
+            });
+            let own = match (reserved.told, &left) {
+                (Some((_, bytes)), _) => bytes,
+                (None, Some(left)) if reserved.is_shared => (**left).min(held.block_bytes),
+                (None, Some(left)) => **left,
+                (None, None) => continue,
+            };
+            if let Some(left) = left {
+                *left = left.saturating_sub(own);
+            }
             self.ledger.fill(*id, own);
         }
     }
@@ -239,11 +238,4 @@ impl State {
 
 fn remove(footprint: Footprint) -> Change {
     Change::RemoveFootprint(Box::new(footprint))
-}
-
-/// What only its owner's process can do with a reservation.
-pub(super) fn only_room(id: AllocationId) -> ApiError {
-    ApiError::new(ErrorCode::Conflict, format!("allocation {id} is only room: vramd has no bytes of it"))
-        .hint("the process that it is reserved for makes them")
-        .detail("allocationId", json!(id))
 }

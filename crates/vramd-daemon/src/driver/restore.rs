@@ -63,7 +63,7 @@ impl State {
         let grant = self
             .ledger
             .reserve(request, std::slice::from_ref(&stored.device), self.now)
-            .map_err(|shortage| super::allocations::refusal(&shortage))?;
+            .map_err(|shortage| super::refusals::refusal(&shortage))?;
         let id = stored.id;
         self.store(Change::PutAllocation(StoredAllocation { generation, ..stored }), OnStored::Nothing);
         self.unrestored.remove(&id);

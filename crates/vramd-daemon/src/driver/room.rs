@@ -17,7 +17,8 @@ use vramd_core::models::{Model, Residency};
 use vramd_core::queue::Waiting as Queued;
 use vramd_core::trial::{Trial, Use};
 
-use super::allocations::{OnReady, refusal, too_many_wait};
+use super::allocations::OnReady;
+use super::refusals::{refusal, timed_out, too_many_wait};
 use super::tiers::Shared;
 use super::{Load, State};
 use crate::source::Prepared;
@@ -218,6 +219,21 @@ impl State {
         let mut may = self.ledger.above_reserves(device, &blocks, request).into_iter();
         all.retain(|_| may.next().unwrap_or(true));
         all
+    }
+
+    /// A shortage with what one block could get if all went that may go for it.
+    pub(super) fn with_evictable(
+        &self,
+        mut shortage: Shortage,
+        request: &Request,
+        asking: Option<&ModelName>,
+    ) -> Shortage {
+        if let Some(device) = &shortage.closest {
+            let idle = self.candidates_for(device, request, asking);
+            let bytes = idle.iter().fold(0_u64, |sum, idle| sum.saturating_add(idle.candidate.bytes));
+            shortage.largest_after_eviction_bytes = shortage.largest_free_bytes.saturating_add(bytes);
+        }
+        shortage
     }
 
     /// The idle components on a device, and until when each stays at least. What several models share goes from all of them or not
@@ -464,7 +480,9 @@ impl State {
         let whole = queued.requests.iter().fold(0_u64, |sum, one| sum.saturating_add(one.size_bytes));
         let request = Request { size_bytes: whole, ..queued.requests[0].clone() };
         let could_fit = self.ledger.could_fit_all(&queued.requests, &queued.on);
-        let shortage = Shortage { could_fit, ..self.ledger.refusal(&request, &queued.on) };
+        let model = self.waiting_loads.get(&operation).map(|waiting| &waiting.load.model);
+        let shortage = self.with_evictable(self.ledger.refusal(&request, &queued.on), &request, model);
+        let shortage = Shortage { could_fit, ..shortage };
         let error = timed_out(refusal(&shortage));
         self.end_waiting_load(operation, error);
     }
@@ -484,22 +502,4 @@ impl State {
 
 pub(super) fn files(prepared: &BTreeMap<ComponentName, Prepared>) -> usize {
     prepared.values().map(|prepared| prepared.files.len()).sum()
-}
-
-/// The refusal of one that had no idle model in its way.
-pub(super) fn nothing_to_evict(error: ApiError) -> ApiError {
-    if error.code != ErrorCode::InsufficientMemory || !error.retryable {
-        return error;
-    }
-    error.hint("no idle models that may go are enough: `vramd ps` shows who holds memory; ask for less, or wait with timeoutSeconds")
-}
-
-/// The refusal of one whose time is over.
-pub(super) fn timed_out(mut error: ApiError) -> ApiError {
-    if error.code == ErrorCode::InsufficientMemory {
-        error.code = ErrorCode::Timeout;
-        error.status = error.code.status();
-        error.message = format!("no room came up in time: {}", error.message);
-    }
-    error
 }

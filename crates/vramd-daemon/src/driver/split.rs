@@ -12,10 +12,10 @@ use vramd_core::ledger::{Request, Shortage};
 use vramd_core::models::{Model, Residency};
 use vramd_core::{Tick, placement, split};
 
-use super::allocations::refusal;
 use super::models::no_model;
 use super::operations::Running;
-use super::room::{BYTES_PER_SECOND, files, nothing_to_evict, timed_out};
+use super::refusals::{nothing_to_evict, refusal, timed_out};
+use super::room::{BYTES_PER_SECOND, files};
 use super::{Load, LoadAnswer, OnShortage, State};
 use crate::source::Prepared;
 
@@ -179,7 +179,7 @@ impl State {
                 return Ok(None);
             }
             let Some(seconds) = load.shortage.wait_seconds else {
-                let error = self.no_way(&whole, &devices);
+                let error = self.no_way(&load.model, &whole, &devices);
                 return Err(if load.shortage.evict { nothing_to_evict(error) } else { error });
             };
             self.check_line(prepared)?;
@@ -212,10 +212,11 @@ impl State {
     }
 
     /// Why there is no room for all of `requests` on these devices together, now.
-    fn no_way(&self, requests: &[Request], devices: &[DeviceId]) -> ApiError {
+    fn no_way(&self, name: &ModelName, requests: &[Request], devices: &[DeviceId]) -> ApiError {
         let size_bytes = requests.iter().fold(0_u64, |sum, one| sum.saturating_add(one.size_bytes));
         let whole = Request { size_bytes, ..requests[0].clone() };
-        refusal(&Shortage { could_fit: true, ..self.ledger.refusal(&whole, devices) })
+        let shortage = self.with_evictable(self.ledger.refusal(&whole, devices), &whole, Some(name));
+        refusal(&Shortage { could_fit: true, ..shortage })
     }
 
     /// Where components could go now.
@@ -399,12 +400,8 @@ impl State {
             }
         }
         let ended = |unload: &OperationId| self.operations.show(*unload).map_or(true, |it| it.state.ended());
-        splitting.unloads.iter().all(ended).then(|| {
-            splitting
-                .failed
-                .take()
-                .map_or_else(|| Err(ApiError::new(ErrorCode::Internal, "the load failed")), Err)
-        })
+        let given_back = splitting.unloads.iter().all(ended);
+        splitting.failed.take_if(|_| given_back).map(Err)
     }
 
     /// Looks whether there is room by now for one that waits; None while there is none.
@@ -442,7 +439,7 @@ impl State {
                 return Some(());
             }
             if deadline <= self.now.tick {
-                let error = self.no_way(&missing.all(), &self.nearest_devices());
+                let error = self.no_way(&load.model, &missing.all(), &self.nearest_devices());
                 splitting.failed = Some(timed_out(error));
                 return Some(());
             }

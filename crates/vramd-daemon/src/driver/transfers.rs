@@ -15,10 +15,10 @@ use vramd_api::{
 use vramd_core::ledger::{Allocation, Fixed, Lease, Readiness, Release, Request};
 use vramd_core::models::{Plan, Residency};
 
-use super::allocations::{attached, refusal};
 use super::copies::{Copy, CopyError, CopyId, NewCopy, Purpose, flow};
 use super::models::{no_component, no_model, not_resident};
 use super::operations::Running;
+use super::refusals::{attached, refusal};
 use super::{Caller, Reply, State};
 use crate::requests::DEFAULT_LEASE_SECONDS;
 use crate::store::Change;

@@ -9,9 +9,10 @@ use vramd_api::{
 use vramd_core::ledger::{Release, State as AllocationState};
 use vramd_core::models::{Busy, Model, Residency};
 
-use super::allocations::{OnReleased, attached};
+use super::allocations::OnReleased;
 use super::models::{no_model, not_resident, refuse};
 use super::operations::{Running, Unloading};
+use super::refusals::attached;
 use super::tiers::Demotion;
 use super::{Reply, State};
 

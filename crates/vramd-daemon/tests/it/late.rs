@@ -177,7 +177,9 @@ fn what_is_loaded_beside_an_unload_is_there_after_a_restart() {
     let writes = daemon.faults[1].hold(Call::Write);
     let item = json!([{"model": "sdxl", "component": "unet"}]);
     let copied = begun(&daemon, &json!({"items": item, "targetDeviceId": "sim:1", "mode": "copy"}));
-    caught(&writes, Call::Write);
+    wait_for("all of its pieces to be under way", || {
+        writes.wait_until_caught(3, std::time::Duration::ZERO).then_some(())
+    });
     let unload = daemon.post("/api/models/sdxl/unload", &json!({"deviceId": "sim:0"})).data(202);
     assert_eq!(daemon.ended(&load("text"))["state"], "Completed");
     drop(writes);

@@ -117,6 +117,25 @@ fn what_is_attached_pinned_or_more_important_never_goes() {
 }
 
 #[test]
+fn a_refusal_counts_on_nothing_that_may_not_go() {
+    let daemon = Daemon::start(&[48 * MIB]);
+    add(&daemon, "a", 20 * MIB, &json!({}));
+    add(&daemon, "b", 20 * MIB, &json!({}));
+    daemon.loaded("a", "sim:0");
+    daemon.loaded("b", "sim:0");
+    let body = json!({"sizeBytes": 24 * MIB, "onShortage": "fail"});
+    let largest = |daemon: &Daemon| {
+        let refused = daemon.allocate(&body).error("INSUFFICIENT_MEMORY");
+        refused["details"]["largestAfterEvictionBytes"].as_u64().expect("bytes") / MIB
+    };
+    assert_eq!(largest(&daemon), 48);
+    daemon.post("/api/models/a/pin", &json!({})).data(200);
+    assert_eq!(largest(&daemon), 28);
+    let _reader = daemon.attach(&json!({"model": "b"})).expect("attached");
+    assert_eq!(largest(&daemon), 8);
+}
+
+#[test]
 fn a_load_waits_for_what_processes_have_attached_as_long_as_it_was_told() {
     let daemon = with_models(&["a", "b", "c", "d", "e"]);
     let mut readers = all_attached(&daemon, &["a", "b", "c"]);
