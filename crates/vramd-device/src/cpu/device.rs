@@ -1,7 +1,7 @@
 //! The device `cpu:0`: the books of what it holds, and the contract's calls.
 
-#[cfg(unix)]
 use std::collections::BTreeMap;
+#[cfg(unix)]
 use std::sync::Arc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
