@@ -150,7 +150,7 @@ pub struct RenewRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1, maximum = 31_536_000)]
     pub lease_seconds: Option<u64>,
-    /// Of a reservation: what its process uses of it now.
+    /// Of a reservation: what its process uses of it now. It counts from the device's next measurement on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub used_bytes: Option<u64>,
 }

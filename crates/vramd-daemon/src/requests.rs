@@ -51,7 +51,7 @@ pub fn allocate(
     body.owner = Some(owner.clone());
     body.alignment = Some(alignment);
     let request = request(AllocationId(Uuid::now_v7()), &body, owner);
-    Ok(Allocate { request, on, lease_seconds, shortage, body })
+    Ok(Allocate { request, on, reason: None, lease_seconds, shortage, body })
 }
 
 /// Checks a request for room that a process of its owner's fills.

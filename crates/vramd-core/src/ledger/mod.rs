@@ -212,7 +212,9 @@ impl Ledger {
                     Standing::NotEnoughMemory
                 };
                 let used_after = usage.used_bytes.saturating_add(request.size_bytes);
-                let (available_bytes, largest_free_bytes) = book.open_to(Key::of(request).as_ref());
+                let (open, largest) = book.open_to(Key::of(request).as_ref());
+                let available_bytes = open.saturating_sub(self.standing(book, &[request], false).kept);
+                let largest_free_bytes = largest.min(available_bytes);
                 Offer {
                     device: book.facts.device.clone(),
                     memory_type: book.facts.memory_type,

@@ -246,7 +246,12 @@ impl State {
 
     pub(super) fn granted(&mut self, id: AllocationId, grant: Grant) {
         if let Some(OnReady::Client(client)) = self.waiting.get_mut(&id) {
-            client.placement = Some(grant.placement);
+            let mut placement = grant.placement;
+            if let Some(reason) = client.allocate.reason.take().filter(|_| placement.spilled_from.is_empty())
+            {
+                placement.reason = reason;
+            }
+            client.placement = Some(placement);
         }
         self.proceed(id, grant.readiness);
     }
@@ -486,7 +491,7 @@ impl State {
         }
         let is_persistent = allocation.request.persistent;
         if let Some(bytes) = peak {
-            if let Err(error) = self.is_reservation(id, "peakBytes") {
+            if let Err(error) = self.check_use(id, "peakBytes", bytes) {
                 return self.answer(reply, Err(error));
             }
             self.ledger.note_room(id, |room| room.peak_bytes = room.peak_bytes.max(Some(bytes)));
@@ -639,7 +644,7 @@ impl State {
         caller: Caller,
         reply: Reply<vramd_api::Allocation>,
     ) {
-        let used = request.used_bytes.map(|_| self.is_reservation(id, "usedBytes"));
+        let used = request.used_bytes.map(|bytes| self.check_use(id, "usedBytes", bytes));
         if let Err(error) = self.of_caller(id, caller).and(used.unwrap_or(Ok(()))) {
             return self.answer(reply, Err(error));
         }

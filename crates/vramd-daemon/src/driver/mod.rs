@@ -79,6 +79,8 @@ pub type Reply<T> = oneshot::Sender<Result<T, ApiError>>;
 pub struct Allocate {
     pub request: Request,
     pub on: Option<DeviceId>,
+    /// Why there, if the daemon has chosen it before.
+    pub reason: Option<String>,
     /// The time to live of its lease; None for persistent ones.
     pub lease_seconds: Option<u64>,
     pub shortage: OnShortage,

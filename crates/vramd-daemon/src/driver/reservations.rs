@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use vramd_api::{AllocationId, ApiError, Basis, Bytes, DeviceId, Footprint, FootprintPage, ModelName};
 use vramd_core::Tick;
 use vramd_core::footprints::Run;
-use vramd_core::ledger::Allocation;
+use vramd_core::ledger::{Allocation, Request};
 
 use super::{Allocate, Event, OnStored, Reply, State};
 use crate::platform;
@@ -34,45 +34,67 @@ impl State {
         }
     }
 
+    /// How much it is to have, and where, if that was not said.
     fn expect(&self, allocate: &mut Allocate) -> Result<(), ApiError> {
-        let request = &mut allocate.request;
-        let Some(room) = &mut request.room else { return Ok(()) };
-        let expected = match &room.model {
-            None => room.estimate_bytes.map(|bytes| (bytes, Basis::Estimate)),
-            Some(name) => {
-                // Beside its weights, if they are somewhere.
-                if let (None, Some(model)) = (&allocate.on, self.models.get(name)) {
-                    let all: Vec<_> = model.components.keys().cloned().collect();
-                    allocate.on = self.most_parts(model, &all);
+        let Some(room) = allocate.request.room.clone() else { return Ok(()) };
+        let (devices, reason) = match (&allocate.on, &room.model) {
+            (Some(device), _) => (vec![device.clone()], None),
+            (None, name) => {
+                let beside = name.as_ref().map(|name| (name, self.parts_on(name)));
+                match beside {
+                    Some((name, devices)) if !devices.is_empty() => {
+                        (devices, Some(format!("it is for {name}, whose weights are there")))
+                    }
+                    _ => (self.emptiest_first(), Some("the emptiest that has room for it".to_owned())),
                 }
-                let on: Vec<DeviceId> = match &allocate.on {
-                    Some(device) => vec![device.clone()],
-                    None => self.nearest_devices(),
-                };
-                let known = |device| {
-                    let limit = self.ledger.limit(device).unwrap_or_default();
-                    // What the device could never hold was told or measured wrongly, or before a limit was set.
-                    let expected = self.footprints.expect(name, device, &room.shape, room.estimate_bytes)?;
-                    let said = room.estimate_bytes.map(|bytes| (bytes, Basis::Estimate));
-                    Some(if expected.0 > limit { said.unwrap_or(expected) } else { expected })
-                };
-                let rank = |basis| match basis {
-                    Basis::Learned => 2,
-                    Basis::Estimate => 1,
-                    Basis::Interpolated => 0,
-                };
-                // What one device needed goes before what is only said of another.
-                on.iter().filter_map(known).max_by_key(|(bytes, basis)| (rank(*basis), *bytes))
             }
         };
-        let Some((bytes, basis)) = expected else {
-            let what = "how much to reserve is not known: no such run was measured";
-            return Err(ApiError::invalid("sizeBytes", what).hint("say sizeBytes the first time"));
+        let said = room.estimate_bytes.map(|bytes| (bytes, Basis::Estimate));
+        let expected = |device: &DeviceId| {
+            let known = room
+                .model
+                .as_ref()
+                .and_then(|name| self.footprints.expect(name, device, &room.shape, room.estimate_bytes));
+            // What the device could never hold was learned before a limit was set, or is of a shape that never ran.
+            let limit = self.ledger.limit(device).unwrap_or_default();
+            known.filter(|(bytes, _)| *bytes <= limit).or(said)
         };
-        request.size_bytes = bytes.clamp(1, Bytes::MAX);
-        room.basis = basis;
-        room.learned_bytes = (basis == Basis::Learned).then_some(bytes);
+        let mut known = devices.iter().filter_map(|device| Some((device, expected(device)?))).peekable();
+        let first = known.peek().copied();
+        let sized = |bytes| Request { size_bytes: bytes, ..allocate.request.clone() };
+        let fits = known.find(|(device, (bytes, _))| self.ledger.has_room(&[sized(*bytes)], device));
+        let Some((device, (bytes, basis))) = fits.or(first) else {
+            let what = "how much to reserve is not known: no such run was measured, or none that a device could hold";
+            return Err(ApiError::invalid("sizeBytes", what).hint("say sizeBytes"));
+        };
+        allocate.on = Some(device.clone());
+        allocate.reason = reason;
+        allocate.request.size_bytes = bytes.clamp(1, Bytes::MAX);
+        if let Some(room) = &mut allocate.request.room {
+            room.basis = basis;
+            room.learned_bytes = (basis == Basis::Learned).then_some(bytes);
+        }
         Ok(())
+    }
+
+    /// The devices that have parts of a model, those with most first.
+    fn parts_on(&self, name: &ModelName) -> Vec<DeviceId> {
+        let Some(model) = self.models.get(name) else { return Vec::new() };
+        let all: Vec<_> = model.components.keys().cloned().collect();
+        let most = self.most_parts(model, &all);
+        let others = self.places(model, &all).into_values().filter(|device| Some(device) != most.as_ref());
+        let others: BTreeSet<DeviceId> = others.collect();
+        most.iter().cloned().chain(others).collect()
+    }
+
+    fn emptiest_first(&self) -> Vec<DeviceId> {
+        let mut devices = self.nearest_devices();
+        let used = |device: &DeviceId| {
+            let limit = self.ledger.limit(device).unwrap_or_default().max(1);
+            self.ledger.usage(device).map_or(1.0, |usage| 1.0 - usage.available_bytes as f64 / limit as f64)
+        };
+        devices.sort_by(|a, b| used(a).total_cmp(&used(b)));
+        devices
     }
 
     /// A reservation has its room. What its process used before is measured first, if it is to be followed.
@@ -135,30 +157,42 @@ impl State {
     pub(super) fn fill_reservations(&mut self, device: &DeviceId, used: &BTreeMap<u32, u64>, began: Tick) {
         // What each process took since its oldest reservation here, and has not been charged yet.
         let mut taken: BTreeMap<u32, u64> = BTreeMap::new();
-        for (id, reserved) in &self.reservations {
-            let Some(held) = self.ledger.allocation(*id).filter(|it| it.device == *device) else { continue };
-            let Some(room) = &held.request.room else { continue };
-            // Neither what was said nor what was begun meanwhile is in these figures for certain.
-            let when = reserved.told.map_or(reserved.since, |(when, _)| when);
-            if when >= began {
-                continue;
+        // What was said goes before what can only be guessed.
+        for told in [true, false] {
+            for (id, reserved) in self.reservations.iter().filter(|(_, it)| it.told.is_some() == told) {
+                let Some(held) = self.ledger.allocation(*id).filter(|it| it.device == *device) else {
+                    continue;
+                };
+                // Neither what was said nor what was begun meanwhile is in these figures for certain.
+                let when = reserved.told.map_or(reserved.since, |(when, _)| when);
+                if when >= began {
+                    continue;
+                }
+                // Of a process that cannot be measured any more, nothing is known to be in use.
+                let left = self.process_of(*id).map(|(pid, _)| {
+                    let base = self.base_of(pid, device);
+                    taken.entry(pid).or_insert(used.get(&pid).map_or(0, |used| used.saturating_sub(base)))
+                });
+                let most = left.as_ref().map_or(u64::MAX, |left| **left);
+                let own = match reserved.told {
+                    Some((_, bytes)) => bytes.min(most),
+                    None if left.is_none() => continue,
+                    None if reserved.is_shared => most.min(held.block_bytes),
+                    None => most,
+                };
+                if let Some(left) = left {
+                    *left -= own;
+                }
+                self.ledger.fill(*id, own);
             }
-            // Of a process that cannot be measured any more, nothing is known to be in use.
-            let left = room.pid.zip(room.base_bytes).map(|(pid, base)| {
-                let grown = used.get(&pid).map_or(0, |used| used.saturating_sub(base));
-                taken.entry(pid).or_insert(grown)
-            });
-            let own = match (reserved.told, &left) {
-                (Some((_, bytes)), _) => bytes,
-                (None, Some(left)) if reserved.is_shared => (**left).min(held.block_bytes),
-                (None, Some(left)) => **left,
-                (None, None) => continue,
-            };
-            if let Some(left) = left {
-                *left = left.saturating_sub(own);
-            }
-            self.ledger.fill(*id, own);
         }
+    }
+
+    /// What a process used on a device before its oldest reservation there.
+    fn base_of(&self, pid: u32, device: &DeviceId) -> u64 {
+        let of = |id: &&AllocationId| self.process_of(**id).is_some_and(|it| it == (pid, device.clone()));
+        let oldest = self.reservations.keys().find(of).and_then(|id| self.ledger.room(*id));
+        oldest.and_then(|room| room.base_bytes).unwrap_or_default()
     }
 
     /// Ends the reservations of processes that have ended, and on devices that are lost.
@@ -176,13 +210,19 @@ impl State {
         }
     }
 
-    /// Checks that an allocation is a reservation, for a field that only these have.
-    pub(super) fn is_reservation(&self, id: AllocationId, field: &str) -> Result<(), ApiError> {
-        if self.ledger.room(id).is_some() {
-            return Ok(());
+    /// Checks what was said of the use of an allocation: it has to be a reservation, and its device as large.
+    pub(super) fn check_use(&self, id: AllocationId, field: &str, bytes: u64) -> Result<(), ApiError> {
+        let held = self.ledger.allocation(id).filter(|held| held.request.room.is_some());
+        let Some(device) = held.and_then(|held| self.devices.get(&held.device)) else {
+            let what = format!("allocation {id} is no reservation");
+            return Err(ApiError::invalid(field, what).hint(format!("leave {field} out")));
+        };
+        let (id, total) = (&device.facts().device, device.facts().total_bytes);
+        if bytes > total {
+            let what = format!("{field} {bytes} is more than {id} has, which is {total}");
+            return Err(ApiError::invalid(field, what));
         }
-        Err(ApiError::invalid(field, format!("allocation {id} is no reservation"))
-            .hint(format!("leave {field} out")))
+        Ok(())
     }
 
     /// What its owner says is in use of a reservation now.
@@ -208,15 +248,13 @@ impl State {
         let room = allocation.request.room.as_deref()?;
         let reserved = self.reservations.remove(&allocation.request.id).filter(|it| it.is_released)?;
         let measured = room.peak_bytes.filter(|_| !reserved.is_shared || reserved.told.is_some());
-        // Nobody took more than there is.
-        let total = self.devices.get(&allocation.device)?.facts().total_bytes;
         let run = Run {
             model: room.model.clone()?,
             device: allocation.device.clone(),
             shape: room.shape.clone(),
             estimate_bytes: room.estimate_bytes,
             reserved_bytes: allocation.request.size_bytes,
-            peak_bytes: reserved.peak_told.or(measured).filter(|bytes| *bytes > 0)?.min(total),
+            peak_bytes: reserved.peak_told.or(measured).filter(|bytes| *bytes > 0)?,
             ended_at: self.now.wall,
         };
         let (footprint, forgotten) = self.footprints.learn(run);

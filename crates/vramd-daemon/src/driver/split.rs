@@ -32,8 +32,12 @@ pub(super) struct Splitting {
     reason: String,
     /// What gives back what came, after something else did not.
     unloads: Vec<OperationId>,
+    /// What came and stays all the same.
+    stays: Vec<String>,
     failed: Option<ApiError>,
 }
+
+const NOTHING_LEFT: &str = "nothing of it is left";
 
 /// It holds nothing while it waits, so that two of them never wait for each other.
 #[derive(Debug)]
@@ -165,6 +169,7 @@ impl State {
             groups: Vec::new(),
             reason: String::new(),
             unloads: Vec::new(),
+            stays: Vec::new(),
             failed: None,
         };
         let id = if let Some((groups, reason)) = found {
@@ -175,10 +180,14 @@ impl State {
             id
         } else {
             let fits_one = on_one(&|device| self.ledger.could_fit_all(&whole, std::slice::from_ref(device)));
-            if fits_one || load.shortage.spill || self.spread(&missing, Capacity::Limit).is_none() {
+            let never = || self.spread(&missing, Capacity::Limit).is_none();
+            if load.shortage.spill || !fits_one && never() {
                 return Ok(None);
             }
             let Some(seconds) = load.shortage.wait_seconds else {
+                if fits_one {
+                    return Ok(None);
+                }
                 let error = self.no_way(&load.model, &whole, &devices);
                 return Err(if load.shortage.evict { nothing_to_evict(error) } else { error });
             };
@@ -216,7 +225,9 @@ impl State {
         let size_bytes = requests.iter().fold(0_u64, |sum, one| sum.saturating_add(one.size_bytes));
         let whole = Request { size_bytes, ..requests[0].clone() };
         let shortage = self.with_evictable(self.ledger.refusal(&whole, devices), &whole, Some(name));
-        refusal(&Shortage { could_fit: true, ..shortage })
+        let mut error = refusal(&Shortage { could_fit: true, ..shortage });
+        error.message = format!("not over {} devices either: {}", devices.len(), error.message);
+        error
     }
 
     /// Where components could go now.
@@ -346,7 +357,7 @@ impl State {
     ) -> Option<Result<serde_json::Value, ApiError>> {
         let cancelled = self.operations.cancelled(id);
         if cancelled && splitting.failed.is_none() {
-            let what = "the load was cancelled; nothing of it is left";
+            let what = format!("the load was cancelled; {NOTHING_LEFT}");
             splitting.failed = Some(ApiError::new(ErrorCode::Cancelled, what));
         }
         if let Some(waiting) = splitting.waiting.take() {
@@ -359,7 +370,7 @@ impl State {
         splitting.failed = splitting.failed.take().or(error);
         let open: Vec<OperationId> =
             splitting.groups.iter().filter(|group| group.ended.is_none()).map(|group| group.load).collect();
-        if let Some(progress) = self.operations.progress(id) {
+        if let Some(progress) = self.operations.progress(id).filter(|_| !splitting.groups.is_empty()) {
             let now = |group: &Group| {
                 let ended = group.ended.as_ref().map(|load| load.bytes_done);
                 ended.or_else(|| self.operations.show(group.load).ok().map(|load| load.bytes_done))
@@ -395,13 +406,22 @@ impl State {
         // What came is of no use without the rest.
         for group in std::mem::take(&mut splitting.groups) {
             if group.ended.is_some_and(|load| load.state == OperationState::Completed) {
-                let unload = self.unload_group(&splitting.model, &group.device, group.components);
+                let (unload, stays) = self.unload_group(&splitting.model, &group.device, group.components);
                 splitting.unloads.extend(unload);
+                splitting.stays.extend(stays);
             }
         }
         let ended = |unload: &OperationId| self.operations.show(*unload).map_or(true, |it| it.state.ended());
-        let given_back = splitting.unloads.iter().all(ended);
-        splitting.failed.take_if(|_| given_back).map(Err)
+        if !splitting.unloads.iter().all(ended) {
+            return None;
+        }
+        let mut error = splitting.failed.take()?;
+        if !splitting.stays.is_empty() {
+            let stays = splitting.stays.join(", ");
+            error.message = error.message.replace(NOTHING_LEFT, "what somebody has attached meanwhile stays");
+            error = error.detail("stays", stays);
+        }
+        Some(Err(error))
     }
 
     /// Looks whether there is room by now for one that waits; None while there is none.
@@ -457,11 +477,14 @@ impl State {
         &mut self,
         name: &ModelName,
         device: &DeviceId,
-        mut components: BTreeSet<ComponentName>,
-    ) -> Option<OperationId> {
-        let model = self.models.get(name)?;
-        components.retain(|component| self.holders_by(model, Some(device), Some(component)).is_empty());
-        let unload = self.begin_unload(name, vec![device.clone()], Some(&components), false);
-        unload.ok().map(|begun| begun.operation_id)
+        components: BTreeSet<ComponentName>,
+    ) -> (Option<OperationId>, Vec<String>) {
+        let Some(model) = self.models.get(name) else { return (None, Vec::new()) };
+        let (goes, stays): (BTreeSet<_>, BTreeSet<_>) = components
+            .into_iter()
+            .partition(|component| self.holders_by(model, Some(device), Some(component)).is_empty());
+        let unload = self.begin_unload(name, vec![device.clone()], Some(&goes), false);
+        let stays = stays.into_iter().map(|component| format!("{component} on {device}"));
+        (unload.ok().map(|begun| begun.operation_id), stays.collect())
     }
 }

@@ -83,10 +83,15 @@ fn what_a_run_took_is_what_the_next_one_reserves() {
     let daemon = daemon.stop().start(&[64 * MIB]);
     let again = daemon.get("/api/memory/footprints?model=sdxl").data(200);
     assert_eq!(again, all);
-    released(&daemon, &reserved(&daemon, &wide), Some(u64::MAX));
-    let most =
-        daemon.get("/api/memory/footprints?model=sdxl").data(200)["footprints"][1]["learnedBytes"].clone();
-    assert_eq!(most, json!(64 * MIB), "nobody took more than there is");
+    // Nobody took more than there is.
+    let room = reserved(&daemon, &wide);
+    for query in ["?peakBytes=67108865", "?peakBytes=18446744073709551615"] {
+        daemon.delete(&format!("/api/memory/allocations/{}{query}", id(&room))).refuses("peakBytes");
+    }
+    let renew = format!("/api/memory/allocation/{}/renew", id(&room));
+    daemon.post(&renew, &json!({"usedBytes": 65 * MIB})).refuses("usedBytes");
+    released(&daemon, &room, Some(0));
+    assert_eq!(daemon.get("/api/memory/footprints?model=sdxl").data(200), all);
 }
 
 #[test]
@@ -149,6 +154,18 @@ fn what_a_process_with_several_takes_is_charged_once_and_learned_if_it_says_what
     assert_eq!(status["foreignBytes"], json!(5 * MIB));
     sim.set_process_bytes(pid, 30 * MIB);
     daemon.status_when("sim:0", "it to be less again", |it| it["foreignBytes"] == json!(0));
+    // What is said of one is not charged to the other.
+    let renew = format!("/api/memory/allocation/{}/renew", id(&two));
+    daemon.post(&renew, &json!({"usedBytes": 20 * MIB})).data(200);
+    daemon.status_when("sim:0", "it to be measured again", |it| it["workerBytes"] == json!(30 * MIB));
+    daemon.settle();
+    daemon.settle();
+    let status = daemon.status("sim:0");
+    assert_eq!(
+        (&status["workerBytes"], &status["foreignBytes"]),
+        (&json!(30 * MIB), &json!(0)),
+        "{status:#}"
+    );
     // How much was for which, nobody knows who is not told.
     assert_eq!(released(&daemon, &one, None)["footprint"], Value::Null);
     let learned = released(&daemon, &two, Some(12 * MIB))["footprint"]["learnedBytes"].clone();
@@ -256,6 +273,56 @@ fn others_go_for_a_reservation_and_never_the_model_that_it_is_for() {
     let load = daemon.load("b", &json!({"deviceId": "sim:0", "onShortage": "wait", "timeoutSeconds": 60}));
     released(&daemon, &room, None);
     assert_eq!(daemon.ended(&load)["state"], "Completed");
+}
+
+#[test]
+fn without_a_device_it_goes_to_where_it_has_room_and_is_known() {
+    let daemon = Daemon::start(&[64 * MIB, 64 * MIB]);
+    let full =
+        daemon.post("/api/memory/allocations/allocate/sim:0", &json!({"sizeBytes": 40 * MIB})).data(201);
+    let run = json!({"model": "sdxl", "shape": [1], "sizeBytes": 8 * MIB});
+    let room = reserved(&daemon, &run);
+    assert_eq!(room["deviceId"], "sim:1");
+    let reason = room["placement"]["reason"].as_str().expect("words");
+    assert!(reason.contains("the emptiest that has room"), "{reason}");
+    released(&daemon, &room, Some(32 * MIB));
+    // What is known of one device says nothing of another.
+    let (mut here, mut there) = (run.clone(), run.clone());
+    here["deviceId"] = json!("sim:1");
+    there["deviceId"] = json!("sim:0");
+    for (body, bytes) in [(&here, 32), (&there, 8), (&run, 32)] {
+        let room = reserved(&daemon, body);
+        assert_eq!(room["sizeBytes"], json!(bytes * MIB), "{room:#}");
+        released(&daemon, &room, None);
+    }
+    daemon.release(full["allocationId"].as_str().expect("an id")).data(200);
+    // Beside the weights, on whichever of their devices has room.
+    let folder = daemon.home.path("models");
+    let mut components = json!({});
+    for (name, mib) in [("unet", 48), ("vae", 24)] {
+        let path = folder.join(format!("{name}.safetensors"));
+        write_model(&path, name, (mib << 20) - 4096);
+        components[name] = json!({ "path": path });
+    }
+    daemon.post("/api/models", &json!({"name": "sdxl", "components": components})).data(201);
+    assert_eq!(daemon.ended(&daemon.load("sdxl", &json!({"split": true})))["state"], "Completed");
+    let vae = daemon.model("sdxl")["components"][1]["residency"][0]["deviceId"].clone();
+    let room = reserved(&daemon, &json!({"model": "sdxl", "shape": [9], "sizeBytes": 30 * MIB}));
+    assert_eq!(room["deviceId"], vae);
+    assert!(room["placement"]["reason"].as_str().is_some_and(|it| it.contains("whose weights are there")));
+}
+
+#[test]
+fn a_refusal_counts_on_nothing_that_others_have_in_reserve() {
+    let daemon = Daemon::start(&[64 * MIB]);
+    let limits = json!({"limitBytes": 32 * MIB, "owners": {"them": {"reserveBytes": 20 * MIB}}});
+    daemon.put("/api/memory/limits/sim:0", &limits).data(200);
+    let refused =
+        daemon.post(PATH, &json!({"deviceId": "sim:0", "sizeBytes": 13 * MIB})).error("INSUFFICIENT_MEMORY");
+    for figure in ["availableBytes", "largestFreeBytes", "largestAfterEvictionBytes"] {
+        assert_eq!(refused["details"][figure], json!(12 * MIB), "{refused:#}");
+    }
+    reserved(&daemon, &json!({"deviceId": "sim:0", "sizeBytes": 12 * MIB}));
 }
 
 #[test]

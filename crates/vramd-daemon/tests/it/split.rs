@@ -235,6 +235,51 @@ fn it_is_joined_and_cancelled_as_one() {
 }
 
 #[test]
+fn one_that_waits_takes_the_first_way_that_opens() {
+    let daemon = with_pipeline(&[48 * MIB, 48 * MIB]);
+    let take = |device: &str, mib: u64| {
+        let made = daemon
+            .post(&format!("/api/memory/allocations/allocate/{device}"), &json!({"sizeBytes": mib * MIB}));
+        made.data(201)["allocationId"].as_str().expect("an id").to_owned()
+    };
+    let (small, _large) = (take("sim:0", 10), take("sim:0", 20));
+    let (other, _rest) = (take("sim:1", 20), take("sim:1", 20));
+    // Either device could hold all of it if it were empty: it goes over both when there is room on these first.
+    let waits = daemon.load("sdxl", &json!({"split": true, "onShortage": "wait", "timeoutSeconds": 60}));
+    daemon.settle();
+    daemon.release(&small).data(200);
+    daemon.release(&other).data(200);
+    let ended = daemon.ended(&waits);
+    assert_eq!(ended["state"], "Completed", "{ended:#}");
+    assert_eq!(ended["result"]["devices"].as_array().map(Vec::len), Some(2));
+}
+
+#[test]
+fn what_is_attached_of_one_that_is_cancelled_stays_and_is_named() {
+    let daemon = with_pipeline(&[32 * MIB, 32 * MIB]);
+    let held = daemon.faults[1].hold(Call::FillFromFile);
+    let running = daemon.load("sdxl", &split());
+    caught(&held, Call::FillFromFile);
+    let first = || {
+        places(&daemon)
+            .into_iter()
+            .find(|(_, on)| on.first().is_some_and(|on| on == "sim:0"))
+            .map(|(name, _)| name)
+    };
+    let name = wait_for("a part to be there", first);
+    let reader =
+        wait_for("it to be attached", || daemon.attach(&json!({"model": "sdxl", "component": name})).ok());
+    daemon.delete(&format!("/api/operations/{running}")).data(202);
+    drop(held);
+    let ended = daemon.ended(&running);
+    let message = ended["error"]["message"].as_str().expect("words");
+    assert!(message.contains("what somebody has attached meanwhile stays"), "{message}");
+    assert!(ended["error"]["details"]["stays"].as_str().is_some_and(|it| it.contains(&name)), "{ended:#}");
+    assert!(ended["bytesDone"].as_u64() > Some(0), "{ended:#}");
+    drop(reader);
+}
+
+#[test]
 fn what_is_too_large_for_all_together_is_refused_for_good() {
     let daemon = with_pipeline(&[16 * MIB, 16 * MIB]);
     let refused = daemon.post("/api/models/sdxl/load", &split()).error("INSUFFICIENT_MEMORY");

@@ -6,7 +6,7 @@ use serde::Serialize;
 use vramd_api::client::{AllocationFilter, Client};
 use vramd_api::{
     AllocateRequest, Allocation, AllocationId, AllocationPage, Bytes, DeviceId, Lease, LeaseKind, OwnerName,
-    Released, RenewRequest,
+    Released, RenewRequest, Reservation,
 };
 
 use crate::arguments::{AllocArguments, AllocationsArguments};
@@ -134,6 +134,8 @@ struct Holding<'a> {
     owner: &'a OwnerName,
     purpose: &'a str,
     lease: &'a Lease,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reservation: Option<&'a Reservation>,
 }
 
 pub async fn holders(client: &Client, device: Option<String>, output: Output) -> Result<(), CommandError> {
@@ -151,6 +153,7 @@ pub async fn holders(client: &Client, device: Option<String>, output: Output) ->
             owner: &allocation.owner,
             purpose: &allocation.purpose,
             lease,
+            reservation: allocation.reservation.as_ref(),
         })
     });
     output.data(&Page { holders: holders.collect() }, |page| {
@@ -158,14 +161,18 @@ pub async fn holders(client: &Client, device: Option<String>, output: Output) ->
             [">PID", "COMMAND", "OWNER", "DEVICE", ">SIZE", "PURPOSE", "LEASE", "ALLOCATION"],
             page.holders.iter().map(|holding| {
                 let process = holding.lease.holder.as_ref();
+                let reserved_for = holding.reservation.and_then(|it| it.pid);
                 [
-                    process.map_or_else(|| "-".to_owned(), |it| it.pid.to_string()),
+                    process
+                        .map(|it| it.pid)
+                        .or(reserved_for)
+                        .map_or_else(|| "-".to_owned(), |it| it.to_string()),
                     process.map_or_else(|| "-".to_owned(), |it| it.command.clone()),
                     holding.owner.to_string(),
                     holding.device_id.to_string(),
                     Bytes::show(holding.block_bytes),
                     dash(holding.purpose),
-                    lease(holding.lease),
+                    format!("{}{}", room(holding.reservation), lease(holding.lease)),
                     holding.allocation_id.to_string(),
                 ]
             }),
@@ -179,7 +186,12 @@ pub(super) fn dash(text: &str) -> String {
 
 pub(super) fn leases(allocation: &Allocation) -> String {
     let all: Vec<_> = allocation.leases.iter().map(lease).collect();
-    dash(&all.join(", "))
+    format!("{}{}", room(allocation.reservation.as_ref()), dash(&all.join(", ")))
+}
+
+/// What an allocation without bytes of its own is.
+fn room(reservation: Option<&Reservation>) -> &'static str {
+    if reservation.is_some() { "reservation, " } else { "" }
 }
 
 fn lease(lease: &Lease) -> String {

@@ -115,12 +115,14 @@ pub async fn finish_with(
     } else {
         follow(client, operation, interrupts, output).await?
     };
-    match (operation.state, operation.error.clone()) {
-        (OperationState::Failed | OperationState::Cancelled, Some(error)) => {
-            Err(CommandError::Operation(Box::new(error)))
-        }
-        _ => output.data(&operation, show),
+    if let Some(error) = operation.error.clone() {
+        return Err(CommandError::Operation(Box::new(error)));
     }
+    // Where the parts of a model went.
+    if let Some(reason) = operation.result.as_ref().and_then(|it| it["reason"].as_str()) {
+        output.say(reason);
+    }
+    output.data(&operation, show)
 }
 
 async fn follow(

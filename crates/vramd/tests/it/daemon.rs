@@ -114,6 +114,8 @@ fn room_for_a_run_is_reserved_and_what_it_took_is_shown() {
     let made = daemon.run(&arguments).expect(0);
     assert!(made.stderr.contains("8.0 MiB on sim:0, as was said; lease expires in"), "{made:?}");
     let id = made.stdout.trim();
+    let listed = daemon.run(&["ps"]).expect(0);
+    assert!(listed.stdout.contains("reservation, expires in"), "{listed:?}");
     let renewed = daemon.json(&["renew", id, "--used", "3MiB"]);
     assert_eq!(renewed["reservation"]["peakBytes"], 3 << 20);
     assert_eq!(daemon.json(&["free", id, "--peak", "4MiB"])["released"][0]["footprint"]["error"], 1.0);
