@@ -117,7 +117,7 @@ pub async fn list(
                     allocation.owner.to_string(),
                     dash(&allocation.purpose),
                     time_since(allocation.created_at),
-                    leases(allocation),
+                    format!("{}{}", room(allocation.reservation.as_ref()), leases(allocation)),
                 ]
             }),
         )
@@ -186,7 +186,7 @@ pub(super) fn dash(text: &str) -> String {
 
 pub(super) fn leases(allocation: &Allocation) -> String {
     let all: Vec<_> = allocation.leases.iter().map(lease).collect();
-    format!("{}{}", room(allocation.reservation.as_ref()), dash(&all.join(", ")))
+    dash(&all.join(", "))
 }
 
 /// What an allocation without bytes of its own is.
