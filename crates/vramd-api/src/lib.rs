@@ -43,7 +43,9 @@ pub use movement::{
     FragmentationFigures, MAX_TRANSFER_ITEMS, TransferItem, TransferMode, TransferRequest, Transferred,
 };
 pub use operation::{Operation, OperationKind, OperationPage, OperationState};
-pub use plan::{EvictedComponent, MAX_PLANNED, MemoryPlan, PlanItem, PlanOutcome, PlanRequest, PlannedModel};
+pub use plan::{
+    EvictedComponent, MAX_PLANNED, MemoryPlan, PlanItem, PlanOutcome, PlanRequest, PlannedModel, PlannedRun,
+};
 pub use reservation::{
     Basis, Footprint, FootprintPage, MAX_DIMENSIONS, RECENT_PEAKS, Reservation, ReserveRequest,
 };

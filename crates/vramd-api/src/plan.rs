@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{ComponentName, DeviceId, ModelName};
+use crate::{Bytes, ComponentName, DeviceId, ModelName};
 
 /// The most models in one plan.
 pub const MAX_PLANNED: usize = 64;
@@ -30,6 +30,22 @@ pub struct PlanItem {
     /// A device's id or uuid.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_id: Option<String>,
+    /// With room for a run beside its weights, as a reservation would have it.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::object::optional")]
+    pub working_memory: Option<PlannedRun>,
+}
+
+/// A run of a model, of which a plan counts the working memory.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PlannedRun {
+    /// As of reservations.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 8)]
+    pub shape: Vec<u64>,
+    /// What it is expected to take, if no such run was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_bytes: Option<Bytes>,
 }
 
 /// What loads of these models, now and one after the other, would come to, with `onShortage=evict`.
@@ -58,6 +74,9 @@ pub struct PlannedModel {
     pub device_id: Option<DeviceId>,
     /// What it takes beyond what is there.
     pub bytes: u64,
+    /// The part of `bytes` that is for a run beside its weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_bytes: Option<u64>,
     /// To load it: measured the last time, or by the rate that loads to that device came to lately.
     pub seconds: f64,
     /// From where it would be copied, if not read from its files.

@@ -56,13 +56,7 @@ pub fn allocate(
 
 /// Checks a request for room that a process of its owner's fills.
 pub fn reserve(body: ReserveRequest, on: Option<DeviceId>, caller: Caller) -> Result<Allocate, ApiError> {
-    if body.shape.len() > MAX_DIMENSIONS {
-        let what = format!("shape has {} numbers, {MAX_DIMENSIONS} at most are known", body.shape.len());
-        return Err(ApiError::invalid("shape", what));
-    }
-    if body.shape.contains(&0) {
-        return Err(ApiError::invalid("shape", "shape has a 0").hint("leave out what a run has none of"));
-    }
+    check_shape(&body.shape)?;
     if body.model.is_none() && !body.shape.is_empty() {
         let hint = "what is learned is learned for a model, device and shape";
         return Err(ApiError::invalid("model", "shape is of a model").hint(hint));
@@ -109,6 +103,18 @@ pub fn reserve(body: ReserveRequest, on: Option<DeviceId>, caller: Caller) -> Re
         peak_bytes: None,
     }));
     Ok(checked)
+}
+
+/// Checks what the memory of a run depends on.
+pub fn check_shape(shape: &[u64]) -> Result<(), ApiError> {
+    if shape.len() > MAX_DIMENSIONS {
+        let what = format!("shape has {} numbers, {MAX_DIMENSIONS} at most are known", shape.len());
+        return Err(ApiError::invalid("shape", what));
+    }
+    if shape.contains(&0) {
+        return Err(ApiError::invalid("shape", "shape has a 0").hint("leave out what a run has none of"));
+    }
+    Ok(())
 }
 
 /// What becomes of a request without room.

@@ -294,10 +294,16 @@ class ModelPage(TypedDict):
     models: list[Model]
 
 
+class PlannedRun(TypedDict):
+    shape: NotRequired[list[int]]
+    sizeBytes: NotRequired[int]
+
+
 class PlanItem(TypedDict):
     model: str
     components: NotRequired[list[str]]
     deviceId: NotRequired[str]
+    workingMemory: NotRequired[PlannedRun]
 
 
 class EvictedComponent(TypedDict):
@@ -315,6 +321,7 @@ class PlannedModel(TypedDict):
     outcome: PlanOutcome
     deviceId: NotRequired[str]
     bytes: int
+    workingBytes: NotRequired[int]
     seconds: float
     copiedFrom: NotRequired[list[str]]
     evicted: list[EvictedComponent]

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use vramd_api::{
-    ComponentName, DeviceId, EvictedComponent, MemoryPlan, ModelName, PlanOutcome, PlannedModel, Priority,
+    AllocationType, Bytes, ComponentName, DeviceId, EvictedComponent, MemoryPlan, ModelName, PlanOutcome,
+    PlannedModel, PlannedRun, Priority,
 };
 use vramd_core::ledger::Request;
 use vramd_core::models::Residency;
@@ -15,14 +16,25 @@ use super::{Load, OnShortage, Reply, State};
 /// Loads that nobody begins.
 #[derive(Debug)]
 pub struct PlanLoads {
-    /// Each once: its components, all if None, and its device.
-    pub models: Vec<(ModelName, Option<Vec<ComponentName>>, Option<DeviceId>)>,
+    /// Each model once.
+    pub models: Vec<PlannedLoad>,
+}
+
+#[derive(Debug)]
+pub struct PlannedLoad {
+    pub model: ModelName,
+    /// All if None.
+    pub components: Option<Vec<ComponentName>>,
+    pub device: Option<DeviceId>,
+    /// What it runs beside its weights.
+    pub run: Option<PlannedRun>,
 }
 
 /// What is known of one of them.
 struct Known {
     model: ModelName,
     there: Option<DeviceId>,
+    working_bytes: Option<u64>,
     /// For each device: how long it takes, and from where it is copied.
     seconds: BTreeMap<DeviceId, (f64, BTreeSet<DeviceId>)>,
 }
@@ -45,12 +57,12 @@ impl State {
         request: &PlanLoads,
     ) -> Result<impl FnOnce() -> MemoryPlan + Send + 'static, vramd_api::ApiError> {
         let (mut asks, mut known) = (Vec::new(), Vec::new());
-        for (name, components, device) in &request.models {
-            let (ask, one) = self.known(name, components.as_deref(), device.as_ref())?;
+        for load in &request.models {
+            let (ask, one) = self.known(load)?;
             asks.push(ask);
             known.push(one);
         }
-        let planned: BTreeSet<&ModelName> = request.models.iter().map(|(name, ..)| name).collect();
+        let planned: BTreeSet<&ModelName> = request.models.iter().map(|load| &load.model).collect();
         let (mut idle, mut parts, mut policies) = (Vec::new(), Vec::new(), BTreeMap::new());
         for facts in self.ledger.devices() {
             let device = &facts.device;
@@ -90,22 +102,18 @@ impl State {
         })
     }
 
-    fn known(
-        &self,
-        name: &ModelName,
-        components: Option<&[ComponentName]>,
-        device: Option<&DeviceId>,
-    ) -> Result<(Ask, Known), vramd_api::ApiError> {
+    fn known(&self, planned: &PlannedLoad) -> Result<(Ask, Known), vramd_api::ApiError> {
+        let PlannedLoad { model: name, components, device, run } = planned;
         let model = self.models.get(name).ok_or_else(|| no_model(name))?;
         let wanted: Vec<ComponentName> =
-            components.map_or_else(|| model.components.keys().cloned().collect(), <[_]>::to_vec);
+            components.clone().unwrap_or_else(|| model.components.keys().cloned().collect());
         for component in &wanted {
             let entry = model.components.get(component).ok_or_else(|| no_component(model, component))?;
             if let Err(error) = &entry.plan {
                 return Err((**error).clone());
             }
         }
-        let device = device.cloned().or_else(|| self.most_parts(model, &wanted));
+        let device = device.clone().or_else(|| self.most_parts(model, &wanted));
         let load = Load {
             model: name.clone(),
             device: device.clone(),
@@ -128,7 +136,7 @@ impl State {
             held || of_others
         };
         let missing: Vec<&ComponentName> = wanted.iter().filter(|component| !is_there(component)).collect();
-        let requests: Vec<Request> = missing
+        let mut requests: Vec<Request> = missing
             .iter()
             .filter_map(|component| {
                 let plan = model.components[*component].plan.as_ref().ok()?;
@@ -150,26 +158,54 @@ impl State {
             seconds.insert(facts.device.clone(), (sum, from));
         }
         let there = device.clone().filter(|_| missing.is_empty());
+        let working_bytes =
+            run.as_ref().map(|run| self.working_bytes(name, run, device.as_ref())).transpose()?;
+        requests.extend(working_bytes.map(|size_bytes| Request {
+            allocation_type: AllocationType::Activation,
+            owner: "local".parse().expect("a valid owner"),
+            purpose: String::new(),
+            sealed: false,
+            room: Some(Box::default()),
+            ..Self::weights(&load, None, size_bytes, model.priority)
+        }));
         let on = device.into_iter().collect();
-        Ok((Ask { requests, on }, Known { model: name.clone(), there, seconds }))
+        Ok((Ask { requests, on }, Known { model: name.clone(), there, working_bytes, seconds }))
+    }
+
+    /// How much a run is taken to need beside the weights: on that device, or at most on those that it may go to.
+    fn working_bytes(
+        &self,
+        name: &ModelName,
+        run: &PlannedRun,
+        device: Option<&DeviceId>,
+    ) -> Result<u64, vramd_api::ApiError> {
+        let said = run.size_bytes.map(Bytes::get);
+        let devices = device.map_or_else(|| self.nearest_devices(), |device| vec![device.clone()]);
+        let expected = |device| self.footprints.expect(name, device, &run.shape, said);
+        let most = devices.iter().filter_map(expected).map(|(bytes, _)| bytes).max();
+        most.ok_or_else(|| {
+            let what = format!("how much a run of {name} takes is not known: no such run was measured");
+            vramd_api::ApiError::invalid("workingMemory", what).hint("say sizeBytes")
+        })
     }
 }
 
 fn shown(known: Known, ask: &Ask, outcome: Outcome, parts: &[Vec<EvictedComponent>]) -> PlannedModel {
-    let Known { model, there, mut seconds } = known;
+    let Known { model, there, working_bytes, mut seconds } = known;
     let bytes = ask.requests.iter().fold(0, |sum, one| u64::saturating_add(sum, one.size_bytes));
     let mut planned = PlannedModel {
         model,
         outcome: PlanOutcome::Resident,
         device_id: there,
         bytes,
+        working_bytes,
         seconds: 0.0,
         copied_from: Vec::new(),
         evicted: Vec::new(),
         missing_bytes: None,
     };
     match outcome {
-        Outcome::Fits { .. } if planned.device_id.is_some() => {}
+        Outcome::Fits { goes, .. } if planned.device_id.is_some() && goes.is_empty() => {}
         Outcome::Fits { device, goes } => {
             planned.outcome = if goes.is_empty() { PlanOutcome::Fits } else { PlanOutcome::Evicts };
             planned.evicted = goes.into_iter().flat_map(|at| parts[at].clone()).collect();

@@ -58,7 +58,7 @@ use crate::source::Prepared;
 use crate::store::{Change, Store, StoreError, Stored};
 
 pub use attachments::{Attachment, Moved, Told};
-pub use forecasts::PlanLoads;
+pub use forecasts::{PlanLoads, PlannedLoad};
 pub use operations::{Entry, Progress};
 pub use quiet_hours::Schedule;
 pub use snapshot::{DeviceView, Snapshot, memory_status};

@@ -68,6 +68,44 @@ fn a_plan_says_where_models_would_go_and_what_would_go_for_them() {
 }
 
 #[test]
+fn a_plan_counts_what_runs_take_beside_the_weights() {
+    let daemon = with_models(&[64 * MIB], &[("a", 20 * MIB), ("b", 20 * MIB), ("c", 20 * MIB)]);
+    let with = |name: &str, run: Value| json!({"model": name, "workingMemory": run});
+    let run = json!({"shape": [1, 512]});
+    daemon.post("/api/memory/plan", &json!({"models": [with("a", run.clone())]})).refuses("workingMemory");
+    let reserve = json!({"model": "a", "shape": [1, 512], "sizeBytes": 8 * MIB, "deviceId": "sim:0"});
+    let room = daemon.post("/api/memory/reservations", &reserve).data(201);
+    let id = room["allocationId"].as_str().expect("an id");
+    daemon.delete(&format!("/api/memory/allocations/{id}?peakBytes={}", 30 * MIB)).data(200);
+    // By what was learned, which goes before what is said.
+    let said = json!({"shape": [1, 512], "sizeBytes": MIB});
+    for run in [&run, &said] {
+        let one = plan(&daemon, &json!({"models": [with("a", run.clone())]}));
+        assert_eq!(
+            (outcomes(&one), &one["models"][0]["workingBytes"]),
+            (vec![("fits", "sim:0")], &json!(30 * MIB))
+        );
+        assert_eq!(one["models"][0]["bytes"].as_u64().map(|bytes| bytes / MIB), Some(50), "{one:#}");
+    }
+    let two = plan(&daemon, &json!({"models": [with("a", run.clone()), {"model": "b"}]}));
+    assert_eq!(outcomes(&two), [("fits", "sim:0"), ("noRoom", "-")], "{two:#}");
+    assert_eq!(two["largestSet"], json!(["a"]));
+    // What is there needs only the room for its run, and others go for that.
+    for name in ["a", "b", "c"] {
+        daemon.loaded(name, "sim:0");
+    }
+    let there = plan(&daemon, &json!({"models": [with("a", run)]}));
+    assert_eq!(outcomes(&there), [("evicts", "sim:0")], "{there:#}");
+    assert_eq!(there["models"][0]["evicted"].as_array().map(Vec::len), Some(2));
+    let small = plan(&daemon, &json!({"models": [with("a", json!({"sizeBytes": 2 * MIB}))]}));
+    assert_eq!(outcomes(&small), [("resident", "sim:0")], "{small:#}");
+    assert!(daemon.allocations().len() == 3, "nothing came of it");
+    for bad in [json!([]), json!({"shape": [0]}), json!({"size": 1}), json!(1)] {
+        daemon.post("/api/memory/plan", &json!({"models": [with("a", bad)]})).error("INVALID_ARGUMENT");
+    }
+}
+
+#[test]
 fn what_is_attached_or_pinned_stays_in_plans_too() {
     let daemon = with_models(&[64 * MIB], &[("a", 30 * MIB), ("b", 30 * MIB), ("c", 30 * MIB)]);
     daemon.loaded("a", "sim:0");

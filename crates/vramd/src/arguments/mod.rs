@@ -157,8 +157,8 @@ pub enum Question {
     },
     /// Show what loads would come to: where models would go, what would go for them, how long it would take
     Plan {
-        /// Their names, or NAME@DEVICE; tried in this order, each beside those before
-        #[arg(required = true, value_name = "MODEL[@DEVICE]", value_parser = parse_plan_item)]
+        /// Their names, with +SHAPE or +SIZE for a run beside the weights (1x1024x1024, 2GiB); tried in this order, each beside those before
+        #[arg(required = true, value_name = "MODEL[@DEVICE][+RUN]", value_parser = parse_plan_item)]
         models: Vec<PlanItem>,
         /// Where those go that name no device: its id or uuid [default: as for a load]
         #[arg(long, value_name = "DEVICE")]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use vramd_api::{
     AllocationId, AllocationType, Bytes, ClearTarget, ComponentName, EvictionPolicy, MemoryType, ModelName,
-    OnShortage, OperationState, PlanItem, Priority,
+    OnShortage, OperationState, PlanItem, PlannedRun, Priority,
 };
 use vramd_core::replay::Format;
 
@@ -116,9 +116,18 @@ pub fn parse_shape(text: &str) -> Result<Shape, String> {
 }
 
 pub fn parse_plan_item(text: &str) -> Result<PlanItem, String> {
+    let (text, run) = text.split_once('+').map_or((text, None), |(text, run)| (text, Some(run)));
     let (model, device) = text.split_once('@').map_or((text, None), |(model, device)| (model, Some(device)));
     let model = model.parse().map_err(|error: vramd_api::BadName| error.to_string())?;
-    Ok(PlanItem { model, components: None, device_id: device.map(str::to_owned) })
+    let planned = |text: &str| match parse_shape(text) {
+        Ok(Shape(shape)) => Ok(PlannedRun { shape, size_bytes: None }),
+        Err(_) => match text.parse() {
+            Ok(size) => Ok(PlannedRun { shape: Vec::new(), size_bytes: Some(size) }),
+            Err(_) => Err(format!("{text:?} is neither a shape such as 1x1024x1024 nor a size such as 2GiB")),
+        },
+    };
+    let working_memory = run.map(planned).transpose()?;
+    Ok(PlanItem { model, components: None, device_id: device.map(str::to_owned), working_memory })
 }
 
 pub fn parse_limit(text: &str) -> Result<Limit, String> {

@@ -132,6 +132,12 @@ fn room_for_a_run_is_reserved_and_what_it_took_is_shown() {
     let both = [again.stdout.trim(), wide.stdout.trim()];
     daemon.run(&["free", both[0], both[1], "--peak", "1"]).expect(2);
     daemon.run(&["free", both[0], both[1]]).expect(0);
+    let planned = |run: &str| daemon.run(&["plan", &format!("tiny{run}")]);
+    assert!(planned("").expect(0).stdout.contains("fits"));
+    assert!(planned("+1MiB").expect(0).stdout.contains("1.0 MiB"));
+    assert!(planned("@sim:0+1TiB").expect(1).stdout.contains("tooLarge"));
+    planned("+1x64").expect(1);
+    planned("+much").expect(2);
     daemon.run(&["reserve"]).expect(2);
     daemon.run(&["reserve", "1MiB", "--model", "m", "--shape", "1x0"]).expect(2);
     daemon.run(&["reserve", "1MiB", "--shape", "1"]).expect(2);

@@ -3,15 +3,13 @@
 use std::collections::BTreeMap;
 
 use axum::extract::State;
-use vramd_api::{
-    ApiError, ComponentName, DeviceId, MAX_PLANNED, MemoryPlan, ModelName, PlanRequest, Success,
-};
+use vramd_api::{ApiError, ComponentName, MAX_PLANNED, MemoryPlan, ModelName, PlanRequest, Success};
 
-use crate::driver::{Event, PlanLoads};
+use crate::driver::{Event, PlanLoads, PlannedLoad};
 use crate::http::App;
 use crate::http::extract::{Body, NoParams, Params};
 use crate::http::reply::{Answer, Errors, ok};
-use crate::loader;
+use crate::{loader, requests};
 
 /// What loads would come to
 ///
@@ -30,9 +28,9 @@ pub async fn plan(
     }
     let named = |device: &Option<String>| device.as_ref().map(|name| app.driver.devices.id(name)).transpose();
     let everywhere = named(&body.device_id)?;
-    let mut models: Vec<(ModelName, Option<Vec<ComponentName>>, Option<DeviceId>)> = Vec::new();
+    let mut models: Vec<PlannedLoad> = Vec::new();
     for (index, item) in body.models.into_iter().enumerate() {
-        if models.iter().any(|(name, ..)| *name == item.model) {
+        if models.iter().any(|other| other.model == item.model) {
             let what = format!("models[{index}] names {} a second time", item.model);
             return Err(ApiError::invalid("models", what).into());
         }
@@ -41,9 +39,11 @@ pub async fn plan(
             return Err(ApiError::invalid("models", what).hint("leave out components for all").into());
         }
         let device = named(&item.device_id)?.or_else(|| everywhere.clone());
-        models.push((item.model, item.components, device));
+        let run = item.working_memory;
+        run.as_ref().map_or(Ok(()), |run| requests::check_shape(&run.shape))?;
+        models.push(PlannedLoad { model: item.model, components: item.components, device, run });
     }
-    read_headers(&app, models.iter().map(|(name, ..)| name)).await?;
+    read_headers(&app, models.iter().map(|one| &one.model)).await?;
     let request = Box::new(PlanLoads { models });
     ok(app.driver.ask(|reply| Event::PlanLoads(request, reply)).await?)
 }
