@@ -41,7 +41,8 @@ impl Footprints {
 
     /// Learns from a run; answers what is known now, and what was forgotten for it.
     pub fn learn(&mut self, run: Run) -> (Footprint, Option<Footprint>) {
-        let rounded = |share: f64| (share * 1000.0).round() / 1000.0;
+        // Without a sign for nothing.
+        let rounded = |share: f64| (share * 1000.0).round() / 1000.0 + 0.0;
         let error = rounded(run.reserved_bytes as f64 / run.peak_bytes.max(1) as f64 - 1.0);
         let key: Key = (run.model, run.device, run.shape);
         let full = self.0.len() >= REMEMBERED && !self.0.contains_key(&key);

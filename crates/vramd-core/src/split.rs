@@ -23,9 +23,13 @@ pub struct Place {
 /// Where each of `parts` goes, an index of `places`, and how many seconds all of them take to load; None if they do not fit. A part
 /// is its size on each place, None where it can never be.
 pub fn split(parts: &[Vec<Option<u64>>], places: &[Place]) -> Option<(Vec<usize>, f64)> {
-    let ways = (0..parts.len()).try_fold(1_usize, |ways, _| ways.checked_mul(places.len()));
+    let takes =
+        |at: &usize| parts.iter().any(|part| part[*at].is_some_and(|bytes| bytes <= places[*at].bytes));
+    let open: Vec<usize> = (0..places.len()).filter(takes).collect();
+    let ways = (0..parts.len()).try_fold(1_usize, |ways, _| ways.checked_mul(open.len()));
     let best = if ways.is_some_and(|ways| ways <= EXACT) {
-        let all = every_way(parts.len(), places.len());
+        let all = every_way(parts.len(), open.len())
+            .map(|way| way.into_iter().map(|at| open[at]).collect::<Vec<_>>());
         let costs = all.filter_map(|way| Some((Cost::of(parts, places, &way)?, way)));
         costs.min_by(|(a, _), (b, _)| {
             let devices = a.devices.cmp(&b.devices);
@@ -144,5 +148,10 @@ mod tests {
         let (way, _) = split(&parts, &places).expect("8 times 5 fit");
         assert!(Cost::of(&parts, &places, &way).is_some());
         assert_eq!(split(&everywhere(&[10; 41], 8), &places), None);
+        // Devices that can take nothing are no ways.
+        let parts = everywhere(&[14, 12, 10, 8, 4], 8);
+        let mut two = [place(3, 1.0); 8];
+        (two[2].bytes, two[5].bytes) = (24, 24);
+        assert!(split(&parts, &two).is_some_and(|(way, _)| way.iter().all(|at| [2, 5].contains(at))));
     }
 }

@@ -494,7 +494,8 @@ class Client:
         self, models: Iterable[str | bodies.PlanItem], *, device: str | None = None
     ) -> bodies.MemoryPlan:
         """What loads of these models would come to, in this order: where, what would go, how many seconds."""
-        items = [{"model": item} if isinstance(item, str) else item for item in models]
+        named = [models] if isinstance(models, str) else models
+        items = [{"model": item} if isinstance(item, str) else item for item in named]
         body = _given(models=items, deviceId=device)
         plan: bodies.MemoryPlan = self._transport.call("POST", "/api/memory/plan", body=body)
         return plan

@@ -60,8 +60,9 @@ def working_memory(
             raise
         # The daemon does not see this process: one of us is in a container.
         room = client.reserve(size_bytes, **fields)
-    peak = _Meter(_cuda()) if _is_card(room["deviceId"]) and _cuda() is not None else None
+    peak = None
     try:
+        peak = _Meter(_cuda()) if _is_card(room["deviceId"]) and _cuda() is not None else None
         yield room
     except BaseException:
         # What it took until then says little of a run that ends well, and 0 is nothing to learn from.
@@ -105,14 +106,13 @@ class _Meter:
         self._cuda = cuda
         self.bytes: int | None = None
         with self._lock:
-            self._running.add(self)
-            self._is_alone = len(self._running) == 1
+            self._is_alone = not self._running
             if self._is_alone:
                 cuda.reset_peak_memory_stats()
-            else:
-                for other in self._running:
-                    other._is_alone = False
             self._before = int(cuda.memory_allocated())
+            for other in self._running:
+                other._is_alone = False
+            self._running.add(self)
 
     def stop(self) -> None:
         with self._lock:

@@ -212,10 +212,10 @@ impl Book {
         needed.saturating_add(self.staying()).saturating_add(self.claimed).saturating_sub(self.most())
     }
 
-    /// What can be taken once what is on its way back is there.
-    pub fn room_to_be(&self) -> u64 {
+    /// What can be taken once what is on its way back is there, and `more`.
+    pub fn room_with(&self, more: u64) -> u64 {
         let held = self.staying().saturating_add(self.claimed);
-        if self.lost { 0 } else { self.most().saturating_sub(held) }
+        if self.lost { 0 } else { self.most().saturating_add(more).saturating_sub(held).min(self.limit()) }
     }
 
     /// Whether a segment is on its way back.

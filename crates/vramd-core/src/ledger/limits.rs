@@ -143,7 +143,7 @@ impl Ledger {
         standing
     }
 
-    /// What others have in reserve, and the most that the limits of their owners and purposes leave to requests.
+    /// What others have in reserve, and the most that the limits of owners and purposes leave that all of `requests` are of.
     pub(super) fn left_by_limits(&self, book: &Book, requests: &[Request], returning: bool) -> (u64, u64) {
         let (mut kept, mut most) = (0_u64, u64::MAX);
         for (party, share) in parties(&book.limits) {
@@ -154,7 +154,9 @@ impl Ledger {
             if !requests.iter().any(|request| party.has(request)) {
                 let reserve = share.reserve_bytes.map_or(0, Bytes::get);
                 kept = kept.saturating_add(reserve.saturating_sub(used));
-            } else if let Some(limit) = share.limit_bytes {
+            } else if let Some(limit) = share.limit_bytes
+                && requests.iter().all(|request| party.has(request))
+            {
                 most = most.min(limit.get().saturating_sub(used));
             }
         }

@@ -31,12 +31,18 @@ impl Ledger {
         allowed && self.held_for(requests, device).is_some_and(|bytes| bytes <= room)
     }
 
-    /// What a device has for such requests in all, as far as their limits go. `returning`: what is on its way back counts as there.
-    pub fn room_for(&self, requests: &[Request], device: &DeviceId, returning: bool) -> u64 {
+    /// What a device has for such requests in all, as far as their limits go.
+    pub fn room_for(&self, requests: &[Request], device: &DeviceId) -> u64 {
         let Some(book) = self.books.get(device) else { return 0 };
-        let room = if returning { book.room_to_be() } else { book.room_without_spare() };
-        let (kept, most) = self.left_by_limits(book, requests, returning);
-        room.saturating_sub(kept).min(most)
+        let (kept, most) = self.left_by_limits(book, requests, false);
+        book.room_without_spare().saturating_sub(kept).min(most)
+    }
+
+    /// What it will have once what is on its way back is there, and `more`.
+    pub fn room_with(&self, requests: &[Request], device: &DeviceId, more: u64) -> u64 {
+        let Some(book) = self.books.get(device) else { return 0 };
+        let (kept, most) = self.left_by_limits(book, requests, true);
+        book.room_with(more).saturating_sub(kept).min(most)
     }
 
     /// The same, with that share of the device left free and its soft limit kept.

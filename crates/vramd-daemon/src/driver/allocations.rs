@@ -228,7 +228,9 @@ impl State {
                 continue;
             }
             let request = &queued.requests[0];
-            let shortage = self.with_evictable(self.ledger.refusal(request, &queued.on), request, None);
+            let shortage = self.ledger.refusal(request, &queued.on);
+            let model = request.room.as_ref().and_then(|room| room.model.as_ref());
+            let shortage = self.with_evictable(shortage, request, model);
             on_ready.refuse(&mut self.outbox, || timed_out(refusal(&shortage)));
         }
         let waiting = &mut self.waiting;

@@ -135,7 +135,10 @@ impl State {
             let of_others = entry.plan.as_ref().is_ok_and(|plan| self.has_bytes(plan, device));
             held || of_others
         };
-        let missing: Vec<&ComponentName> = wanted.iter().filter(|component| !is_there(component)).collect();
+        // A load that names no device finds it wherever its parts are.
+        let somewhere = planned.device.is_none() && self.places(model, &wanted).len() == wanted.len();
+        let missing: Vec<&ComponentName> =
+            wanted.iter().filter(|component| !somewhere && !is_there(component)).collect();
         let mut requests: Vec<Request> = missing
             .iter()
             .filter_map(|component| {
@@ -181,11 +184,15 @@ impl State {
     ) -> Result<u64, vramd_api::ApiError> {
         let said = run.size_bytes.map(Bytes::get);
         let devices = device.map_or_else(|| self.nearest_devices(), |device| vec![device.clone()]);
-        let expected = |device| self.footprints.expect(name, device, &run.shape, said);
+        let expected = |device| self.expected(Some(name), device, &run.shape, said);
         let most = devices.iter().filter_map(expected).map(|(bytes, _)| bytes).max();
         most.ok_or_else(|| {
-            let what = format!("how much a run of {name} takes is not known: no such run was measured");
-            vramd_api::ApiError::invalid("workingMemory", what).hint("say sizeBytes")
+            let names: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
+            let what =
+                format!("how much such a run of {name} takes was not measured on {}", names.join(", "));
+            let hint =
+                "say sizeBytes; `vramd footprints` shows what was measured, by model, device and shape";
+            vramd_api::ApiError::invalid("workingMemory", what).hint(hint)
         })
     }
 }

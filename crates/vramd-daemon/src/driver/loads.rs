@@ -146,6 +146,8 @@ impl State {
             return Ok(begun);
         }
         let missing = prepared.keys().cloned().collect();
+        // What is only kept in RAM may go to another card than it came from.
+        let device = device.filter(|_| !places.is_empty());
         self.begin_load(&Load { split: false, ..load.clone() }, device, prepared, missing)
     }
 
@@ -348,6 +350,10 @@ impl State {
                 let shortage = self.with_evictable(shortage, &whole, Some(&load.model));
                 let shortage = Shortage { could_fit: fits, ..shortage };
                 let error = refusal(&shortage);
+                if !fits && requests.len() > 1 && self.nearest_devices().len() > 1 {
+                    let hint = "no single device could hold all of it: with split (`vramd load --split`) its components may go to several";
+                    return Err(error.hint(hint));
+                }
                 return Err(if load.shortage.evict { nothing_to_evict(error) } else { error });
             };
             let id = operation(self, true);
@@ -381,9 +387,9 @@ impl State {
         // It may have come there otherwise while the load waited, or the rest of it may have gone.
         let changed = |model: &Model| {
             wanted.iter().any(|name| {
-                let there = model.components.get(name).and_then(|entry| entry.residency.get(&device));
+                let Some(entry) = model.components.get(name) else { return true };
                 let comes = prepared.contains_key(name) || shared.contains_key(name);
-                match there {
+                match entry.residency.get(&device) {
                     None => !comes,
                     Some(Residency::Resident { .. }) => comes,
                     Some(_) => true,

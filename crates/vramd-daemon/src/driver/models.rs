@@ -74,8 +74,10 @@ impl State {
     }
 
     fn removable(&self, model: &Model) -> Result<(), Busy> {
-        match self.waiting_load(&model.name) {
-            Some((operation, _)) => Err(Busy::Operation(operation)),
+        let waiting = self.waiting_load(&model.name).map(|(operation, _)| operation);
+        let splitting = self.splitting(&model.name).map(|(operation, _)| operation);
+        match waiting.or(splitting) {
+            Some(operation) => Err(Busy::Operation(operation)),
             None => model.removable(self.ledger.allocations()),
         }
     }

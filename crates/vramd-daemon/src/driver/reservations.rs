@@ -49,24 +49,24 @@ impl State {
                 }
             }
         };
-        let said = room.estimate_bytes.map(|bytes| (bytes, Basis::Estimate));
-        let expected = |device: &DeviceId| {
-            let known = room
-                .model
-                .as_ref()
-                .and_then(|name| self.footprints.expect(name, device, &room.shape, room.estimate_bytes));
-            // What the device could never hold was learned before a limit was set, or is of a shape that never ran.
-            let limit = self.ledger.limit(device).unwrap_or_default();
-            known.filter(|(bytes, _)| *bytes <= limit).or(said)
-        };
+        let expected = |device| self.expected(room.model.as_ref(), device, &room.shape, room.estimate_bytes);
         let mut known = devices.iter().filter_map(|device| Some((device, expected(device)?))).peekable();
         let first = known.peek().copied();
         let sized = |bytes| Request { size_bytes: bytes, ..allocate.request.clone() };
         let fits = known.find(|(device, (bytes, _))| self.ledger.has_room(&[sized(*bytes)], device));
         let Some((device, (bytes, basis))) = fits.or(first) else {
-            let what = "how much to reserve is not known: no such run was measured, or none that a device could hold";
-            return Err(ApiError::invalid("sizeBytes", what).hint("say sizeBytes"));
+            let names: Vec<_> = devices.iter().map(DeviceId::as_str).collect();
+            let what =
+                format!("how much to reserve is not known: no such run was measured on {}", names.join(", "));
+            let hint =
+                "say sizeBytes; `vramd footprints` shows what was measured, by model, device and shape";
+            return Err(ApiError::invalid("sizeBytes", what).hint(hint));
         };
+        let total = self.devices.get(device).map_or(0, |it| it.facts().total_bytes);
+        if room.held_bytes > total {
+            let what = format!("heldBytes {} is more than {device} has, which is {total}", room.held_bytes);
+            return Err(ApiError::invalid("heldBytes", what));
+        }
         allocate.on = Some(device.clone());
         allocate.reason = reason;
         allocate.request.size_bytes = bytes.clamp(1, Bytes::MAX);
@@ -75,6 +75,20 @@ impl State {
             room.learned_bytes = (basis == Basis::Learned).then_some(bytes);
         }
         Ok(())
+    }
+
+    /// How much a run is taken to need on a device.
+    pub(super) fn expected(
+        &self,
+        model: Option<&ModelName>,
+        device: &DeviceId,
+        shape: &[u64],
+        estimate: Option<u64>,
+    ) -> Option<(u64, Basis)> {
+        let known = model.and_then(|name| self.footprints.expect(name, device, shape, estimate));
+        // What the device could never hold was learned before a limit was set, or is of a shape that never ran.
+        let limit = self.ledger.limit(device).unwrap_or_default();
+        known.filter(|(bytes, _)| *bytes <= limit).or(estimate.map(|bytes| (bytes, Basis::Estimate)))
     }
 
     /// The devices that have parts of a model, those with most first.
@@ -121,10 +135,7 @@ impl State {
     pub(super) fn follow(&mut self, id: AllocationId) {
         let Some(room) = self.ledger.room(id) else { return };
         let told = (room.pid.is_none() && room.held_bytes > 0).then_some((self.now.tick, room.held_bytes));
-        let mine = self.process_of(id);
-        let others =
-            self.reservations.keys().filter(|other| mine.is_some() && self.process_of(**other) == mine);
-        let others: Vec<AllocationId> = others.copied().collect();
+        let others = self.process_of(id).map(|mine| self.of_process(&mine)).unwrap_or_default();
         for other in &others {
             if let Some(other) = self.reservations.get_mut(other) {
                 other.is_shared = true;
@@ -163,16 +174,20 @@ impl State {
                 let Some(held) = self.ledger.allocation(*id).filter(|it| it.device == *device) else {
                     continue;
                 };
-                // Neither what was said nor what was begun meanwhile is in these figures for certain.
-                let when = reserved.told.map_or(reserved.since, |(when, _)| when);
-                if when >= began {
-                    continue;
-                }
                 // Of a process that cannot be measured any more, nothing is known to be in use.
                 let left = self.process_of(*id).map(|(pid, _)| {
                     let base = self.base_of(pid, device);
                     taken.entry(pid).or_insert(used.get(&pid).map_or(0, |used| used.saturating_sub(base)))
                 });
+                // Neither what was said nor what was begun meanwhile is in these figures for certain.
+                let when = reserved.told.map_or(reserved.since, |(when, _)| when);
+                if when >= began {
+                    let used = self.ledger.room(*id).map_or(0, |room| room.used_bytes);
+                    if let Some(left) = left {
+                        *left = left.saturating_sub(used);
+                    }
+                    continue;
+                }
                 let most = left.as_ref().map_or(u64::MAX, |left| **left);
                 let own = match reserved.told {
                     Some((_, bytes)) => bytes.min(most),
@@ -188,11 +203,15 @@ impl State {
         }
     }
 
-    /// What a process used on a device before its oldest reservation there.
+    /// What a process used on a device before any of its reservations there.
     fn base_of(&self, pid: u32, device: &DeviceId) -> u64 {
-        let of = |id: &&AllocationId| self.process_of(**id).is_some_and(|it| it == (pid, device.clone()));
-        let oldest = self.reservations.keys().find(of).and_then(|id| self.ledger.room(*id));
-        oldest.and_then(|room| room.base_bytes).unwrap_or_default()
+        let bases = self.of_process(&(pid, device.clone()));
+        bases.into_iter().filter_map(|id| self.ledger.room(id)?.base_bytes).min().unwrap_or_default()
+    }
+
+    fn of_process(&self, process: &(u32, DeviceId)) -> Vec<AllocationId> {
+        let of = |id: &&AllocationId| self.process_of(**id).as_ref() == Some(process);
+        self.reservations.keys().filter(of).copied().collect()
     }
 
     /// Ends the reservations of processes that have ended, and on devices that are lost.
@@ -246,7 +265,14 @@ impl State {
     /// A reservation is over: what it took is learned, if its owner released it and that is known.
     pub(super) fn learn(&mut self, allocation: &Allocation) -> Option<Footprint> {
         let room = allocation.request.room.as_deref()?;
-        let reserved = self.reservations.remove(&allocation.request.id).filter(|it| it.is_released)?;
+        let reserved = self.reservations.remove(&allocation.request.id);
+        // What its process gives back with it is no use of those that it still has.
+        if let (Some(pid), Some(base)) = (room.pid, room.base_bytes) {
+            for other in self.of_process(&(pid, allocation.device.clone())) {
+                self.ledger.note_room(other, |room| room.base_bytes = room.base_bytes.min(Some(base)));
+            }
+        }
+        let reserved = reserved.filter(|it| it.is_released)?;
         let measured = room.peak_bytes.filter(|_| !reserved.is_shared || reserved.told.is_some());
         let run = Run {
             model: room.model.clone()?,

@@ -251,7 +251,8 @@ impl State {
                 || model.priority > priority
                 || asking == Some(&model.name)
                 || self.changing.contains(&model.name)
-                || self.waiting_load(&model.name).is_some())
+                || self.waiting_load(&model.name).is_some()
+                || self.splitting(&model.name).is_some())
         };
         let here =
             |model: &&Model| model.components.values().any(|entry| entry.residency.contains_key(device));

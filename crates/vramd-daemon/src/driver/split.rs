@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 
 use vramd_api::{
-    AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, ModelName, Operation,
-    OperationId, OperationKind, OperationState,
+    AllocationType, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, EvictedComponent, ModelName,
+    Operation, OperationId, OperationKind, OperationState,
 };
 use vramd_core::ledger::{Request, Shortage};
 use vramd_core::models::{Model, Residency};
@@ -254,11 +254,10 @@ impl State {
         let place = |device: &DeviceId| {
             let limit = self.ledger.limit(device).unwrap_or_default();
             let bytes = match capacity {
-                Capacity::Free => self.ledger.room_for(&all, device, false),
+                Capacity::Free => self.ledger.room_for(&all, device),
                 Capacity::Evictable => {
-                    let idle = self.candidates_for(device, first, Some(&load.model));
-                    let room = self.ledger.room_for(&all, device, true);
-                    idle.iter().fold(room, |sum, one| sum.saturating_add(one.candidate.bytes))
+                    let idle = self.evictable(prepared, device, first, &load.model);
+                    self.ledger.room_with(&all, device, idle)
                 }
                 Capacity::Limit => limit.saturating_sub(self.held_by_model(&load.model, device)),
             };
@@ -288,6 +287,12 @@ impl State {
             let names: Vec<_> = components.iter().map(ComponentName::as_str).collect();
             format!("{} on {device}", names.join(", "))
         };
+        let limited = matches!(capacity, Capacity::Limit);
+        if !limited
+            && !groups.iter().all(|(device, names)| self.is_possible(missing, device, names, capacity))
+        {
+            return None;
+        }
         let shown: Vec<_> = groups.iter().map(named).collect();
         let went = if matches!(capacity, Capacity::Evictable) { " without others going" } else { "" };
         let reason = format!(
@@ -295,6 +300,47 @@ impl State {
             shown.join("; ")
         );
         Some((groups, reason))
+    }
+
+    /// What may go on a device for a model that shares none of it.
+    fn evictable(
+        &self,
+        prepared: &BTreeMap<ComponentName, Prepared>,
+        device: &DeviceId,
+        request: &Request,
+        name: &ModelName,
+    ) -> u64 {
+        let idle = self.candidates_for(device, request, Some(name));
+        let is_shared = |part: &EvictedComponent| {
+            let entry = self.models.get(&part.model).and_then(|model| model.components.get(&part.component));
+            let plan = entry.and_then(|entry| entry.plan.as_ref().ok());
+            plan.is_some_and(|plan| prepared.values().any(|one| one.plan.is_same(plan)))
+        };
+        let others = idle.iter().filter(|one| !one.parts.iter().any(is_shared));
+        others.fold(0, |sum, one| sum.saturating_add(one.candidate.bytes))
+    }
+
+    /// Whether a device can really have a group: as its own load will be asked for it.
+    fn is_possible(
+        &self,
+        missing: &Missing<'_>,
+        device: &DeviceId,
+        names: &BTreeSet<ComponentName>,
+        capacity: Capacity,
+    ) -> bool {
+        let comes = |name: &ComponentName| {
+            missing.prepared.get(name).is_some_and(|one| !self.has_bytes(&one.plan, device))
+        };
+        let requests = missing.requests.iter().filter(|(name, _)| names.contains(name) && comes(name));
+        let requests: Vec<Request> = requests.map(|(_, request)| request.clone()).collect();
+        let Some(first) = requests.first() else { return true };
+        match capacity {
+            Capacity::Free => self.ledger.has_room(&requests, device),
+            Capacity::Evictable | Capacity::Limit => {
+                let idle = || self.evictable(missing.prepared, device, first, &missing.load.model);
+                self.ledger.lacks(&requests, device).is_some_and(|lacks| lacks == 0 || lacks <= idle())
+            }
+        }
     }
 
     /// What a device has of a model.
@@ -394,9 +440,13 @@ impl State {
                     serde_json::json!({ "deviceId": device, "components": components, "operationId": load })
                 };
                 let devices: Vec<_> = splitting.groups.iter().map(group).collect();
+                let results =
+                    splitting.groups.iter().filter_map(|group| group.ended.as_ref()?.result.as_ref());
+                let evicted: Vec<_> =
+                    results.filter_map(|result| result["evicted"].as_array()).flatten().collect();
                 return Some(Ok(serde_json::json!({
                     "model": splitting.model, "loaded": !devices.is_empty(), "devices": devices,
-                    "reason": splitting.reason,
+                    "reason": splitting.reason, "evicted": evicted,
                 })));
             }
             let what = format!("model {} changed meanwhile", splitting.model);
@@ -442,6 +492,13 @@ impl State {
         if model.operation(None).is_none() {
             let places = self.places(model, &splitting.wanted);
             prepared.retain(|name, _| !places.contains_key(name));
+            let is_gone =
+                |name: &&ComponentName| !places.contains_key(*name) && !prepared.contains_key(*name);
+            if let Some(name) = splitting.wanted.iter().find(is_gone) {
+                let what = format!("{}/{name} went while the load waited", load.model);
+                splitting.failed = Some(ApiError::new(ErrorCode::Conflict, what).hint("load it again"));
+                return Some(());
+            }
             if prepared.is_empty() {
                 return Some(());
             }
@@ -483,8 +540,10 @@ impl State {
         let (goes, stays): (BTreeSet<_>, BTreeSet<_>) = components
             .into_iter()
             .partition(|component| self.holders_by(model, Some(device), Some(component)).is_empty());
-        let unload = self.begin_unload(name, vec![device.clone()], Some(&goes), false);
+        let unload = (!goes.is_empty())
+            .then(|| self.begin_unload(name, vec![device.clone()], Some(&goes), false))
+            .and_then(Result::ok);
         let stays = stays.into_iter().map(|component| format!("{component} on {device}"));
-        (unload.ok().map(|begun| begun.operation_id), stays.collect())
+        (unload.map(|begun| begun.operation_id), stays.collect())
     }
 }

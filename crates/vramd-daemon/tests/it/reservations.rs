@@ -170,6 +170,16 @@ fn what_a_process_with_several_takes_is_charged_once_and_learned_if_it_says_what
     assert_eq!(released(&daemon, &one, None)["footprint"], Value::Null);
     let learned = released(&daemon, &two, Some(12 * MIB))["footprint"]["learnedBytes"].clone();
     assert_eq!(learned, json!(12 * MIB));
+    // One that is left when an older one has gone is charged what its process takes then.
+    let old = reserved(&daemon, &body(8));
+    sim.set_process_bytes(pid, 38 * MIB);
+    daemon.status_when("sim:0", "the old one full", |it| it["workerBytes"] == json!(8 * MIB));
+    let young = reserved(&daemon, &body(20));
+    sim.set_process_bytes(pid, 30 * MIB);
+    released(&daemon, &old, None);
+    sim.set_process_bytes(pid, 36 * MIB);
+    daemon.status_when("sim:0", "the young one in use", |it| it["workerBytes"] == json!(6 * MIB));
+    released(&daemon, &young, None);
     worker.kill().expect("it is ours");
     worker.wait().expect("it ends");
     sim.set_process_bytes(pid, 0);
@@ -366,6 +376,7 @@ fn bad_reservations_are_refused_and_leave_nothing() {
         ("leaseSeconds", json!({"sizeBytes": 1, "leaseSeconds": 0})),
         ("timeoutSeconds", json!({"sizeBytes": 1, "timeoutSeconds": 5})),
         ("purpose", json!({"sizeBytes": 1, "purpose": "\u{7}"})),
+        ("heldBytes", json!({"sizeBytes": 1, "heldBytes": 65 * MIB})),
     ] {
         daemon.post(PATH, &body).refuses(field);
     }

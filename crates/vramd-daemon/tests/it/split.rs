@@ -124,6 +124,7 @@ fn others_go_for_it_where_there_is_no_room_either_way() {
     assert_eq!(daemon.status("sim:1")["reservedBytes"], 0, "it holds nothing while it waits");
     assert_eq!(daemon.load("sdxl", &json!({})), waits, "others wait with it");
     daemon.post("/api/models/sdxl/unload", &json!({})).error("CONFLICT");
+    daemon.delete("/api/models/sdxl").error("CONFLICT");
     let short = daemon.load("sdxl", &json!({"deviceId": "sim:1", "components": ["vae"]}));
     assert_eq!(daemon.ended(&short)["state"], "Completed", "it is in nobody's way");
     drop(reader);
@@ -277,6 +278,35 @@ fn what_is_attached_of_one_that_is_cancelled_stays_and_is_named() {
     assert!(ended["error"]["details"]["stays"].as_str().is_some_and(|it| it.contains(&name)), "{ended:#}");
     assert!(ended["bytesDone"].as_u64() > Some(0), "{ended:#}");
     drop(reader);
+}
+
+#[test]
+fn nothing_goes_for_one_that_has_no_way_even_so() {
+    let daemon = with_pipeline(&[32 * MIB, 32 * MIB]);
+    daemon.loaded("a", "sim:0");
+    daemon.loaded("b", "sim:1");
+    let begun = std::time::Instant::now();
+    wait_for("both to be nobody's", || (begun.elapsed().as_millis() > 1200).then_some(()));
+    // What others have in reserve is lacking even with all of `a` gone.
+    let reserve = json!({"limitBytes": null, "owners": {"them": {"reserveBytes": 10 * MIB}}});
+    for device in ["sim:0", "sim:1"] {
+        daemon.put(&format!("/api/memory/limits/{device}"), &reserve).data(200);
+    }
+    daemon.post("/api/models/sdxl/load", &split()).error("INSUFFICIENT_MEMORY");
+    // Nor does a limit of one component's go up by what others give back.
+    let limit = json!({"limitBytes": null, "purposes": {"sdxl/unet": {"limitBytes": 8 * MIB}}});
+    for device in ["sim:0", "sim:1"] {
+        daemon.put(&format!("/api/memory/limits/{device}"), &limit).data(200);
+    }
+    daemon.post("/api/models/sdxl/load", &split()).error("INSUFFICIENT_MEMORY");
+    assert!(daemon.residency("a").len() == 1 && daemon.residency("b").len() == 1 && nowhere(&daemon));
+    for device in ["sim:0", "sim:1"] {
+        daemon.put(&format!("/api/memory/limits/{device}"), &json!({"limitBytes": null})).data(200);
+    }
+    assert_eq!(daemon.ended(&daemon.load("sdxl", &split()))["state"], "Completed");
+    // However it is spread, it is there: for plans too.
+    let plan = daemon.post("/api/memory/plan", &json!({"models": [{"model": "sdxl"}]})).data(200);
+    assert_eq!(plan["models"][0]["outcome"], "resident", "{plan:#}");
 }
 
 #[test]

@@ -356,7 +356,7 @@ pub struct AllocArguments {
     /// What to do when there is no room
     #[arg(long, default_value = "fail", ignore_case = true, value_parser = words(ON_SHORTAGE))]
     pub on_shortage: OnShortage,
-    /// How long to wait for room [default: 30 with wait, and with evict until what goes is gone]
+    /// How long to wait for room; with evict, once what goes for it is gone [default: 30 with wait]
     #[arg(long, value_name = "SECONDS")]
     pub timeout_seconds: Option<u64>,
     /// For whom: a label
@@ -481,7 +481,7 @@ pub struct LoadArguments {
     /// What to do when there is no room [default: evict]
     #[arg(long, ignore_case = true, value_parser = words(ON_SHORTAGE))]
     pub on_shortage: Option<OnShortage>,
-    /// How long to wait for room [default: 30 with wait, and with evict until what goes is gone]
+    /// How long to wait for room; with evict, once what goes for it is gone [default: 30 with wait]
     #[arg(long, value_name = "SECONDS")]
     pub timeout_seconds: Option<u64>,
     /// Its components may go to different devices, if none has room for all of them

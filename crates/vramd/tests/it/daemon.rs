@@ -233,7 +233,7 @@ fn what_the_daemon_refuses_ends_with_one_and_a_hint() {
         (&["alloc", "1TiB", "--on-shortage", "wait", "--timeout-seconds", "0"], "1.0 TiB"),
         (&["status", "sim:9"], "sim:9"),
         (&["limits", "sim:9"], "sim:9"),
-        (&["reserve", "--model", "never"], "not known"),
+        (&["reserve", "--model", "never"], "no such run was measured on sim:0"),
         (&["reserve", "1TiB"], "1.0 TiB"),
     ] {
         let ended = daemon.run(arguments).expect(1);
