@@ -32,6 +32,7 @@ positive_data_acceptance.expected-statuses = ["2xx", 400, 403, 404, 409, 422, 50
 known: dict[str, list[str]] = {
     "deviceId": ["sim:0", "cpu:0"],
     "name": ["tiny"],
+    "model": ["tiny"],
     "allocationId": [],
     "operationId": [],
 }
@@ -42,10 +43,11 @@ chance = random.Random(1)
 def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: Any) -> None:
     """Lets most sound requests name something that is there, and none wait for room for a day."""
     body = case.body if isinstance(case.body, dict) else {}
-    if body.get("onShortage") == "wait":
-        seconds = body.get("timeoutSeconds")
-        if seconds is None or (isinstance(seconds, int) and 0 <= seconds <= 86400):
-            body["timeoutSeconds"] = 0
+    seconds = body.get("timeoutSeconds")
+    if body.get("onShortage") == "wait" and seconds is None:
+        body["timeoutSeconds"] = 0
+    if body.get("onShortage") in ("wait", "evict") and isinstance(seconds, int) and 0 <= seconds <= 86400:
+        body["timeoutSeconds"] = 0
     components = case.meta.components if case.meta else {}
     unsound = {location.value for location, info in components.items() if info.mode.value == "negative"}
     if "path" not in unsound:
