@@ -71,7 +71,7 @@ pub fn reserve(body: ReserveRequest, on: Option<DeviceId>, caller: Caller) -> Re
         );
     }
     if let (Some(pid), Some(uid)) = (body.pid, caller.uid)
-        && !is_trusted(uid)
+        && !caller.is_admin()
         && crate::platform::uid_of(pid) != Some(uid)
     {
         let error = ApiError::new(ErrorCode::PermissionDenied, format!("process {pid} is another user's"));
@@ -183,10 +183,6 @@ pub fn lease_seconds(seconds: u64) -> Result<u64, ApiError> {
     ))
 }
 
-fn is_trusted(uid: u32) -> bool {
-    uid == 0 || uid == crate::platform::own_uid()
-}
-
 /// On the Unix socket an ordinary user owns only what carries their own uid; the daemon's user and root may use
 /// any label.
 fn owner(asked: Option<OwnerName>, caller: Caller) -> Result<OwnerName, ApiError> {
@@ -194,7 +190,7 @@ fn owner(asked: Option<OwnerName>, caller: Caller) -> Result<OwnerName, ApiError
         return Ok(asked.unwrap_or_else(|| "local".parse().expect("a valid owner")));
     };
     let mine = format!("uid:{uid}");
-    let trusted = is_trusted(uid);
+    let trusted = caller.is_admin();
     let name = match asked {
         None => mine,
         Some(label) if trusted => return Ok(label),

@@ -90,7 +90,8 @@ pub struct Shortage {
     pub requested_bytes: u64,
     pub available_bytes: u64,
     pub largest_free_bytes: u64,
-    /// What one block could get if all went that may go for it, which is not in these books: as much as now.
+    /// What one block could get if all went that may go for it. What that is, these books do not say: until the caller adds it, as
+    /// much as now.
     pub largest_after_eviction_bytes: u64,
     /// What one block could get if the shared segments of one device were packed, at most; of all that it may go to.
     pub largest_after_compaction_bytes: u64,

@@ -24,8 +24,12 @@ impl Ledger {
     /// So much of room is in use. To be told only of what a later measurement of the device shows as somebody else's: it is
     /// charged once.
     pub fn fill(&mut self, id: AllocationId, bytes: u64) {
+        let Some(allocation) = self.allocations.get(&id) else { return };
+        // What goes beyond its room is as foreign as anything.
+        let used = bytes.min(allocation.block_bytes);
+        let same = |room: &Room| room.used_bytes == used && room.peak_bytes >= Some(bytes);
         // Most of the time nothing has changed, and snapshots share what did not.
-        if self.room(id).is_none_or(|room| room.used_bytes == bytes && room.peak_bytes >= Some(bytes)) {
+        if allocation.request.room.as_deref().is_none_or(same) {
             return;
         }
         let Some(allocation) = self.allocations.get_mut(&id).map(Arc::make_mut) else { return };
@@ -33,8 +37,6 @@ impl Ledger {
         else {
             return;
         };
-        // What goes beyond its room is as foreign as anything.
-        let used = bytes.min(allocation.block_bytes);
         book.filled = book.filled - room.used_bytes + used;
         room.used_bytes = used;
         room.peak_bytes = room.peak_bytes.max(Some(bytes));

@@ -76,7 +76,7 @@ impl State {
         device: Option<DeviceId>,
         caller: Caller,
     ) -> Result<Chosen, ApiError> {
-        if request.force && !is_admin(caller) {
+        if request.force && !caller.is_admin() {
             return Err(ApiError::new(
                 ErrorCode::PermissionDenied,
                 "only root and the daemon's own user may force",
@@ -458,9 +458,4 @@ impl Chosen {
             operations: Vec::new(),
         }
     }
-}
-
-/// Root, the daemon's own user, and whoever reaches its loopback port.
-fn is_admin(caller: Caller) -> bool {
-    caller.uid.is_none_or(|uid| uid == 0 || uid == crate::platform::own_uid())
 }

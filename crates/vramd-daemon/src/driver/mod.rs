@@ -153,6 +153,13 @@ pub struct Caller {
     pub uid: Option<u32>,
 }
 
+impl Caller {
+    /// Root, the daemon's own user, and whoever reaches its loopback port.
+    pub fn is_admin(self) -> bool {
+        self.uid.is_none_or(|uid| uid == 0 || uid == crate::platform::own_uid())
+    }
+}
+
 /// Everything that can happen to the daemon.
 #[derive(Debug)]
 pub enum Event {

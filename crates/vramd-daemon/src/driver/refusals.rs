@@ -6,7 +6,6 @@ use vramd_core::ledger::Shortage;
 use vramd_core::queue::MAX_WAITING;
 
 use super::Caller;
-use crate::platform;
 
 /// On the Unix socket an ordinary user frees, renews and attaches only what carries their own uid.
 pub(super) fn owned(id: AllocationId, owner: &OwnerName, caller: Caller) -> Result<(), ApiError> {
@@ -14,7 +13,7 @@ pub(super) fn owned(id: AllocationId, owner: &OwnerName, caller: Caller) -> Resu
     let mine = format!("uid:{uid}");
     let same =
         owner.as_str().strip_prefix(&mine).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    if same || uid == 0 || uid == platform::own_uid() {
+    if same || caller.is_admin() {
         return Ok(());
     }
     Err(ApiError::new(

@@ -166,7 +166,7 @@ impl State {
 
     /// Takes in what was measured on a device since `began`.
     pub(super) fn fill_reservations(&mut self, device: &DeviceId, used: &BTreeMap<u32, u64>, began: Tick) {
-        // What each process took since its oldest reservation here, and has not been charged yet.
+        // What each process took beyond what it had before its reservations here, and has not been charged yet.
         let mut taken: BTreeMap<u32, u64> = BTreeMap::new();
         // What was said goes before what can only be guessed.
         for told in [true, false] {

@@ -341,18 +341,25 @@ pub struct AllocArguments {
     /// Only devices with this type of memory
     #[arg(long, value_name = "TYPE", ignore_case = true, value_parser = words(MEMORY_TYPES))]
     pub memory_type: Option<MemoryType>,
-    /// Free text for people and statistics
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    pub purpose: String,
-    /// Who goes first when several wait
-    #[arg(long, default_value = "Normal", ignore_case = true, value_parser = words(PRIORITIES))]
-    pub priority: Priority,
     /// Keep it until it is freed, over restarts too
     #[arg(long, conflicts_with = "lease_seconds")]
     pub persistent: bool,
     /// Release it when it was not renewed for so long [default: 300]
     #[arg(long, value_name = "SECONDS")]
     pub lease_seconds: Option<u64>,
+    #[command(flatten)]
+    pub terms: Terms,
+}
+
+/// For whom room is, and what becomes of the request without it.
+#[derive(Debug, Args)]
+pub struct Terms {
+    /// Free text for people and statistics
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub purpose: String,
+    /// Who goes first when several wait
+    #[arg(long, default_value = "Normal", ignore_case = true, value_parser = words(PRIORITIES))]
+    pub priority: Priority,
     /// What to do when there is no room
     #[arg(long, default_value = "fail", ignore_case = true, value_parser = words(ON_SHORTAGE))]
     pub on_shortage: OnShortage,
@@ -387,24 +394,11 @@ pub struct ReserveArguments {
     /// What it is for [default: Activation]
     #[arg(long = "type", value_name = "TYPE", ignore_case = true, value_parser = words(ALLOCATION_TYPES))]
     pub allocation_type: Option<AllocationType>,
-    /// Free text for people and statistics
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    pub purpose: String,
-    /// Who goes first when several wait
-    #[arg(long, default_value = "Normal", ignore_case = true, value_parser = words(PRIORITIES))]
-    pub priority: Priority,
     /// Give it up when it was not renewed for so long [default: 300]
     #[arg(long, value_name = "SECONDS")]
     pub lease_seconds: Option<u64>,
-    /// What to do when there is no room
-    #[arg(long, default_value = "fail", ignore_case = true, value_parser = words(ON_SHORTAGE))]
-    pub on_shortage: OnShortage,
-    /// How long to wait for room [default: as for alloc]
-    #[arg(long, value_name = "SECONDS")]
-    pub timeout_seconds: Option<u64>,
-    /// For whom: a label
-    #[arg(long, value_name = "NAME")]
-    pub owner: Option<OwnerName>,
+    #[command(flatten)]
+    pub terms: Terms,
 }
 
 #[derive(Debug, Args)]

@@ -19,13 +19,13 @@ pub async fn alloc(client: &Client, arguments: AllocArguments, output: Output) -
         alignment: arguments.alignment,
         allocation_type: arguments.allocation_type,
         memory_type: arguments.memory_type,
-        purpose: arguments.purpose,
-        priority: arguments.priority,
+        purpose: arguments.terms.purpose,
+        priority: arguments.terms.priority,
         persistent: arguments.persistent,
-        timeout_seconds: arguments.timeout_seconds,
+        timeout_seconds: arguments.terms.timeout_seconds,
         lease_seconds: arguments.lease_seconds,
-        on_shortage: arguments.on_shortage,
-        owner: arguments.owner,
+        on_shortage: arguments.terms.on_shortage,
+        owner: arguments.terms.owner,
     };
     let allocation = client.allocate(arguments.device.as_deref(), &request).await?;
     let leases = leases(&allocation);

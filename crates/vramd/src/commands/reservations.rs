@@ -21,12 +21,12 @@ pub async fn reserve(
         pid: arguments.pid,
         held_bytes: arguments.held,
         allocation_type: arguments.allocation_type,
-        purpose: arguments.purpose,
-        priority: arguments.priority,
-        timeout_seconds: arguments.timeout_seconds,
+        purpose: arguments.terms.purpose,
+        priority: arguments.terms.priority,
+        timeout_seconds: arguments.terms.timeout_seconds,
         lease_seconds: arguments.lease_seconds,
-        on_shortage: arguments.on_shortage,
-        owner: arguments.owner,
+        on_shortage: arguments.terms.on_shortage,
+        owner: arguments.terms.owner,
     };
     let reserved = client.reserve(&request).await?;
     let why = reserved.reservation.as_ref().map_or("", |it| match it.basis {
