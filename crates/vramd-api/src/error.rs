@@ -61,6 +61,8 @@ error_codes! {
     Cancelled = 499, false;
     /// A bug in vramd: please report it with the log.
     Internal = 500, false;
+    /// A worker did not do what it was asked, or answered what nobody can read; `details.workerCode` is its own word for it.
+    WorkerFailed = 502, false;
     /// A model file could not be read: the disk or the file system failed.
     ModelReadFailed = 503, true;
     /// What arrived on a device is not what was sent to it. The old bytes are as they were.
@@ -69,9 +71,9 @@ error_codes! {
     DeviceLost = 503, true;
     /// The daemon's own store could not be written: the disk is full or failed. Nothing was changed.
     StoreFailed = 503, true;
-    /// The daemon is starting or stopping, or a process that it has for a device ended meanwhile.
+    /// The daemon is starting or stopping, or a process that was to do it ended meanwhile or does not answer.
     Unavailable = 503, true;
-    /// The wait ended before there was room; `details` has the same figures as `INSUFFICIENT_MEMORY`.
+    /// The wait ended before there was room, and `details` has the same figures as `INSUFFICIENT_MEMORY`; or before an answer was there.
     Timeout = 504, true;
     /// There is not enough memory; `details` says how much was asked, is free and who holds the rest.
     InsufficientMemory = 507, true;

@@ -49,6 +49,21 @@ pub enum EventKind {
     DeviceFault,
     #[serde(rename = "pressure.changed")]
     PressureChanged,
+    /// A worker is there; its process was started, or it joined.
+    #[serde(rename = "worker.started")]
+    WorkerStarted,
+    /// It has answered the handshake.
+    #[serde(rename = "worker.ready")]
+    WorkerReady,
+    /// It does not answer its heartbeats, or does again.
+    #[serde(rename = "worker.changed")]
+    WorkerChanged,
+    /// It did what the protocol forbids: `data.fault` says what.
+    #[serde(rename = "worker.fault")]
+    WorkerFault,
+    /// Its process or its connection has ended; `data` says how, and whether it is started again.
+    #[serde(rename = "worker.exited")]
+    WorkerExited,
     #[serde(rename = "limits.changed")]
     LimitsChanged,
     /// This subscriber was too slow: `data.missed` events were dropped for it.

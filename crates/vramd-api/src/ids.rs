@@ -59,6 +59,9 @@ uuid_id!(
 uuid_id!(
     /// Names one lease.
     LeaseId, "lease id");
+uuid_id!(
+    /// Names one worker, over all its restarts.
+    WorkerId, "worker id");
 
 macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident, $what:literal, $rule:literal, $pattern:literal, $example:literal, $check:expr) => {
@@ -112,6 +115,11 @@ text_id!(
     "1 to 128 letters, digits, '.', '_' or '-', beginning with a letter or a digit",
     "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", "weights", is_plain_name);
 text_id!(
+    /// What a worker is called, or a program that workers run.
+    WorkerName, "worker name",
+    "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or a digit",
+    "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", "embedder", is_worker_name);
+text_id!(
     /// Says for whom memory is held. A label, not a credential.
     OwnerName, "owner", "1 to 128 printable ASCII characters without spaces",
     "^[!-~]{1,128}$", "trainer", is_owner);
@@ -129,6 +137,11 @@ fn is_plain_name(text: &str) -> bool {
     (1..=128).contains(&text.len())
         && text.starts_with(|c: char| c.is_ascii_alphanumeric())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+/// An owner is made of it.
+fn is_worker_name(text: &str) -> bool {
+    text.len() <= 64 && is_plain_name(text)
 }
 
 fn is_owner(text: &str) -> bool {

@@ -21,11 +21,16 @@ mod plan;
 mod reservation;
 mod units;
 mod usage;
+mod worker;
+pub mod worker_protocol;
 
 pub use error::{ApiError, ErrorCode, Failure, Success};
 pub use event::{Event, EventKind};
 pub use health::{Health, ReadyFile};
-pub use ids::{AllocationId, BadName, ComponentName, DeviceId, LeaseId, ModelName, OperationId, OwnerName};
+pub use ids::{
+    AllocationId, BadName, ComponentName, DeviceId, LeaseId, ModelName, OperationId, OwnerName, WorkerId,
+    WorkerName,
+};
 pub use memory::{
     AllocateRequest, Allocation, AllocationHistoryEntry, AllocationPage, AllocationStatus, AllocationType,
     Candidate, Device, DeviceCapabilities, DeviceHealth, DeviceLimits, DevicePage, DeviceProcess,
@@ -53,6 +58,10 @@ pub use units::{BadSize, Bytes, parse_size};
 pub use usage::{
     DeviceUsage, MAX_USAGE_POINTS, USAGE_SECONDS, UsageAverage, UsagePage, UsagePeak, UsageRates,
     UsageSample, UsageShare,
+};
+pub use worker::{
+    CallWorker, LimitKind, LogLine, RestartPolicy, StartWorker, Worker, WorkerAnswer, WorkerExit,
+    WorkerFault, WorkerLimit, WorkerMemory, WorkerModel, WorkerModelState, WorkerPage, WorkerState,
 };
 
 /// The version of this build, as in every `Cargo.toml` of the workspace.

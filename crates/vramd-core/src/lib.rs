@@ -1,6 +1,6 @@
 //! The decisions of vramd: facts in, decisions out.
 //!
-//! Owns the ledger, placement, what goes when room is needed and what of it is kept in RAM, what runs take beside the weights, plans of loads and of moves, how components are spread over devices, the queue of requests that wait, quiet hours, pressure, the registry of models and the reading
+//! Owns the ledger, placement, what goes when room is needed and what of it is kept in RAM, what runs take beside the weights, plans of loads and of moves, how components are spread over devices, the queue of requests that wait, quiet hours, pressure, when workers are started again, the registry of models and the reading
 //! of model headers, the replay of traces, and a simulator of machines. Leaves out everything that touches the world: no IO, no clock, no async, no randomness, no
 //! ids of its own making beyond counters. The same code runs in the daemon and in property tests over random
 //! histories.
@@ -18,6 +18,7 @@ pub mod queue;
 pub mod quiet_hours;
 mod ranges;
 pub mod replay;
+pub mod restarts;
 pub mod simulation;
 pub mod split;
 pub mod succession;

@@ -17,6 +17,7 @@ mod server;
 mod source;
 mod store;
 mod usage;
+mod workers;
 
 use std::collections::BTreeMap;
 use std::fs::TryLockError;
@@ -30,11 +31,13 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
-use vramd_api::{ComponentName, DeviceId, EvictionPolicy, KeepAlive, ModelName, ReadyFile};
+use vramd_api::{
+    ApiError, ComponentName, DeviceId, EvictionPolicy, KeepAlive, ModelName, ReadyFile, StartWorker,
+};
 
 pub use clock::LocalTime;
 pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, directml, vulkan_adapters};
-use driver::{Driver, Event, Load, OnShortage, Rules, Schedule, Tiers};
+use driver::{Driver, Event, Home, Load, OnShortage, Rules, Schedule, Tiers};
 pub use http::openapi_json;
 use platform::LocalListener;
 use server::{RemoveOnDrop, Server};
@@ -43,6 +46,7 @@ use store::{Store, StoreError};
 pub use vramd_core::quiet_hours::QuietHours;
 #[cfg(unix)]
 pub use vramd_device::cuda::{LoaderCommand, serve as serve_loader};
+pub use workers::{Program, Programs};
 
 /// How long the driver may take to end what runs when the daemon stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -83,6 +87,10 @@ pub struct Config {
     pub ram_tier_bytes: Option<u64>,
     /// What of RAM is left to other programs before such models go from there too; unset: a tenth of it.
     pub ram_reserve_bytes: Option<u64>,
+    /// The programs that may be run as workers.
+    pub worker_programs: Programs,
+    /// The workers that begin with the daemon.
+    pub workers: Vec<StartWorker>,
     /// Written once the daemon serves.
     pub ready_file: Option<PathBuf>,
 }
@@ -106,6 +114,8 @@ pub enum StartError {
     Devices(String),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error("the worker {name} of the configuration cannot be started: {source}")]
+    Worker { name: String, source: Box<ApiError> },
     #[error("the ready file {path} cannot be written", path = .path.display())]
     ReadyFile { path: PathBuf, source: io::Error },
     #[error("no threads could be started")]
@@ -129,6 +139,12 @@ impl StartError {
             Self::StateDir { .. } => "choose a directory that can be written to with --state-dir",
             Self::InUse { .. } => "stop that daemon, or choose another directory with --state-dir",
             Self::ModelRoot { .. } => "make the directory, or leave out its --model-root",
+            Self::Worker { source, .. } => {
+                return source
+                    .hint
+                    .clone()
+                    .or_else(|| Some("mend `workers` in vramd.toml, or --worker".to_owned()));
+            }
             Self::Threads(_) => "raise the limit on threads (ulimit -u)",
             Self::Devices(_) => "`vramd doctor` says what works on this machine",
             Self::Store(StoreError::TooNew { .. }) => "run the newer vramd, or choose another --state-dir",
@@ -202,7 +218,20 @@ pub async fn serve_on(
         KeepAlive::Seconds(seconds) => seconds,
         KeepAlive::Forever => u64::MAX,
     };
-    let rules = Rules { schedule, eviction: config.eviction, minimum_stay, tiers };
+    let socket = config.socket.as_ref().map(|path| path.display().to_string());
+    let server = address.map(|address| format!("http://{address}"));
+    let local = socket.as_ref().map(|path| format!("{}:{path}", if cfg!(windows) { "pipe" } else { "unix" }));
+    let home = Home { server: server.or(local), socket };
+    let launches = config
+        .workers
+        .iter()
+        .map(|worker| {
+            let name = worker.name.as_ref().unwrap_or(&worker.program).to_string();
+            requests::start_worker(worker.clone(), &config.worker_programs, &devices)
+                .map_err(|source| StartError::Worker { name, source: Box::new(source) })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let rules = Rules { schedule, eviction: config.eviction, minimum_stay, tiers, home };
     let (unasked, to_load) = tokio::sync::mpsc::unbounded_channel();
     let (driver, mut task) =
         Driver::start(devices, store, stored, run, rules, unasked).map_err(StartError::Threads)?;
@@ -210,10 +239,18 @@ pub async fn serve_on(
     let usage = usage::UsageHistory::default();
     let sampler = tokio::spawn(usage::sample(driver.clone(), usage.clone()));
     let port = address.map(|address| address.port());
-    let app = http::App::new(driver.clone(), roots.clone(), usage, port);
+    let programs = Arc::new(config.worker_programs);
+    let app = http::App::new(driver.clone(), roots.clone(), programs, usage, port);
     let server = tokio::spawn(
         Server::new(http::Service::new(app), driver.clone(), stopping.clone()).run(tcp, listener),
     );
+    for launch in launches {
+        let name = launch.name.as_ref().unwrap_or(&launch.program).to_string();
+        driver
+            .ask(|reply| Event::StartWorker(Box::new(launch), reply))
+            .await
+            .map_err(|source| StartError::Worker { name, source: Box::new(source) })?;
+    }
     let restore = tokio::spawn(restore(driver.clone(), roots.clone(), known, residents));
     let prefetcher = tokio::spawn(load_unasked(driver.clone(), roots, to_load));
 

@@ -3,11 +3,13 @@
 use uuid::Uuid;
 use vramd_api::{
     AllocateRequest, AllocationId, AllocationType, ApiError, Basis, Bytes, DeviceId, ErrorCode,
-    MAX_DIMENSIONS, OnShortage, OwnerName, ReserveRequest,
+    MAX_DIMENSIONS, OnShortage, OwnerName, ReserveRequest, StartWorker, WorkerName,
 };
 use vramd_core::ledger::{Request, Room};
 
-use crate::driver::{self, Allocate, Caller};
+use crate::devices::Devices;
+use crate::driver::{self, Allocate, Caller, Launch};
+use crate::workers::Programs;
 
 /// Bytes that any request is aligned to when it names no alignment.
 const DEFAULT_ALIGNMENT: u64 = 256;
@@ -17,6 +19,8 @@ pub const DEFAULT_LEASE_SECONDS: u64 = 300;
 const MAX_LEASE_SECONDS: u64 = 365 * 24 * 3600;
 const DEFAULT_WAIT_SECONDS: u64 = 30;
 const MAX_WAIT_SECONDS: u64 = 24 * 3600;
+pub const DEFAULT_HEARTBEAT_SECONDS: u64 = 5;
+const MAX_HEARTBEAT_SECONDS: u64 = 3600;
 
 /// Checks a request for memory by `caller`.
 pub fn allocate(
@@ -115,6 +119,62 @@ pub fn check_shape(shape: &[u64]) -> Result<(), ApiError> {
         return Err(ApiError::invalid("shape", "shape has a 0").hint("leave out what a run has none of"));
     }
     Ok(())
+}
+
+/// Checks what a caller would set in a worker's environment: what its program's configuration leaves to callers.
+pub fn environment(body: &StartWorker, programs: &Programs) -> Result<(), ApiError> {
+    let allowed = programs.get(&body.program).map(|program| &*program.environment).unwrap_or_default();
+    for (name, value) in &body.environment {
+        let may = |one: &String| match one.strip_suffix('*') {
+            Some(prefix) => name.starts_with(prefix),
+            None => name == one,
+        };
+        let field = |what: String| ApiError::invalid("environment", what);
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            return Err(field(format!("the variable {name:?} cannot be set")));
+        }
+        if !allowed.iter().any(may) {
+            let hint = if allowed.is_empty() {
+                format!(
+                    "no variable may: list it as worker_programs.{}.environment in vramd.toml",
+                    body.program
+                )
+            } else {
+                format!("those that may be set are: {}", allowed.join(", "))
+            };
+            return Err(field(format!("{name} may not be set for {}", body.program)).hint(hint));
+        }
+    }
+    Ok(())
+}
+
+/// Checks a request to start a worker, by somebody who may.
+pub fn start_worker(body: StartWorker, programs: &Programs, devices: &Devices) -> Result<Launch, ApiError> {
+    let Some(program) = programs.get(&body.program) else {
+        let known: Vec<_> = programs.keys().map(WorkerName::as_str).collect();
+        let hint = if known.is_empty() {
+            "none is: name them with --worker-program or in vramd.toml".to_owned()
+        } else {
+            format!("those that may are: {}", known.join(", "))
+        };
+        let what = format!("{} is no program that may be started", body.program);
+        return Err(ApiError::invalid("program", what).hint(hint));
+    };
+    let heartbeat_seconds = body.heartbeat_seconds.unwrap_or(DEFAULT_HEARTBEAT_SECONDS);
+    if !(1..=MAX_HEARTBEAT_SECONDS).contains(&heartbeat_seconds) {
+        let what = format!("heartbeatSeconds {heartbeat_seconds} is not from 1 to {MAX_HEARTBEAT_SECONDS}");
+        return Err(ApiError::invalid("heartbeatSeconds", what));
+    }
+    Ok(Launch {
+        program: body.program,
+        name: body.name,
+        command: program.command.clone(),
+        environment: body.environment,
+        device: body.device_id.map(|name| devices.id(&name)).transpose()?,
+        limit_bytes: body.memory_limit_bytes.map(Bytes::get),
+        restart: body.restart,
+        heartbeat_seconds,
+    })
 }
 
 /// What becomes of a request without room.

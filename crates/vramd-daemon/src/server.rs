@@ -1,4 +1,4 @@
-//! Listening: TCP for HTTP, one local socket for HTTP and attach frames, told apart by their first byte.
+//! Listening: TCP for HTTP, one local socket for HTTP, attach frames and workers, told apart by their first byte.
 
 use std::convert::Infallible;
 use std::io;
@@ -20,9 +20,10 @@ use vramd_api::attach::MAGIC;
 use vramd_api::{ApiError, ErrorCode, Failure, Holder};
 
 use crate::attach;
-use crate::driver::{Caller, Driver};
+use crate::driver::{Caller, Driver, Event, Joining};
 use crate::http::{self, Peer};
 use crate::platform::{self, LocalListener, LocalStream};
+use crate::workers;
 
 /// The most connections over TCP, as many over the local socket, and the most attached ones, at one time.
 const MAX_CONNECTIONS: usize = 1024;
@@ -103,6 +104,10 @@ impl Server {
                 let holder = Holder { pid, uid, command: platform::command(pid) };
                 self.attach(stream, holder).await;
             }
+            Ok(Ok(Some(b'{'))) => {
+                drop((place, watcher));
+                self.worker(stream, pid, uid).await;
+            }
             Ok(Ok(Some(_))) => self.http(stream, Caller { uid: Some(uid) }, watcher).await,
             Ok(Ok(None) | Err(_)) | Err(_) => {}
         }
@@ -119,6 +124,21 @@ impl Server {
             return;
         };
         attach::serve(stream, self.driver.clone(), holder, self.stopping.clone()).await;
+    }
+
+    /// A worker that somebody else started joins; once it is one of the driver's, that ends it.
+    async fn worker(&self, stream: LocalStream, pid: u32, uid: u32) {
+        let Some(joined) = workers::join(stream).await else { return };
+        let asked = async {
+            let device =
+                joined.join.device_id.as_ref().map(|name| self.driver.devices.id(name)).transpose()?;
+            let joining = Joining { name: joined.join.name.clone(), device, pid, uid };
+            self.driver.ask(|reply| Event::JoinWorker(Box::new(joining), reply)).await
+        };
+        match asked.await {
+            Ok(task) => workers::host(task, joined).await,
+            Err(error) => joined.refuse(&error).await,
+        }
     }
 
     async fn http<S>(&self, stream: S, caller: Caller, watcher: Watcher)

@@ -10,6 +10,7 @@ mod error;
 mod output;
 mod settings;
 mod system;
+mod worker_settings;
 
 use std::process::ExitCode;
 

@@ -17,6 +17,7 @@ use vramd_daemon::LoaderCommand;
 use vramd_daemon::{Adapters, CudaCards, QuietHours};
 
 use crate::system;
+use crate::worker_settings::{ConfiguredWorker, WorkerPrograms};
 
 /// A setting as documents and `config show` name it.
 #[derive(Debug)]
@@ -70,6 +71,10 @@ settings! {
         "The most host memory for idle models that had to go from a card and come back from there: `24GiB`, or `none`.";
     RAM_RESERVE = "ram_reserve", "--ram-reserve", "VRAMD_RAM_RESERVE", "a tenth of the machine's memory",
         "What is left to other programs: when less is free, models that had to go from a card go from host memory too: `4GiB`, or `none`.";
+    WORKER_PROGRAMS = "worker_programs", "--worker-program", "VRAMD_WORKER_PROGRAM", "none",
+        "Programs that may be run as workers, by name: `NAME=COMMAND`, its words separated by spaces. The flag may repeat; the variable separates them by `;`. In the file a list of words, or a table with `command` and the variables of its `environment` that callers may set.";
+    WORKERS = "workers", "--worker", "VRAMD_WORKER", "none",
+        "Workers that begin with the daemon: `NAME=PROGRAM`, or `NAME=PROGRAM@DEVICE`. The flag may repeat; the variable separates them by `;`. In the file `[[workers]]` with `name`, `program`, `device`, `memory_limit`, `environment`, `restart` and `heartbeat_seconds`.";
     LOG = "log", "--log", "VRAMD_LOG", "info",
         "What to log: a level, or a filter such as `info,vramd_daemon=debug`.";
 }
@@ -151,7 +156,7 @@ where
 }
 
 /// A size in a file: a text with a unit, or a number of bytes.
-fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Bytes>, D::Error> {
+pub fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Bytes>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged, expecting = "a size such as \"24GiB\", or a number of bytes")]
     enum Written {
@@ -195,6 +200,8 @@ pub struct Layer {
     pub page_pool: Option<Switch<Bytes>>,
     pub ram_tier: Option<Switch<Bytes>>,
     pub ram_reserve: Option<Switch<Bytes>>,
+    pub worker_programs: Option<WorkerPrograms>,
+    pub workers: Option<Vec<ConfiguredWorker>>,
     pub log: Option<String>,
 }
 
@@ -242,6 +249,8 @@ pub struct Settings {
     pub page_pool: Sourced<Switch<Bytes>>,
     pub ram_tier: Sourced<Option<Switch<Bytes>>>,
     pub ram_reserve: Sourced<Option<Switch<Bytes>>>,
+    pub worker_programs: Sourced<WorkerPrograms>,
+    pub workers: Sourced<Vec<ConfiguredWorker>>,
     pub log: Sourced<String>,
 }
 
@@ -319,6 +328,10 @@ pub fn resolve(
         ram_tier: pick.value(&RAM_TIER, |layer| layer.ram_tier.clone().map(Some)).or_default(None),
         ram_reserve: pick.value(&RAM_RESERVE, |layer| layer.ram_reserve.clone().map(Some)).or_default(None),
         quiet_hours: pick.value(&QUIET_HOURS, |layer| layer.quiet_hours.clone()).or_default(Switch::Off),
+        worker_programs: pick
+            .value(&WORKER_PROGRAMS, |layer| layer.worker_programs.clone())
+            .or_default(WorkerPrograms::default()),
+        workers: pick.value(&WORKERS, |layer| layer.workers.clone()).or_default(Vec::new()),
         log: pick.value(&LOG, |layer| layer.log.clone()).or_default(LOG.default.to_owned()),
     })
 }
@@ -400,6 +413,20 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
             reason: reason.to_string(),
         })
     }
+    fn list<T: FromStr>(environment: &Environment, setting: &Setting) -> Result<Option<Vec<T>>, SettingsError>
+    where
+        T::Err: fmt::Display,
+    {
+        let Some(value) = set(environment, setting.variable) else { return Ok(None) };
+        let text = value.to_string_lossy();
+        let parts = text.split(';').map(str::trim).filter(|part| !part.is_empty());
+        let parsed: Result<Vec<T>, T::Err> = parts.map(str::parse).collect();
+        parsed.map(Some).map_err(|reason| SettingsError::Variable {
+            variable: setting.variable,
+            text: text.clone().into_owned(),
+            reason: reason.to_string(),
+        })
+    }
     let path = |setting: &Setting| set(environment, setting.variable).map(PathBuf::from);
     Ok(Layer {
         listen: parse(environment, &LISTEN)?,
@@ -419,6 +446,8 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
         page_pool: parse(environment, &PAGE_POOL)?,
         ram_tier: parse(environment, &RAM_TIER)?,
         ram_reserve: parse(environment, &RAM_RESERVE)?,
+        worker_programs: list(environment, &WORKER_PROGRAMS)?.map(|list| list.into_iter().collect()),
+        workers: list(environment, &WORKERS)?,
         log: parse(environment, &LOG)?,
     })
 }
@@ -430,7 +459,7 @@ pub fn set<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsString>
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 17] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 19] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         let shown =
@@ -456,6 +485,8 @@ impl Settings {
             (PAGE_POOL.key, self.page_pool.value.shown(|bytes| json!(bytes.get())), &self.page_pool.origin),
             (RAM_TIER.key, shown(self.ram_tier.value.as_ref()), &self.ram_tier.origin),
             (RAM_RESERVE.key, shown(self.ram_reserve.value.as_ref()), &self.ram_reserve.origin),
+            (WORKER_PROGRAMS.key, json!(self.worker_programs.value), &self.worker_programs.origin),
+            (WORKERS.key, json!(self.workers.value), &self.workers.origin),
             (LOG.key, json!(self.log.value), &self.log.origin),
         ]
     }
@@ -482,6 +513,8 @@ impl Settings {
             page_pool_bytes: self.page_pool.value.on().map_or(0, Bytes::get),
             ram_tier_bytes: self.ram_tier.value.map(|it| it.on().map_or(0, Bytes::get)),
             ram_reserve_bytes: self.ram_reserve.value.map(|it| it.on().map_or(0, Bytes::get)),
+            worker_programs: self.worker_programs.value.daemon(),
+            workers: self.workers.value.into_iter().map(ConfiguredWorker::daemon).collect(),
             ready_file: absolute(self.ready_file.value)?,
         })
     }

@@ -6,12 +6,12 @@ use serde::de::DeserializeOwned;
 
 use super::{Client, ClientError};
 use crate::{
-    AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType,
+    AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType, CallWorker,
     ClearRequest, Cleared, CopyRequest, DefragmentPlans, DefragmentRequest, Device, DeviceLimits, DevicePage,
     DeviceStatus, DeviceUsage, FootprintPage, Health, LimitsPage, LoadRequest, MemoryPlan, MemoryStatus,
     Model, ModelName, ModelPage, Operation, OperationId, OperationPage, OperationState, PlanRequest,
-    PrefetchRequest, RegisterModel, Released, RenewRequest, ReserveRequest, SetLimits, TouchRequest,
-    TransferRequest, UnloadRequest, UsagePage,
+    PrefetchRequest, RegisterModel, Released, RenewRequest, ReserveRequest, SetLimits, StartWorker,
+    TouchRequest, TransferRequest, UnloadRequest, UsagePage, Worker, WorkerAnswer, WorkerPage,
 };
 
 /// Which allocations to list, in which order, and from where on.
@@ -300,6 +300,31 @@ impl Client {
         wait_seconds: u32,
     ) -> Result<T, ClientError> {
         self.send(self.request(Method::POST, path).query(&[("wait", wait_seconds)]).json(body)).await
+    }
+}
+
+/// Workers, each by its name or id.
+impl Client {
+    pub async fn workers(&self) -> Result<WorkerPage, ClientError> {
+        self.get(&["api", "workers"]).await
+    }
+
+    /// `include` may name `logs`.
+    pub async fn worker(&self, worker: &str, include: &[&str]) -> Result<Worker, ClientError> {
+        self.get_with(&["api", "workers", worker], &include_query(include)).await
+    }
+
+    pub async fn start_worker(&self, body: &StartWorker) -> Result<Worker, ClientError> {
+        self.post(&["api", "workers"], body).await
+    }
+
+    /// Answers once it has ended.
+    pub async fn stop_worker(&self, worker: &str) -> Result<Worker, ClientError> {
+        self.delete(&["api", "workers", worker]).await
+    }
+
+    pub async fn call_worker(&self, worker: &str, body: &CallWorker) -> Result<WorkerAnswer, ClientError> {
+        self.post(&["api", "workers", worker, "call"], body).await
     }
 }
 

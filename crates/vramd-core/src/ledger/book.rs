@@ -146,6 +146,8 @@ pub(super) struct Book {
     pub reserved: u64,
     /// What they have filled of it: not ours, but charged to them already.
     pub filled: u64,
+    /// What workers were last measured to have beside that and what they have attached.
+    pub workers: u64,
     pub allocation_count: u64,
     pub spare: Option<SegmentId>,
     /// Segments on their way back to the device.
@@ -169,6 +171,7 @@ impl Book {
             allocated: 0,
             reserved: 0,
             filled: 0,
+            workers: 0,
             allocation_count: 0,
             spare: None,
             destroying: 0,
@@ -396,15 +399,16 @@ impl Book {
         let of_others =
             self.measured.map_or(0, |measured| measured.used_bytes.saturating_sub(measured.held_bytes));
         let foreign = of_others.saturating_sub(self.filled);
+        let workers = self.workers.min(foreign);
         let largest_hole = self.largest.last().map_or(0, |(bytes, _)| *bytes);
         let open = self.room_without_spare() + (pool_free - self.spare_bytes());
         Usage {
             allocated_bytes: self.allocated,
             reserved_bytes: self.reserved - self.filled,
-            worker_bytes: self.filled,
+            worker_bytes: self.filled + workers,
             pool_free_bytes: pool_free,
             ready_bytes: self.measured.map_or(0, |measured| measured.ready_bytes),
-            foreign_bytes: foreign,
+            foreign_bytes: foreign - workers,
             used_bytes: self.held + foreign,
             available_bytes: if self.lost { 0 } else { open },
             largest_free_bytes: if self.lost { 0 } else { largest_hole.max(self.largest_new()) },

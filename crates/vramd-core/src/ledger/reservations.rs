@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vramd_api::AllocationId;
+use vramd_api::{AllocationId, DeviceId};
 
 use super::{Ledger, Room};
 
@@ -40,5 +40,12 @@ impl Ledger {
         book.filled = book.filled - room.used_bytes + used;
         room.used_bytes = used;
         room.peak_bytes = room.peak_bytes.max(Some(bytes));
+    }
+
+    /// What workers have on a device of their own, beside reservations: theirs, not anybody's.
+    pub fn note_workers(&mut self, device: &DeviceId, bytes: u64) {
+        if let Some(book) = self.books.get_mut(device) {
+            book.workers = bytes;
+        }
     }
 }

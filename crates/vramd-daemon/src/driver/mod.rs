@@ -27,6 +27,7 @@ mod split;
 mod tiers;
 mod transfers;
 mod unloads;
+mod workers;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -38,7 +39,7 @@ use vramd_api::{
     AllocateRequest, AllocationId, ApiError, ClearRequest, Cleared, ComponentName, CopyRequest,
     DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, EvictionPolicy,
     FootprintPage, Holder, KeepAlive, LeaseId, MemoryPlan, ModelName, Operation, OperationId, OwnerName,
-    PressureLevel, Released, RenewRequest, SetLimits, TransferRequest,
+    PressureLevel, Released, RenewRequest, SetLimits, TransferRequest, WorkerId,
 };
 use vramd_core::Now;
 use vramd_core::footprints::Footprints;
@@ -56,6 +57,7 @@ use crate::event_log::EventLog;
 use crate::mover::{self, Mover};
 use crate::source::Prepared;
 use crate::store::{Change, Store, StoreError, Stored};
+use crate::workers::{News, Task};
 
 pub use attachments::{Attachment, Moved, Told};
 pub use forecasts::{PlanLoads, PlannedLoad};
@@ -63,6 +65,7 @@ pub use operations::{Entry, Progress};
 pub use quiet_hours::Schedule;
 pub use snapshot::{DeviceView, Snapshot, memory_status};
 pub use tiers::Tiers;
+pub use workers::{Home, Joining, Launch, Workers, named as named_worker};
 
 /// How often leases, waits and keep-alives are looked at and devices are measured.
 const TICK: Duration = Duration::from_millis(250);
@@ -220,6 +223,11 @@ pub enum Event {
     },
     /// What happened on each device since this was last asked.
     TakeCounts(Reply<BTreeMap<DeviceId, Counts>>),
+    StartWorker(Box<Launch>, Reply<vramd_api::Worker>),
+    JoinWorker(Box<Joining>, Reply<Task>),
+    /// By its id or its name.
+    StopWorker(String, Caller, Reply<vramd_api::Worker>),
+    Worker(WorkerId, News),
     /// The next pass of a defragmentation is planned.
     Planned {
         operation: OperationId,
@@ -259,6 +267,8 @@ pub enum Event {
         reports: Vec<Report>,
         /// What processes used that fill reservations, before all else was measured.
         used_by: BTreeMap<u32, u64>,
+        /// What workers used.
+        workers: BTreeMap<u32, u64>,
         outcome: Result<Sample, DeviceError>,
     },
     /// A lost device was tried again.
@@ -313,6 +323,7 @@ pub struct Rules {
     /// In seconds.
     pub minimum_stay: u64,
     pub tiers: Tiers,
+    pub home: Home,
 }
 
 impl Driver {
@@ -369,6 +380,10 @@ impl Driver {
             pressure: BTreeMap::new(),
             measuring: BTreeMap::new(),
             tries: BTreeMap::new(),
+            workers: Workers::new(),
+            ending_workers: HashMap::new(),
+            workers_measured: BTreeMap::new(),
+            home: rules.home,
             samples: BTreeMap::new(),
             jobs: 0,
             outbox: Vec::new(),
@@ -484,6 +499,12 @@ struct State {
     measuring: BTreeMap<DeviceId, vramd_core::Tick>,
     /// When lost devices are tried next, and how many seconds later again.
     tries: BTreeMap<DeviceId, (vramd_core::Tick, u64)>,
+    workers: Workers,
+    /// Who asked a worker to end and waits for it.
+    ending_workers: HashMap<WorkerId, Vec<Reply<vramd_api::Worker>>>,
+    /// When what they use was last measured.
+    workers_measured: BTreeMap<DeviceId, vramd_core::Tick>,
+    home: Home,
     samples: BTreeMap<DeviceId, jiff::Timestamp>,
     /// Device calls and journal writes under way.
     jobs: usize,
@@ -608,9 +629,14 @@ impl State {
                 self.jobs -= 1;
                 self.load_read(operation, outcome);
             }
-            Event::Measured { device, reports, used_by, outcome } => {
+            Event::StartWorker(launch, reply) => self.start_worker(*launch, reply),
+            Event::JoinWorker(joining, reply) => self.join_worker(*joining, reply),
+            Event::StopWorker(name, caller, reply) => self.stop_worker(&name, caller, reply),
+            Event::Worker(id, news) => self.worker_news(id, news),
+            Event::Measured { device, reports, used_by, workers, outcome } => {
                 self.jobs -= 1;
                 self.note_reports(&device, &reports);
+                self.workers_seen(&device, &workers);
                 self.measured(&device, &used_by, outcome);
             }
             Event::Adopted { device, reports, outcome } => {
@@ -655,6 +681,7 @@ impl State {
         self.look_after_tiers();
         self.operations.prune();
         self.keep_quiet_hours();
+        self.restart_workers();
         // Readers may have had their time.
         self.to_go_on.extend(self.operations.running.keys());
         if !self.stopping {
@@ -667,6 +694,7 @@ impl State {
         self.stopping = true;
         self.emit(EventKind::DaemonStopping, serde_json::json!({}));
         self.operations.cancel_all();
+        self.stop_workers();
         self.mover.sweep();
         self.queue.retain(|_| false);
         self.stop_waiting_loads();

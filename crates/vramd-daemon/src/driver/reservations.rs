@@ -209,6 +209,12 @@ impl State {
         bases.into_iter().filter_map(|id| self.ledger.room(id)?.base_bytes).min().unwrap_or_default()
     }
 
+    /// What of a process's use of a device fills its reservations.
+    pub(super) fn filled_by(&self, pid: u32, device: &DeviceId) -> u64 {
+        let of = self.of_process(&(pid, device.clone()));
+        of.into_iter().filter_map(|id| Some(self.ledger.room(id)?.used_bytes)).sum()
+    }
+
     fn of_process(&self, process: &(u32, DeviceId)) -> Vec<AllocationId> {
         let of = |id: &&AllocationId| self.process_of(**id).as_ref() == Some(process);
         self.reservations.keys().filter(of).copied().collect()

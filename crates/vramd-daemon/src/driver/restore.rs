@@ -14,6 +14,7 @@ use super::allocations::OnReady;
 use super::{OnStored, State};
 use crate::requests;
 use crate::store::{Change, Stored, StoredAllocation, StoredModel};
+use crate::workers;
 
 impl State {
     pub(super) fn begin(&mut self, stored: Stored) {
@@ -40,6 +41,11 @@ impl State {
                 tracing::error!(%id, %error, "a persistent allocation is not back; it will be tried at the next start");
             }
         }
+        for (pid, started) in stored.processes {
+            workers::end_left_over(pid, started);
+            self.store(Change::RemoveProcess(pid), OnStored::Nothing);
+        }
+        workers::sweep();
         self.emit(EventKind::DaemonStarted, serde_json::json!({ "version": vramd_api::VERSION }));
         self.measure();
     }

@@ -16,7 +16,7 @@ use vramd_core::pressure::health_score;
 use vramd_core::usage::fragmentation;
 use vramd_device::Device;
 
-use super::{Entry, State};
+use super::{Entry, State, Workers};
 
 #[derive(Debug, Clone)]
 pub struct Snapshot {
@@ -25,6 +25,7 @@ pub struct Snapshot {
     pub models: Models,
     pub operations: OrdMap<OperationId, Arc<Entry>>,
     pub footprints: Footprints,
+    pub workers: Workers,
     pub stopping: bool,
     /// The answer to `GET /api/memory/status`, once somebody has asked for it.
     pub status_printed: OnceLock<Arc<RawValue>>,
@@ -62,6 +63,7 @@ impl State {
             models: self.models.clone(),
             operations: self.operations.entries().clone(),
             footprints: self.footprints.clone(),
+            workers: self.workers.clone(),
             stopping: self.stopping,
             status_printed: OnceLock::new(),
         }

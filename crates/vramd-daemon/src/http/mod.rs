@@ -10,6 +10,7 @@ mod memory;
 mod models;
 mod operations;
 mod reply;
+mod workers;
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use self::reply::Refusal;
 use crate::driver::Driver;
 use crate::source::Roots;
 use crate::usage::UsageHistory;
+use crate::workers::Programs;
 
 /// The largest body of a request.
 const MAX_BODY_BYTES: usize = 1 << 20;
@@ -40,6 +42,7 @@ pub struct App(Arc<Shared>);
 pub struct Shared {
     pub driver: Driver,
     pub roots: Arc<Roots>,
+    pub programs: Arc<Programs>,
     pub usage: UsageHistory,
     pub(crate) idempotency: idempotency::Keys,
     pub(crate) event_streams: Arc<tokio::sync::Semaphore>,
@@ -48,10 +51,17 @@ pub struct Shared {
 }
 
 impl App {
-    pub fn new(driver: Driver, roots: Arc<Roots>, usage: UsageHistory, port: Option<u16>) -> Self {
+    pub fn new(
+        driver: Driver,
+        roots: Arc<Roots>,
+        programs: Arc<Programs>,
+        usage: UsageHistory,
+        port: Option<u16>,
+    ) -> Self {
         Self(Arc::new(Shared {
             driver,
             roots,
+            programs,
             usage,
             idempotency: idempotency::Keys::default(),
             event_streams: Arc::new(tokio::sync::Semaphore::new(events::MAX_STREAMS)),
@@ -82,6 +92,7 @@ impl Deref for App {
         (name = "memory", description = "Status, allocations, leases and limits"),
         (name = "models", description = "Registered models and where they are resident"),
         (name = "operations", description = "What takes time"),
+        (name = "workers", description = "Processes with model memory of their own"),
         (name = "events", description = "What happened"),
         (name = "daemon", description = "The daemon itself"),
     )
@@ -128,6 +139,9 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(operations::get, operations::cancel))
         .routes(routes!(operations::pause))
         .routes(routes!(operations::resume))
+        .routes(routes!(workers::list, workers::start))
+        .routes(routes!(workers::get, workers::stop))
+        .routes(routes!(workers::call))
         .routes(routes!(events::stream))
         .routes(routes!(health::healthz))
         .routes(routes!(health::readyz))

@@ -28,3 +28,5 @@ mod tiers;
 mod unix;
 mod usage;
 mod wire;
+#[cfg(unix)]
+mod workers;

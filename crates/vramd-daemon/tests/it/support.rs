@@ -205,6 +205,14 @@ impl Home {
         self.start_by(devices, simulated, LocalTime::system(), |config| config.minimum_stay = minimum_stay)
     }
 
+    /// One with host memory besides, that may start workers.
+    pub fn start_workers(&self, sizes: &[u64], configure: impl FnOnce(&mut Config)) -> Daemon {
+        let (mut devices, simulated) = Self::simulated(sizes);
+        let device = cpu::Device::open(cpu::Options::default()).expect("host memory");
+        devices.add(Arc::new(device), 1 << 30);
+        self.start_by(devices, simulated, LocalTime::system(), configure)
+    }
+
     fn start_by(
         &self,
         devices: Devices,
@@ -231,6 +239,8 @@ impl Home {
             #[cfg(unix)]
             loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
             quiet_hours: None,
+            worker_programs: vramd_daemon::Programs::new(),
+            workers: Vec::new(),
             ready_file: Some(ready.clone()),
         };
         configure(&mut config);

@@ -3,6 +3,7 @@
 #![expect(clippy::doc_markdown, reason = "these texts are shown on a terminal as they stand")]
 
 mod values;
+mod workers;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -22,8 +23,10 @@ use values::{
     parse_share, parse_target, words,
 };
 pub use values::{EVICTION_POLICIES, Limit, Movable, Shape, Share, Target};
+pub use workers::{StartArguments, WorkersCommand};
 
 use crate::settings::{Layer, Switch};
+use crate::worker_settings::{ConfiguredWorker, NamedProgram};
 
 /// The memory daemon for AI inference machines.
 #[derive(Debug, Parser)]
@@ -189,6 +192,11 @@ pub enum Question {
         #[arg(long, value_name = "DEVICE")]
         device: Option<String>,
     },
+    /// List the workers, or start, ask and end them
+    Workers {
+        #[command(subcommand)]
+        command: Option<WorkersCommand>,
+    },
     /// List operations, or show one
     Operations {
         /// Only this one, with its error
@@ -293,6 +301,12 @@ pub struct ServeArguments {
     /// What is left to other programs before such models go from host memory too [default: a tenth of it]
     #[arg(long, value_name = "SIZE|none")]
     ram_reserve: Option<Switch<Bytes>>,
+    /// A program that may be run as a worker, its words separated by spaces; may repeat
+    #[arg(long, value_name = "NAME=COMMAND")]
+    worker_program: Vec<NamedProgram>,
+    /// A worker that begins with the daemon; may repeat
+    #[arg(long, value_name = "NAME=PROGRAM[@DEVICE]")]
+    worker: Vec<ConfiguredWorker>,
     /// What to log: a level or a filter [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -318,6 +332,9 @@ impl ServeArguments {
             page_pool: self.page_pool,
             ram_tier: self.ram_tier,
             ram_reserve: self.ram_reserve,
+            worker_programs: (!self.worker_program.is_empty())
+                .then(|| self.worker_program.into_iter().collect()),
+            workers: (!self.worker.is_empty()).then_some(self.worker),
             log: self.log,
         }
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use vramd_api::{
     AllocationId, AllocationType, Bytes, ClearTarget, ComponentName, EvictionPolicy, MemoryType, ModelName,
-    OnShortage, OperationState, PlanItem, PlannedRun, Priority,
+    OnShortage, OperationState, PlanItem, PlannedRun, Priority, RestartPolicy,
 };
 use vramd_core::replay::Format;
 
@@ -79,6 +79,11 @@ pub const EVICTION_POLICIES: Words<EvictionPolicy> = &[
     ("LeastRecentlyUsed", EvictionPolicy::LeastRecentlyUsed),
     ("LeastFrequentlyUsed", EvictionPolicy::LeastFrequentlyUsed),
     ("LargestFirst", EvictionPolicy::LargestFirst),
+];
+pub const RESTART_POLICIES: Words<RestartPolicy> = &[
+    ("Never", RestartPolicy::Never),
+    ("OnFailure", RestartPolicy::OnFailure),
+    ("Always", RestartPolicy::Always),
 ];
 pub const TRACE_FORMATS: Words<Format> =
     &[("vramd", Format::Vramd), ("rmm", Format::Rmm), ("pytorch", Format::Pytorch)];
@@ -170,4 +175,11 @@ pub fn parse_target(text: &str) -> Result<Target, vramd_api::BadName> {
         None => (text, None),
     };
     Ok(Target { model: model.parse()?, component })
+}
+
+/// `NAME=VALUE`.
+pub fn parse_variable(text: &str) -> Result<(String, String), &'static str> {
+    let (name, value) =
+        text.split_once('=').filter(|(name, _)| !name.is_empty()).ok_or("write NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
 }

@@ -18,6 +18,7 @@ mod reservations;
 mod serve;
 mod simulate;
 mod usage;
+mod workers;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -67,6 +68,7 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
         Question::Allocations(arguments) => allocations::list(client, arguments, output).await?,
         Question::Ps { device } => allocations::holders(client, device, output).await?,
         Question::Models { command } => models::models(client, command, output).await?,
+        Question::Workers { command } => workers::workers(client, command, output).await?,
         Question::Plan { models, device } => return plan::plan(client, models, device, output).await,
         Question::Pin { model } => models::pin(client, &model, output).await?,
         Question::Unpin { model } => models::unpin(client, &model, output).await?,

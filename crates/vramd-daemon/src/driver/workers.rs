@@ -1,0 +1,567 @@
+//! Workers: which there are, what they have, when one is started again, and what its end sets right.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use imbl::OrdMap;
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use vramd_api::worker_protocol::{Greeting, Hello, MAX_LINE_BYTES, ModelInfo, VERSION, megabytes};
+use vramd_api::{
+    ApiError, DeviceId, ErrorCode, EventKind, OwnerName, RestartPolicy, WorkerExit, WorkerId, WorkerLimit,
+    WorkerMemory, WorkerModel, WorkerName, WorkerState,
+};
+use vramd_core::Tick;
+use vramd_core::ledger::Lease;
+use vramd_core::restarts::{Next, Restarts};
+
+use super::{Caller, OnStored, Reply, State};
+use crate::platform;
+use crate::requests;
+use crate::store::Change;
+use crate::workers::{self, Command, ID_VARIABLE, Link, Log, News, Task};
+
+/// The most workers, those that have ended and are still shown included.
+const MAX_WORKERS: usize = 1024;
+/// So many of those that have ended are shown.
+const MOST_ENDED: usize = 64;
+/// How often what workers have is measured.
+const MEASURE_MILLISECONDS: u64 = 1000;
+/// The most actions that are remembered of a worker.
+const MOST_ACTIONS: usize = 256;
+
+/// Where the daemon serves, for workers to find it.
+#[derive(Debug, Clone, Default)]
+pub struct Home {
+    pub server: Option<String>,
+    pub socket: Option<String>,
+}
+
+/// A program to be run as a worker, checked.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    pub program: WorkerName,
+    pub name: Option<WorkerName>,
+    pub command: Vec<String>,
+    pub environment: BTreeMap<String, String>,
+    pub device: Option<DeviceId>,
+    pub limit_bytes: Option<u64>,
+    pub restart: RestartPolicy,
+    pub heartbeat_seconds: u64,
+}
+
+/// A worker that somebody else started.
+#[derive(Debug, Clone)]
+pub struct Joining {
+    pub name: WorkerName,
+    pub device: Option<DeviceId>,
+    pub pid: u32,
+    pub uid: u32,
+}
+
+/// Where it comes from.
+#[derive(Debug, Clone)]
+enum Origin {
+    Started(Arc<Launch>),
+    Joined,
+}
+
+/// One worker.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    pub id: WorkerId,
+    pub name: WorkerName,
+    pub state: WorkerState,
+    origin: Origin,
+    pub owner: OwnerName,
+    pub device: Option<DeviceId>,
+    pub pid: Option<u32>,
+    pub uid: Option<u32>,
+    /// Its answer to the handshake.
+    pub greeting: Option<Arc<Greeting>>,
+    /// What it was measured to have, by device.
+    measured: BTreeMap<DeviceId, u64>,
+    pub models: Arc<Vec<WorkerModel>>,
+    synchronized: Option<Timestamp>,
+    limit: Option<WorkerLimit>,
+    restarts: Restarts,
+    restart_count: u64,
+    next_start: Option<(Tick, Timestamp)>,
+    ready_since: Option<Tick>,
+    started_at: Timestamp,
+    exit: Option<WorkerExit>,
+    pub link: Link,
+    log: Arc<Log>,
+    stop: CancellationToken,
+}
+
+/// Those that there are, by their ids, which sort by age.
+pub type Workers = OrdMap<WorkerId, Arc<Worker>>;
+
+impl Worker {
+    /// What is known of it.
+    pub fn to_api(&self) -> vramd_api::Worker {
+        let seen = self.log.seen();
+        let program = match &self.origin {
+            Origin::Started(launch) => Some(launch),
+            Origin::Joined => None,
+        };
+        let mut memory: BTreeMap<&DeviceId, WorkerMemory> = BTreeMap::new();
+        for (device, bytes) in &self.measured {
+            memory.entry(device).or_insert_with(|| empty(device)).measured_bytes = Some(*bytes);
+        }
+        for model in self.models.iter() {
+            let entry = memory.entry(&model.device_id).or_insert_with(|| empty(&model.device_id));
+            *entry.reported_bytes.get_or_insert(0) += model.own_bytes;
+        }
+        let greeting = self.greeting.as_deref();
+        vramd_api::Worker {
+            worker_id: self.id,
+            name: self.name.clone(),
+            state: self.state,
+            program: program.map(|launch| launch.program.clone()),
+            pid: self.pid,
+            uid: self.uid,
+            device_id: self.device.clone(),
+            implementation: greeting.and_then(|it| it.implementation.clone()),
+            framework: greeting.and_then(|it| it.framework.clone()),
+            actions: greeting.map(|it| it.actions.clone()).unwrap_or_default(),
+            memory: memory.into_values().collect(),
+            models: self.models.to_vec(),
+            last_synchronized: self.synchronized,
+            limit: self.limit.clone(),
+            restart: program.map(|launch| launch.restart),
+            restart_count: self.restart_count,
+            next_start_at: self.next_start.map(|(_, at)| at),
+            started_at: self.started_at,
+            last_heard_at: seen.last_heard,
+            last_exit: self.exit.clone(),
+            fault_count: seen.fault_count,
+            last_fault: seen.last_fault,
+            logs: None,
+        }
+    }
+
+    pub fn logs(&self) -> Vec<vramd_api::LogLine> {
+        self.log.lines()
+    }
+
+    /// Whether a caller may ask it or end it.
+    pub fn may(&self, caller: Caller) -> Result<(), ApiError> {
+        let mine = matches!(self.origin, Origin::Joined) && caller.uid.is_some() && caller.uid == self.uid;
+        if caller.is_admin() || mine {
+            return Ok(());
+        }
+        let error =
+            ApiError::new(ErrorCode::PermissionDenied, format!("worker {} is another user's", self.name));
+        Err(error.hint("ask as its user, or as the daemon's"))
+    }
+}
+
+fn empty(device: &DeviceId) -> WorkerMemory {
+    WorkerMemory { device_id: device.clone(), measured_bytes: None, reported_bytes: None }
+}
+
+/// The worker that an id or a name means; of several with one name, the one that is there.
+pub fn named<'a>(workers: &'a Workers, text: &str) -> Result<&'a Arc<Worker>, ApiError> {
+    let by_id = text.parse().ok().and_then(|id: WorkerId| workers.get(&id));
+    let by_name = || {
+        let named = || workers.values().rev().filter(|worker| worker.name.as_str() == text);
+        named().find(|worker| worker.state.is_there()).or_else(|| named().next())
+    };
+    by_id.or_else(by_name).ok_or_else(|| ApiError::not_found("worker", text))
+}
+
+impl State {
+    pub(super) fn start_worker(&mut self, launch: Launch, reply: Reply<vramd_api::Worker>) {
+        let wanted = launch.name.clone();
+        let name = match wanted {
+            Some(name) if self.named_there(&name) => {
+                let error = ApiError::new(ErrorCode::Conflict, format!("there is a worker {name} already"));
+                let hint = "choose another name, or end that one: `vramd workers stop NAME`";
+                return self.answer(reply, Err(error.hint(hint)));
+            }
+            Some(name) => name,
+            None => self.free_name(&launch.program),
+        };
+        if let Err(error) = self.room_for_worker() {
+            return self.answer(reply, Err(error));
+        }
+        let origin = Origin::Started(Arc::new(launch.clone()));
+        let worker = self.new_worker(name, origin, launch.device, (None, Some(platform::own_uid())));
+        let id = worker.id;
+        self.workers.insert(id, Arc::new(worker));
+        self.launch(id);
+        let started = self.workers.get(&id).expect("it was put in above").to_api();
+        self.answer(reply, Ok(started));
+    }
+
+    pub(super) fn join_worker(&mut self, joining: Joining, reply: Reply<Task>) {
+        // One that comes back takes the place of itself.
+        let before = |worker: &&Arc<Worker>| {
+            let same = worker.name == joining.name && worker.uid == Some(joining.uid);
+            same && !worker.state.is_there() && matches!(worker.origin, Origin::Joined)
+        };
+        let before: Vec<WorkerId> = self.workers.values().filter(before).map(|worker| worker.id).collect();
+        for id in before {
+            self.workers.remove(&id);
+        }
+        if let Err(error) = self.room_for_worker() {
+            return self.answer(reply, Err(error));
+        }
+        let name = self.free_name(&joining.name);
+        let device = joining.device.or_else(|| self.ram());
+        let process = (Some(joining.pid), Some(joining.uid));
+        let mut worker = self.new_worker(name, Origin::Joined, device, process);
+        let task = self.task(&mut worker, requests::DEFAULT_HEARTBEAT_SECONDS as f64, None);
+        let id = worker.id;
+        self.workers.insert(id, Arc::new(worker));
+        self.emit_worker(EventKind::WorkerStarted, id);
+        self.answer(reply, Ok(task));
+    }
+
+    /// Whether a worker of that name is there, or is to be.
+    fn named_there(&self, name: &WorkerName) -> bool {
+        let lives = |worker: &Arc<Worker>| worker.state.is_there() || worker.state == WorkerState::Restarting;
+        self.workers.values().any(|worker| worker.name == *name && lives(worker))
+    }
+
+    fn free_name(&self, wanted: &WorkerName) -> WorkerName {
+        let stem: String = wanted.as_str().chars().take(58).collect();
+        let numbered = (2..).map(|number| format!("{stem}-{number}").parse().expect("a short plain name"));
+        let mut names = std::iter::once(wanted.clone()).chain(numbered);
+        names.find(|name| !self.named_there(name)).expect("there are more numbers than workers")
+    }
+
+    fn room_for_worker(&mut self) -> Result<(), ApiError> {
+        let ended = |worker: &&Arc<Worker>| matches!(worker.state, WorkerState::Exited | WorkerState::Failed);
+        let all: Vec<WorkerId> = self.workers.values().filter(ended).map(|worker| worker.id).collect();
+        for id in all.iter().take(all.len().saturating_sub(MOST_ENDED)) {
+            self.workers.remove(id);
+        }
+        if self.stopping {
+            return Err(ApiError::new(ErrorCode::Unavailable, "the daemon is stopping"));
+        }
+        if self.workers.len() >= MAX_WORKERS {
+            let error = ApiError::new(ErrorCode::TooManyRequests, format!("there are {MAX_WORKERS} workers"));
+            return Err(error.hint("end some of them first").detail("limit", MAX_WORKERS));
+        }
+        Ok(())
+    }
+
+    fn new_worker(
+        &self,
+        name: WorkerName,
+        origin: Origin,
+        device: Option<DeviceId>,
+        (pid, uid): (Option<u32>, Option<u32>),
+    ) -> Worker {
+        let log = Arc::new(Log::default());
+        let theirs = uid.filter(|uid| !Caller { uid: Some(*uid) }.is_admin());
+        let prefix = theirs.map_or_else(String::new, |uid| format!("uid:{uid}/"));
+        Worker {
+            id: WorkerId(Uuid::now_v7()),
+            owner: format!("{prefix}worker:{name}").parse().expect("short plain names make owners"),
+            name,
+            state: WorkerState::Starting,
+            origin,
+            device,
+            pid,
+            uid,
+            greeting: None,
+            measured: BTreeMap::new(),
+            models: Arc::default(),
+            synchronized: None,
+            limit: None,
+            restarts: Restarts::default(),
+            restart_count: 0,
+            next_start: None,
+            ready_since: None,
+            started_at: self.now.wall,
+            exit: None,
+            link: Link::new(log.clone()).0,
+            log,
+            stop: CancellationToken::new(),
+        }
+    }
+
+    /// What a worker's next conversation is led with.
+    fn task(&mut self, worker: &mut Worker, heartbeat_seconds: f64, limit_bytes: Option<u64>) -> Task {
+        let (link, writer) = Link::new(worker.log.clone());
+        worker.link = link.clone();
+        worker.stop = CancellationToken::new();
+        self.jobs += 1;
+        let hello = Hello {
+            versions: vec![VERSION],
+            worker_id: worker.id.to_string(),
+            name: worker.name.clone(),
+            owner: worker.owner.clone(),
+            server: self.home.server.clone(),
+            socket: self.home.socket.clone(),
+            device_id: worker.device.clone(),
+            memory_limit_mb: limit_bytes.map(megabytes),
+            heartbeat_seconds,
+            max_line_bytes: MAX_LINE_BYTES,
+        };
+        let (driver, stop) = (self.sender.clone(), worker.stop.clone());
+        Task { id: worker.id, hello, link, writer, driver, stop }
+    }
+
+    /// Starts a worker's process, for the first time or again.
+    fn launch(&mut self, id: WorkerId) {
+        let Some(mut worker) = self.workers.get(&id).map(|worker| Worker::clone(worker)) else { return };
+        let Origin::Started(launch) = worker.origin.clone() else { return };
+        worker.state = WorkerState::Starting;
+        worker.next_start = None;
+        worker.started_at = self.now.wall;
+        let task = self.task(&mut worker, launch.heartbeat_seconds as f64, launch.limit_bytes);
+        let mut environment = launch.environment.clone();
+        let own = [
+            ("VRAMD_WORKER", Some("stdio".to_owned())),
+            (ID_VARIABLE, Some(id.to_string())),
+            ("VRAMD_OWNER", Some(worker.owner.to_string())),
+            ("VRAMD_SOCKET", self.home.socket.clone()),
+            ("VRAMD_SERVER", self.home.server.clone()),
+        ];
+        environment.extend(own.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+        let (program, arguments) = launch.command.split_first().expect("a program has a name");
+        let command = Command {
+            program: program.clone(),
+            arguments: arguments.to_vec(),
+            environment,
+            limit_bytes: launch.limit_bytes,
+        };
+        self.workers.insert(id, Arc::new(worker));
+        tokio::spawn(workers::supervise(task, command));
+    }
+
+    pub(super) fn stop_worker(&mut self, name: &str, caller: Caller, reply: Reply<vramd_api::Worker>) {
+        let worker = match named(&self.workers, name).and_then(|worker| worker.may(caller).map(|()| worker)) {
+            Ok(worker) => worker.clone(),
+            Err(error) => return self.answer(reply, Err(error)),
+        };
+        if !worker.state.is_there() {
+            self.workers.remove(&worker.id);
+            self.refigure_workers();
+            return self.answer(reply, Ok(worker.to_api()));
+        }
+        worker.stop.cancel();
+        self.change_worker(worker.id, |worker| worker.state = WorkerState::Stopping);
+        self.ending_workers.entry(worker.id).or_default().push(reply);
+    }
+
+    /// All of them are asked to end.
+    pub(super) fn stop_workers(&mut self) {
+        for worker in self.workers.values() {
+            worker.stop.cancel();
+        }
+    }
+
+    fn change_worker(&mut self, id: WorkerId, change: impl FnOnce(&mut Worker)) {
+        if let Some(worker) = self.workers.get_mut(&id) {
+            change(Arc::make_mut(worker));
+        }
+    }
+
+    pub(super) fn worker_news(&mut self, id: WorkerId, news: News) {
+        match news {
+            News::Started { pid, started_at, limit } => {
+                if let Some(started) = started_at {
+                    self.store(Change::PutProcess(pid, started), OnStored::Nothing);
+                }
+                self.change_worker(id, |worker| (worker.pid, worker.limit) = (Some(pid), limit));
+                self.emit_worker(EventKind::WorkerStarted, id);
+            }
+            News::Ready(mut greeting) => {
+                greeting.actions.truncate(MOST_ACTIONS);
+                let now = self.now.tick;
+                self.change_worker(id, |worker| {
+                    worker.greeting = Some(Arc::from(greeting));
+                    worker.ready_since = Some(now);
+                    if worker.state == WorkerState::Starting {
+                        worker.state = WorkerState::Ready;
+                    }
+                });
+                self.emit_worker(EventKind::WorkerReady, id);
+            }
+            News::Responds(does) => {
+                self.change_worker(id, |worker| match (worker.state, does) {
+                    (WorkerState::Ready, false) => worker.state = WorkerState::Unresponsive,
+                    (WorkerState::Unresponsive, true) => worker.state = WorkerState::Ready,
+                    _ => {}
+                });
+                self.emit_worker(EventKind::WorkerChanged, id);
+            }
+            News::Models(info) => self.models_reported(id, &info),
+            News::Faulted => self.emit_worker(EventKind::WorkerFault, id),
+            News::Ended(exit, well) => {
+                self.jobs -= 1;
+                self.worker_ended(id, exit, well);
+            }
+        }
+    }
+
+    fn models_reported(&mut self, id: WorkerId, info: &ModelInfo) {
+        let facts = self.devices.iter().map(|device| device.facts());
+        let totals: BTreeMap<DeviceId, u64> =
+            facts.map(|facts| (facts.device.clone(), facts.total_bytes)).collect();
+        let Some(worker) = self.workers.get(&id) else { return };
+        let own = worker.device.clone().or_else(|| self.ram()).or_else(|| totals.keys().next().cloned());
+        let Some(own) = own else { return };
+        match info.models(&own, &totals, self.now.wall) {
+            Ok(models) => {
+                let now = self.now.wall;
+                let changed = *worker.models != models;
+                self.change_worker(id, |worker| {
+                    worker.models = Arc::new(models);
+                    worker.synchronized = Some(now);
+                });
+                if changed {
+                    self.emit_worker(EventKind::WorkerChanged, id);
+                }
+            }
+            Err(fault) => {
+                worker.log.note_fault(fault);
+                self.emit_worker(EventKind::WorkerFault, id);
+            }
+        }
+    }
+
+    /// A worker is gone: what it held is nobody's, and it is started again if that is its way.
+    fn worker_ended(&mut self, id: WorkerId, exit: WorkerExit, well: bool) {
+        let Some(mut worker) = self.workers.get(&id).map(|worker| Worker::clone(worker)) else { return };
+        if let (Some(pid), Origin::Started(_)) = (worker.pid, &worker.origin) {
+            self.store(Change::RemoveProcess(pid), OnStored::Nothing);
+        }
+        let (asked, ready) =
+            (worker.state == WorkerState::Stopping || self.stopping, worker.ready_since.take());
+        worker.exit = Some(exit);
+        worker.pid = None;
+        worker.limit = None;
+        worker.measured.clear();
+        worker.models = Arc::default();
+        worker.state = WorkerState::Exited;
+        if let (Origin::Started(launch), false) = (&worker.origin, asked) {
+            match worker.restarts.after_end(launch.restart, ready, well, self.now.tick) {
+                Next::Stay(state) => worker.state = state,
+                Next::StartAt(at) => {
+                    let wait = i64::try_from(at.0.saturating_sub(self.now.tick.0)).unwrap_or(0);
+                    let then = self.now.wall.checked_add(jiff::SignedDuration::from_millis(wait));
+                    worker.state = WorkerState::Restarting;
+                    worker.next_start = Some((at, then.unwrap_or(self.now.wall)));
+                }
+            }
+        }
+        let (owner, state) = (worker.owner.clone(), worker.state);
+        tracing::info!(name = %worker.name, ?state, exit = ?worker.exit, "a worker has ended");
+        self.workers.insert(id, Arc::new(worker));
+        self.end_leases_of(&owner);
+        self.end_reservations();
+        self.refigure_workers();
+        self.emit_worker(EventKind::WorkerExited, id);
+        if let Some(replies) = self.ending_workers.remove(&id) {
+            let last = self.workers.remove(&id).expect("it was put in above").to_api();
+            for reply in replies {
+                self.answer(reply, Ok(last.clone()));
+            }
+        }
+        // What the device has free now shows at the next look: that is taken at once.
+        if !self.stopping {
+            self.measure();
+        }
+    }
+
+    /// Ends what a worker allocated and nobody asked to keep.
+    fn end_leases_of(&mut self, owner: &OwnerName) {
+        let theirs = self.ledger.allocations().values().filter(|it| it.request.owner == *owner);
+        let leases: Vec<_> = theirs
+            .filter(|allocation| !allocation.request.persistent)
+            .flat_map(|allocation| allocation.leases.iter())
+            .filter(|(_, lease)| matches!(lease, Lease::TimeToLive { .. }))
+            .map(|(lease, _)| *lease)
+            .collect();
+        for lease in leases {
+            self.lease_ended(lease);
+        }
+    }
+
+    /// Starts those whose pause is over.
+    pub(super) fn restart_workers(&mut self) {
+        let due = |worker: &&Arc<Worker>| {
+            worker.next_start.is_some_and(|(at, _)| at <= self.now.tick) && !self.stopping
+        };
+        for id in self.workers.values().filter(due).map(|worker| worker.id).collect::<Vec<_>>() {
+            self.change_worker(id, |worker| worker.restart_count += 1);
+            self.launch(id);
+        }
+    }
+
+    /// The processes whose use of a device is to be measured, if it is time.
+    pub(super) fn workers_to_measure(&mut self, device: &DeviceId) -> Vec<u32> {
+        let due =
+            self.workers_measured.get(device).is_none_or(|at| at.0 + MEASURE_MILLISECONDS <= self.now.tick.0);
+        if !due {
+            return Vec::new();
+        }
+        self.workers_measured.insert(device.clone(), self.now.tick);
+        self.workers
+            .values()
+            .filter(|worker| worker.state.is_there())
+            .filter_map(|worker| worker.pid)
+            .collect()
+    }
+
+    /// Takes in what workers were measured to have on a device.
+    pub(super) fn workers_seen(&mut self, device: &DeviceId, used: &BTreeMap<u32, u64>) {
+        let known = |worker: &&Arc<Worker>| {
+            let now = worker.pid.and_then(|pid| used.get(&pid));
+            now.is_some_and(|now| worker.measured.get(device).copied().unwrap_or(0) != *now)
+        };
+        let changed: Vec<WorkerId> = self.workers.values().filter(known).map(|worker| worker.id).collect();
+        for id in &changed {
+            self.change_worker(*id, |worker| {
+                let now = worker.pid.and_then(|pid| used.get(&pid)).copied().unwrap_or(0);
+                worker.measured.insert(device.clone(), now);
+            });
+        }
+        if !changed.is_empty() {
+            self.refigure_workers();
+        }
+    }
+
+    /// Charges workers what is theirs alone: not what fills a reservation, which is charged already.
+    fn refigure_workers(&mut self) {
+        let devices: Vec<DeviceId> = self.ledger.devices().map(|facts| facts.device.clone()).collect();
+        for device in devices {
+            // Two workers of one process have its bytes once.
+            let mut own: BTreeMap<u32, u64> = BTreeMap::new();
+            for worker in self.workers.values() {
+                if let (Some(pid), Some(bytes)) = (worker.pid, worker.measured.get(&device)) {
+                    own.insert(pid, *bytes);
+                }
+            }
+            let sum =
+                own.iter().map(|(pid, bytes)| bytes.saturating_sub(self.filled_by(*pid, &device))).sum();
+            self.ledger.note_workers(&device, sum);
+        }
+    }
+
+    fn emit_worker(&mut self, kind: EventKind, id: WorkerId) {
+        let Some(worker) = self.workers.get(&id) else { return };
+        let mut data = serde_json::json!({ "workerId": id, "name": worker.name, "state": worker.state });
+        match kind {
+            EventKind::WorkerFault => {
+                let seen = worker.log.seen();
+                data["fault"] = serde_json::json!(seen.last_fault.map(|fault| fault.message));
+                data["faultCount"] = seen.fault_count.into();
+            }
+            EventKind::WorkerExited => {
+                data["exit"] = serde_json::json!(worker.exit);
+                data["nextStartAt"] = serde_json::json!(worker.next_start.map(|(_, at)| at));
+            }
+            _ => data["pid"] = worker.pid.into(),
+        }
+        self.emit(kind, data);
+    }
+}

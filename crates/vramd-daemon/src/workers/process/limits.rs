@@ -1,0 +1,105 @@
+//! What a worker's processes may take of host memory: by a control group where we may make one, else by a limit of each process.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use vramd_api::{LimitKind, WorkerLimit};
+
+/// How our control groups begin.
+const PREFIX: &str = "vramd-worker-";
+
+#[derive(Debug)]
+pub struct Limits {
+    group: Option<PathBuf>,
+    shown: Option<WorkerLimit>,
+}
+
+impl Limits {
+    /// Limits a process and all that it starts from now on.
+    pub fn set(bytes: Option<u64>, process: Pid, id: &str) -> Self {
+        let Some(bytes) = bytes else { return Self { group: None, shown: None } };
+        let why = match make_group(bytes, process, id) {
+            Ok(group) => {
+                let shown = WorkerLimit { kind: LimitKind::ControlGroup, bytes, note: None };
+                return Self { group: Some(group), shown: Some(shown) };
+            }
+            Err(error) => format!("no control group could be made: {error}"),
+        };
+        let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+        let (kind, note) = match prlimit(Some(process), Resource::Data, limit) {
+            Ok(_) => (LimitKind::DataSegment, why),
+            Err(error) => (LimitKind::None, format!("{why}; RLIMIT_DATA: {error}")),
+        };
+        Self { group: None, shown: Some(WorkerLimit { kind, bytes, note: Some(note) }) }
+    }
+
+    pub fn shown(&self) -> Option<WorkerLimit> {
+        self.shown.clone()
+    }
+
+    /// Ends whatever is in the control group, whichever process group it chose, and removes it.
+    pub fn end(&mut self) {
+        if let Some(group) = self.group.take() {
+            end_group(&group);
+        }
+    }
+}
+
+/// Removes what earlier runs left.
+pub fn sweep() {
+    let Some((own, _)) = own_group(Path::new("/")) else { return };
+    let entries = fs::read_dir(own).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(PREFIX)) {
+        end_group(&entry.path());
+    }
+}
+
+fn end_group(group: &Path) {
+    let listed = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    for process in listed.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
+        let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+    }
+    // One that still has a process in it, dead but not waited for, is removed by the next sweep.
+    if let Err(error) = fs::remove_dir(group) {
+        tracing::debug!(group = %group.display(), %error, "a control group stays for now");
+    }
+}
+
+fn make_group(bytes: u64, process: Pid, id: &str) -> io::Result<PathBuf> {
+    let (own, limit) = own_group(Path::new("/"))
+        .ok_or_else(|| io::Error::other("no memory controller is mounted where this process could use it"))?;
+    let group = own.join(format!("{PREFIX}{id}"));
+    fs::create_dir(&group)?;
+    let made = fs::write(group.join(limit), bytes.to_string())
+        .and_then(|()| fs::write(group.join("cgroup.procs"), process.as_raw_nonzero().to_string()));
+    if let Err(error) = made {
+        let _ = fs::remove_dir(&group);
+        return Err(error);
+    }
+    Ok(group)
+}
+
+/// The folder of the control group that this process's memory is counted in, and the name of the file with its limit.
+fn own_group(root: &Path) -> Option<(PathBuf, &'static str)> {
+    let listed = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
+    let place = |line: &str, controller: &str| -> Option<String> {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let listed = fields.next()?.split(',').any(|one| one == controller);
+        listed.then(|| fields.next().unwrap_or_default().trim_start_matches('/').to_owned())
+    };
+    let folder = |kind: &str, at: String| {
+        // In a container the path may be that of the host: what is mounted is then the group itself.
+        let base = root.join("sys/fs/cgroup").join(kind);
+        let own = base.join(&at);
+        if own.is_dir() { own } else { base }
+    };
+    if let Some(at) = listed.lines().find_map(|line| place(line, "memory")) {
+        return Some((folder("memory", at), "memory.limit_in_bytes")).filter(|(at, _)| at.is_dir());
+    }
+    let at = listed.lines().find_map(|line| place(line, ""))?;
+    let own = folder("", at);
+    let given = fs::read_to_string(own.join("cgroup.subtree_control")).ok()?;
+    given.split_whitespace().any(|one| one == "memory").then_some((own, "memory.max"))
+}

@@ -1,0 +1,225 @@
+//! One connection to a worker: the handshake, then heartbeats and what it reports, until it ends or breaks the rules too often.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, MissedTickBehavior};
+use vramd_api::WorkerId;
+use vramd_api::worker_protocol::{BadLine, Greeting, Hello, Message, ModelInfo, VERSION, decode};
+
+use super::News;
+use super::lines::{Line, Lines};
+use super::link::{Link, Writer};
+use crate::driver::Event;
+
+/// How long a worker may take to answer the handshake: frameworks take their time to start.
+const HELLO_PATIENCE: Duration = Duration::from_mins(1);
+/// How long it may take to say which models it has.
+const REPORT_PATIENCE: Duration = Duration::from_secs(10);
+/// After so many heartbeats in a row without an answer a worker counts as unresponsive, and after so many it is ended.
+const MISSES: [u32; 2] = [2, 6];
+/// How often a worker is asked which models it has, if it does not say so by itself.
+const REPORT_EVERY: Duration = Duration::from_secs(30);
+/// Reports and faults are passed on no more often.
+const PASS_ON_EVERY: Duration = Duration::from_millis(100);
+/// So many faults in a row, without one line that is none, are enough.
+const MOST_FAULTS: u32 = 1000;
+
+/// One connection, before it has begun.
+#[derive(Debug)]
+pub struct Session {
+    pub id: WorkerId,
+    pub hello: Hello,
+    pub link: Link,
+    pub driver: mpsc::Sender<Event>,
+}
+
+/// What was read and is to be passed on.
+#[derive(Debug, Default)]
+struct Inbox {
+    report: Option<Map<String, Value>>,
+    faults: u32,
+}
+
+impl Session {
+    /// Speaks with a worker until its streams end, or says why that is not waited for.
+    pub async fn run(
+        &self,
+        writer: Writer,
+        lines: Lines<impl AsyncRead + Unpin>,
+        writing: impl AsyncWrite + Unpin,
+    ) -> Result<(), String> {
+        let inbox = Mutex::new(Inbox::default());
+        let news = Notify::new();
+        let over = tokio::select! {
+            over = self.read(lines, &inbox, &news) => over,
+            why = self.converse() => Err(why),
+            () = self.pass_on(&inbox, &news) => Ok(()),
+            () = writer.run(writing) => Ok(()),
+        };
+        self.link.end();
+        over
+    }
+
+    async fn read(
+        &self,
+        mut lines: Lines<impl AsyncRead + Unpin>,
+        inbox: &Mutex<Inbox>,
+        news: &Notify,
+    ) -> Result<(), String> {
+        let mut in_a_row = 0;
+        loop {
+            let fault = match lines.next().await {
+                Ok(Line::Whole(line)) if line.trim_ascii().is_empty() => continue,
+                Ok(Line::Whole(line)) => match self.take(line, inbox, news) {
+                    Ok(()) => {
+                        self.link.log().note_heard();
+                        in_a_row = 0;
+                        continue;
+                    }
+                    Err(fault) => fault,
+                },
+                Ok(Line::TooLong) => BadLine::TooLong.to_string(),
+                Ok(Line::Half(line)) => {
+                    self.link.log().push(line);
+                    self.fault("its output ended in the midst of a line".to_owned(), inbox, news);
+                    return Ok(());
+                }
+                Ok(Line::End) => return Ok(()),
+                Err(error) => return Err(format!("its output could not be read: {error}")),
+            };
+            self.fault(fault, inbox, news);
+            in_a_row += 1;
+            if in_a_row >= MOST_FAULTS {
+                return Err(format!("{MOST_FAULTS} lines in a row were no frames of the protocol"));
+            }
+        }
+    }
+
+    fn fault(&self, fault: String, inbox: &Mutex<Inbox>, news: &Notify) {
+        tracing::debug!(worker = %self.hello.name, fault, "a worker broke the protocol");
+        self.link.log().note_fault(fault);
+        inbox.lock().expect("nothing panics with it").faults += 1;
+        news.notify_one();
+    }
+
+    /// Takes one line in; says what is wrong with it.
+    fn take(&self, line: &[u8], inbox: &Mutex<Inbox>, news: &Notify) -> Result<(), String> {
+        match decode(line) {
+            Ok(Message::Reply { request_id, outcome }) => self.link.answered(&request_id, outcome),
+            Ok(Message::Event { event, data }) => {
+                match event.as_str() {
+                    "models" => {
+                        inbox.lock().expect("nothing panics with it").report = Some(data);
+                        news.notify_one();
+                    }
+                    "log" => {
+                        let text = data.get("text").and_then(Value::as_str).unwrap_or_default();
+                        self.link.log().push(text.as_bytes());
+                    }
+                    // Versions to come may send more.
+                    _ => {}
+                }
+                Ok(())
+            }
+            Err(error) => {
+                // Most likely somebody prints where only frames may go.
+                self.link.log().push(line);
+                Err(error.to_string())
+            }
+        }
+    }
+
+    /// Tells the driver what came, at a rate that no worker decides.
+    async fn pass_on(&self, inbox: &Mutex<Inbox>, news: &Notify) {
+        loop {
+            news.notified().await;
+            let Inbox { report, faults } =
+                std::mem::take(&mut *inbox.lock().expect("nothing panics with it"));
+            if let Some(report) = report {
+                self.report(Value::Object(report)).await;
+            }
+            if faults > 0 {
+                self.tell(News::Faulted).await;
+            }
+            tokio::time::sleep(PASS_ON_EVERY).await;
+        }
+    }
+
+    async fn report(&self, report: Value) {
+        match read::<ModelInfo>(report) {
+            Ok(info) => self.tell(News::Models(info)).await,
+            Err(error) => {
+                self.link.log().note_fault(format!("its report of models cannot be read: {error}"));
+                self.tell(News::Faulted).await;
+            }
+        }
+    }
+
+    /// The daemon's side of the conversation.
+    async fn converse(&self) -> String {
+        let greeting = match self.link.call("hello", &self.hello, HELLO_PATIENCE).await {
+            Ok(data) => read::<Greeting>(data),
+            Err(error) => return format!("the handshake failed: {error}"),
+        };
+        let greeting = match greeting {
+            Ok(greeting) if greeting.version == VERSION => greeting,
+            Ok(greeting) => return format!("it speaks version {}, not {VERSION}", greeting.version),
+            Err(error) => return format!("its answer to the handshake cannot be read: {error}"),
+        };
+        let reports = greeting.actions.iter().any(|action| action == "memory.get_model_info");
+        self.tell(News::Ready(Box::new(greeting))).await;
+        tokio::select! {
+            why = self.keep_in_touch() => why,
+            why = self.ask_for_reports(), if reports => why,
+        }
+    }
+
+    async fn keep_in_touch(&self) -> String {
+        let every = Duration::from_secs_f64(self.hello.heartbeat_seconds);
+        let mut beats = tokio::time::interval_at(Instant::now() + every, every);
+        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut missed = 0;
+        loop {
+            beats.tick().await;
+            match self.link.call("ping", &Map::new(), every).await {
+                Ok(_) if missed >= MISSES[0] => {
+                    missed = 0;
+                    self.tell(News::Responds(true)).await;
+                }
+                Ok(_) => missed = 0,
+                Err(_) => {
+                    missed += 1;
+                    if missed == MISSES[0] {
+                        self.tell(News::Responds(false)).await;
+                    }
+                    if missed >= MISSES[1] {
+                        return format!("it did not answer {missed} heartbeats");
+                    }
+                }
+            }
+        }
+    }
+
+    async fn ask_for_reports(&self) -> String {
+        loop {
+            // Whether it answers at all is for heartbeats to find out.
+            if let Ok(data) = self.link.call("memory.get_model_info", &Map::new(), REPORT_PATIENCE).await {
+                self.report(data).await;
+            }
+            tokio::time::sleep(REPORT_EVERY).await;
+        }
+    }
+
+    async fn tell(&self, news: News) {
+        let _ = self.driver.send(Event::Worker(self.id, news)).await;
+    }
+}
+
+fn read<T: DeserializeOwned>(data: Value) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
+    serde_path_to_error::deserialize(data)
+}

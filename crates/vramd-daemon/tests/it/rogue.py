@@ -1,0 +1,103 @@
+"""A worker that misbehaves in the way that its argument names."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+MODE = sys.argv[1]
+ACTIONS = ["ping", "echo", "slow", "shutdown", "memory.get_model_info"]
+
+
+def send(message):
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def answer(request, data):
+    send({"request_id": request["request_id"], "success": True, "data": data})
+
+
+def report():
+    sizes = {"impossible": 1e9, "negative": -4, "changing": 32}
+    models = [{"name": "own", "memory_mb": sizes.get(MODE, 8), "idle_seconds": 2, "busy": MODE == "busy"}]
+    return {"loaded_models": models}
+
+
+def at_start():
+    if MODE == "exits":
+        sys.exit(0)
+    if MODE == "says":
+        print("one\x1b[2J line\nand another", file=sys.stderr, flush=True)
+    if MODE == "garbage":
+        sys.stdout.write("loading model ...\n\x00\xff\n[1, 2]\n{}\n" + '{"event": 3}\n')
+    if MODE == "floods":
+        for number in range(100_000):
+            sys.stdout.write(f"line {number} that is no frame\n")
+    if MODE == "huge":
+        piece = "x" * (1 << 20)
+        for _ in range(64):
+            sys.stdout.write(piece)
+        sys.stdout.write("\n")
+    if MODE == "forks" and os.fork() == 0:
+        # A child that outlives its parent and holds its streams.
+        time.sleep(600)
+    if MODE == "holds":
+        held.append(bytearray(os.urandom(1 << 20)) * 64)
+
+
+def serve():
+    for line in sys.stdin:
+        request = json.loads(line)
+        action = request["action"]
+        if action == "hello":
+            version = 99 if MODE == "newer" else 1
+            answer(request, {"version": version, "actions": ACTIONS, "implementation": "rogue", "framework": None})
+            if MODE == "half":
+                sys.stdout.write('{"event": "mod')
+                sys.stdout.flush()
+                sys.exit(1)
+            if MODE == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if MODE == "deaf":
+                time.sleep(600)
+        elif action == "ping":
+            if MODE != "silent":
+                answer(request, {})
+        elif action == "memory.get_model_info":
+            answer(request, report())
+        elif action == "shutdown":
+            if MODE != "hangs":
+                answer(request, {})
+                sys.exit(0)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        elif action == "echo":
+            if request["data"].get("fail"):
+                error = {"code": "CudaOutOfMemory", "message": "no room"}
+                send({"request_id": request["request_id"], "success": False, "error": error})
+                continue
+            if request["data"].get("fork") and os.fork() == 0:
+                time.sleep(600)
+            if request["data"].get("end"):
+                sys.exit(request["data"]["end"])
+            answer(request, {**request["data"], "environment": dict(os.environ)})
+            if MODE == "twice":
+                answer(request, request["data"])
+            if MODE == "unknown":
+                answer({"request_id": "never asked"}, {})
+        elif action == "slow":
+            waiting.append(request)
+        elif action == "cancel":
+            for one in [one for one in waiting if one["request_id"] == request["request_id"]]:
+                waiting.remove(one)
+                error = {"code": "CANCELLED", "message": "as you wish"}
+                send({"request_id": one["request_id"], "success": False, "error": error})
+                send({"event": "log", "data": {"text": "cancelled " + one["request_id"]}})
+
+
+held = []
+waiting = []
+at_start()
+serve()
