@@ -132,13 +132,15 @@ class FakeDaemon:
 class Vramd:
     """The real daemon, on ports and paths of its own."""
 
-    def __init__(self, binary: str, directory: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, binary: str, directory: Path, environment: Mapping[str, str] | None = None, *more: str
+    ) -> None:
         self.directory = directory
         self.models = directory / "models"
         self.models.mkdir()
         self.log = directory / "log"
         ready = directory / "ready.json"
-        arguments = {
+        arguments: dict[str, str | Path] = {
             "--listen": "127.0.0.1:0",
             "--socket": directory / "vramd.sock",
             "--state-dir": directory / "state",
@@ -147,6 +149,7 @@ class Vramd:
             "--sim": "64MiB",
             "--ready-file": ready,
         }
+        arguments |= dict(zip(more[::2], more[1::2], strict=True))
         command = [binary, "serve", *(str(word) for pair in arguments.items() for word in pair)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -50,12 +50,28 @@ pub fn test() -> Result<()> {
                 .arg("python")
                 .env("VRAMD_BINARY", target_directory()?.join("debug/vramd")))
         }),
+        ("Python tests with PyTorch", torch),
         ("the API against its document", fuzz_api),
         ("the soak, a minute of it", || soak(60, None)),
         ("the demonstration", demonstration),
         ("Windows: tests under Wine", windows::test),
         ("Windows: what compiles for Microsoft's toolchain", windows::check_msvc),
     ])
+}
+
+/// The tests that use PyTorch, on the CPU, with the system's own. In CI it may not be missing.
+fn torch() -> Result<()> {
+    let made = command(root().join("tools/torch.sh")).status().context("tools/torch.sh did not start")?;
+    if made.code() == Some(3) && std::env::var_os("CI").is_none() {
+        eprintln!("SKIPPED: what needs PyTorch");
+        return Ok(());
+    }
+    if !made.success() {
+        bail!("tools/torch.sh failed");
+    }
+    run(command(root().join("target/venv-torch/bin/python"))
+        .args(["-m", "pytest", "-k", "torch or worker", "python"])
+        .env("VRAMD_BINARY", target_directory()?.join("debug/vramd")))
 }
 
 /// Vulkan drivers that need no card: two different devices beside each other. The loader finds the first by itself.

@@ -1,11 +1,12 @@
 //! What the daemon asks of Windows beyond the standard library, each call safe to make: who is at the other end of a
-//! pipe, who may open what, handing over a handle, where an open file really is, figures of the machine.
+//! pipe, who may open what, handing over a handle, ending processes together, where an open file really is, figures of the machine.
 //!
 //! Memory that others map, and cards, are `vramd-device`'s concern. On other systems this crate is empty.
 #![cfg(windows)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on fails"))]
 
 mod file;
+pub mod job;
 mod machine;
 #[cfg(feature = "pipe")]
 pub mod pipe;

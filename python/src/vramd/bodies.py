@@ -472,3 +472,88 @@ class DeviceUsage(TypedDict):
 
 class UsagePage(TypedDict):
     devices: list[DeviceUsage]
+
+
+RestartPolicy = Literal["Never", "OnFailure", "Always"]
+WorkerState = Literal["Starting", "Ready", "Unresponsive", "Stopping", "Restarting", "Exited", "Failed"]
+
+
+class WorkerMemory(TypedDict):
+    deviceId: str
+    measuredBytes: NotRequired[int]
+    reportedBytes: NotRequired[int]
+
+
+class WorkerModel(TypedDict):
+    name: str
+    modelType: NotRequired[str]
+    deviceId: str
+    state: Literal["Loaded", "Offloaded"]
+    ownBytes: int
+    attachedBytes: int
+    attachedModel: NotRequired[str]
+    busy: bool
+    priority: Priority
+    useCount: int
+    lastUsedAt: NotRequired[str]
+    loadSeconds: NotRequired[float]
+
+
+class WorkerLimit(TypedDict):
+    kind: Literal["ControlGroup", "DataSegment", "None"]
+    bytes: int
+    note: NotRequired[str]
+
+
+class WorkerExit(TypedDict):
+    at: str
+    code: NotRequired[int]
+    signal: NotRequired[int]
+    reason: str
+
+
+class WorkerFault(TypedDict):
+    at: str
+    message: str
+
+
+class LogLine(TypedDict):
+    at: str
+    text: str
+
+
+class Worker(TypedDict):
+    workerId: str
+    name: str
+    state: WorkerState
+    program: NotRequired[str]
+    pid: NotRequired[int]
+    uid: NotRequired[int]
+    deviceId: NotRequired[str]
+    implementation: NotRequired[str]
+    framework: NotRequired[str]
+    actions: list[str]
+    memory: list[WorkerMemory]
+    models: list[WorkerModel]
+    lastSynchronized: NotRequired[str]
+    limit: NotRequired[WorkerLimit]
+    restart: NotRequired[RestartPolicy]
+    restartCount: int
+    nextStartAt: NotRequired[str]
+    startedAt: str
+    lastHeardAt: NotRequired[str]
+    lastExit: NotRequired[WorkerExit]
+    faultCount: int
+    lastFault: NotRequired[WorkerFault]
+    logs: NotRequired[list[LogLine]]
+
+
+class WorkerPage(TypedDict):
+    workers: list[Worker]
+
+
+class WorkerAnswer(TypedDict):
+    workerId: str
+    action: str
+    data: dict[str, Any]
+    milliseconds: float

@@ -31,11 +31,13 @@ class Client:
 
     Answers are plain dicts, as the wire has them. A call that the daemon refuses raises ``VramdError`` or one
     of its subclasses. Arguments left at ``None`` are not sent: the daemon's default holds. ``timeout`` bounds
-    the wait for an answer, on top of what a call itself is asked to wait.
+    the wait for an answer, on top of what a call itself is asked to wait. ``owner`` is whose the allocations
+    and reservations are that name none; a worker's are its own, by ``VRAMD_OWNER``.
     """
 
-    def __init__(self, server: str | None = None, *, timeout: float = 30.0) -> None:
+    def __init__(self, server: str | None = None, *, timeout: float = 30.0, owner: str | None = None) -> None:
         self._transport = Transport(server or os.environ.get("VRAMD_SERVER") or DEFAULT_SERVER, timeout)
+        self._owner = owner or os.environ.get("VRAMD_OWNER")
 
     def __repr__(self) -> str:
         return f"vramd.Client({self._transport.server!r})"
@@ -168,7 +170,7 @@ class Client:
             timeoutSeconds=timeout_seconds,
             leaseSeconds=lease_seconds,
             onShortage=on_shortage,
-            owner=owner,
+            owner=owner or self._owner,
         )
         made: bodies.Allocation = self._transport.call(
             "POST", path, body=body, idempotency_key=idempotency_key, wait=_wait(on_shortage, timeout_seconds)
@@ -211,7 +213,7 @@ class Client:
             timeoutSeconds=timeout_seconds,
             leaseSeconds=lease_seconds,
             onShortage=on_shortage,
-            owner=owner,
+            owner=owner or self._owner,
         )
         wait = _wait(on_shortage, timeout_seconds)
         made: bodies.Allocation = self._transport.call(
@@ -513,6 +515,67 @@ class Client:
         """Counts as use: its keep-alive starts anew."""
         touched: bodies.Model = self._post(f"{_model(name)}/touch", keepAlive=keep_alive)
         return touched
+
+    # Workers, each by its name or id
+
+    def workers(self) -> list[bodies.Worker]:
+        """Those that the daemon started and those that joined, also those that have ended lately."""
+        page: bodies.WorkerPage = self._get("/api/workers")
+        return page["workers"]
+
+    def worker(self, worker: str, *, logs: bool = False) -> bodies.Worker:
+        """One worker; with ``logs`` also the last lines that it wrote."""
+        include = "logs" if logs else None
+        found: bodies.Worker = self._get(f"/api/workers/{_part(worker)}", include=include)
+        return found
+
+    def start_worker(
+        self,
+        program: str,
+        *,
+        name: str | None = None,
+        device: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        memory_limit_bytes: int | None = None,
+        restart: bodies.RestartPolicy | None = None,
+        heartbeat_seconds: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> bodies.Worker:
+        """Starts a program that the daemon's configuration allows; its ``state`` tells how it goes."""
+        body = _given(
+            program=program,
+            name=name,
+            deviceId=device,
+            environment=dict(environment) if environment else None,
+            memoryLimitBytes=memory_limit_bytes,
+            restart=restart,
+            heartbeatSeconds=heartbeat_seconds,
+        )
+        started: bodies.Worker = self._transport.call(
+            "POST", "/api/workers", body=body, idempotency_key=idempotency_key
+        )
+        return started
+
+    def stop_worker(self, worker: str) -> bodies.Worker:
+        """Ends it and all that it started; answers once it has ended. One that has ended leaves the list."""
+        # It is asked, told by a signal, then killed.
+        stopped: bodies.Worker = self._transport.call("DELETE", f"/api/workers/{_part(worker)}", wait=15)
+        return stopped
+
+    def call_worker(
+        self,
+        worker: str,
+        action: str,
+        data: Mapping[str, Any] | None = None,
+        *,
+        timeout_seconds: int | None = None,
+    ) -> dict[str, Any]:
+        """Asks a worker to do one of its ``actions``; answers what it answered."""
+        body = _given(action=action, data=dict(data or {}), timeoutSeconds=timeout_seconds)
+        answer: bodies.WorkerAnswer = self._transport.call(
+            "POST", f"/api/workers/{_part(worker)}/call", body=body, wait=timeout_seconds or 30
+        )
+        return answer["data"]
 
     # Operations and events
 

@@ -47,7 +47,8 @@ def tensor(attached: Attached, row: Row, buffer: Any, base: int) -> Any:
         raw = torch.as_tensor(cuda.array(attached, row, buffer, base).bytes, device=device)
     else:
         raw = torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=base + offset)
-    if (base + offset) % dtype.itemsize:
+    # Older ones do not tell a dtype's size.
+    if (base + offset) % torch.empty(0, dtype=dtype).element_size():
         # torch's kernels take alignment for granted, and files may break it: the one case that costs a copy.
         raw = raw.clone()
     return raw.view(dtype).view(shape)

@@ -1,0 +1,268 @@
+"""What holds the bytes: PyTorch where it is there, else NumPy, which knows host memory alone."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .protocol import Refused, gigabytes, megabytes
+
+#: Bytes that a copy moves between two looks at whether it is still wanted.
+CHUNK_BYTES = 64 << 20
+
+
+class Framework(Protocol):
+    """Memory of one framework, by devices as the daemon names them."""
+
+    kind: Literal["torch", "numpy"]
+    #: Its name and version.
+    name: str
+
+    def devices(self) -> list[str]: ...
+
+    def used_bytes(self, device: str) -> int:
+        """What this process holds there."""
+        ...
+
+    def figures(self, device: str) -> dict[str, Any]:
+        """What the framework knows of its memory there."""
+        ...
+
+    def empty(self, size_bytes: int, device: str) -> Any:
+        """A buffer of bytes."""
+        ...
+
+    def size_of(self, value: Any) -> int: ...
+
+    def copy_into(self, target: Any, source: Any, offset: int, size_bytes: int) -> None: ...
+
+    def load(self, path: Path, device: str) -> Mapping[str, Any]:
+        """A state dict from a file, in memory of this process."""
+        ...
+
+    def move(self, tensors: Mapping[str, Any], device: str) -> Mapping[str, Any]: ...
+
+    def collect(self, device: str | None) -> None:
+        """Gives back to the system what is kept for later."""
+        ...
+
+
+def best() -> Framework:
+    """PyTorch if it can be imported, else NumPy."""
+    if os.environ.get("VRAMD_WORKER_FRAMEWORK", "torch") == "torch":
+        try:
+            return Torch()
+        except ImportError:
+            pass
+    return NumPy()
+
+
+class NumPy:
+    kind: Literal["torch", "numpy"] = "numpy"
+
+    def __init__(self) -> None:
+        import numpy
+
+        self._numpy = numpy
+        self.name = f"numpy {numpy.__version__}"
+
+    def devices(self) -> list[str]:
+        return ["cpu:0"]
+
+    def used_bytes(self, device: str) -> int:
+        self._check(device)
+        return private_bytes()
+
+    def figures(self, device: str) -> dict[str, Any]:
+        self._check(device)
+        return host_figures()
+
+    def empty(self, size_bytes: int, device: str) -> Any:
+        self._check(device)
+        # Its pages are there once this returns: a promise of the system's is no memory.
+        return self._numpy.full(size_bytes, 0, self._numpy.uint8)
+
+    def size_of(self, value: Any) -> int:
+        return int(value.nbytes)
+
+    def copy_into(self, target: Any, source: Any, offset: int, size_bytes: int) -> None:
+        target[offset : offset + size_bytes] = source[offset : offset + size_bytes]
+
+    def load(self, path: Path, device: str) -> Mapping[str, Any]:
+        self._check(device)
+        return _read_safetensors(path, "numpy")
+
+    def move(self, tensors: Mapping[str, Any], device: str) -> Mapping[str, Any]:
+        self._check(device)
+        return {name: self._numpy.array(tensor, copy=True) for name, tensor in tensors.items()}
+
+    def collect(self, device: str | None) -> None:
+        collect_host()
+
+    def _check(self, device: str) -> None:
+        if not device.startswith("cpu:"):
+            raise Refused(
+                "INVALID_ARGUMENT", f"NumPy knows host memory alone, not {device}", "install PyTorch"
+            )
+
+
+class Torch:
+    kind: Literal["torch", "numpy"] = "torch"
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+        self.name = f"torch {torch.__version__}"
+
+    def devices(self) -> list[str]:
+        count = self._torch.cuda.device_count() if self._torch.cuda.is_available() else 0
+        return ["cpu:0", *(f"cuda:{ordinal}" for ordinal in range(count))]
+
+    def used_bytes(self, device: str) -> int:
+        place = self._place(device)
+        return private_bytes() if place.type == "cpu" else int(self._torch.cuda.memory_reserved(place))
+
+    def figures(self, device: str) -> dict[str, Any]:
+        place = self._place(device)
+        if place.type == "cpu":
+            return host_figures()
+        cuda = self._torch.cuda
+        free, total = cuda.mem_get_info(place)
+        stats = cuda.memory_stats(place)
+        return {
+            "used_mb": megabytes(cuda.memory_reserved(place)),
+            "allocated_mb": megabytes(cuda.memory_allocated(place)),
+            "peak_allocated_mb": megabytes(cuda.max_memory_allocated(place)),
+            "inactive_split_mb": megabytes(stats.get("inactive_split_bytes.all.current", 0)),
+            "free_mb": megabytes(free),
+            "total_mb": megabytes(total),
+        }
+
+    def summary(self) -> dict[str, float]:
+        """All cards together."""
+        cuda, cards = self._torch.cuda, self.devices()[1:]
+        free = total = allocated = reserved = 0
+        for card in cards:
+            place = self._place(card)
+            of_card = cuda.mem_get_info(place)
+            free, total = free + of_card[0], total + of_card[1]
+            allocated += cuda.memory_allocated(place)
+            reserved += cuda.memory_reserved(place)
+        return gpu_figures(allocated, reserved, free, total)
+
+    def empty(self, size_bytes: int, device: str) -> Any:
+        return self._torch.zeros(size_bytes, dtype=self._torch.uint8, device=self._place(device))
+
+    def size_of(self, value: Any) -> int:
+        return int(value.numel() * value.element_size())
+
+    def copy_into(self, target: Any, source: Any, offset: int, size_bytes: int) -> None:
+        target[offset : offset + size_bytes].copy_(source[offset : offset + size_bytes])
+        if target.is_cuda or source.is_cuda:
+            self._torch.cuda.synchronize()
+
+    def load(self, path: Path, device: str) -> Mapping[str, Any]:
+        if path.suffix == ".safetensors":
+            tensors = _read_safetensors(path, "torch")
+            # What the library reads is a mapping of the file, nothing of this process's own.
+            return self.move(tensors, device)
+        if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+            state = self._torch.load(path, map_location=self._place(device), weights_only=True)
+            state = state.get("state_dict", state) if isinstance(state, dict) else None
+            if isinstance(state, dict):
+                return {
+                    name: tensor for name, tensor in state.items() if isinstance(tensor, self._torch.Tensor)
+                }
+        raise Refused(
+            "INVALID_MODEL_FILE",
+            f"{path} holds no state dict that this worker reads",
+            "it reads .safetensors, and .pt, .pth, .bin and .ckpt with weights alone; the daemon loads .gguf",
+        )
+
+    def move(self, tensors: Mapping[str, Any], device: str) -> Mapping[str, Any]:
+        place = self._place(device)
+        return {name: tensor.to(place, copy=True) for name, tensor in tensors.items()}
+
+    def collect(self, device: str | None) -> None:
+        collect_host()
+        if self._torch.cuda.is_available():
+            self._torch.cuda.synchronize()
+            self._torch.cuda.empty_cache()
+
+    def _place(self, device: str) -> Any:
+        kind, _, ordinal = device.partition(":")
+        if kind == "cpu":
+            return self._torch.device("cpu")
+        if device in self.devices():
+            return self._torch.device(kind, int(ordinal))
+        known = ", ".join(self.devices())
+        raise Refused("INVALID_ARGUMENT", f"PyTorch has no {device} here", f"it has: {known}")
+
+
+def tensor_bytes(tensors: Iterable[Any]) -> int:
+    """The bytes of NumPy arrays or torch tensors."""
+    return sum(
+        int(one.nbytes) if hasattr(one, "nbytes") else int(one.numel() * one.element_size())
+        for one in tensors
+    )
+
+
+def private_bytes() -> int:
+    """What this process shares with nobody: attached weights are not in it."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def host_figures() -> dict[str, Any]:
+    known = {}
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            name, _, rest = line.partition(":")
+            known[name] = int(rest.split()[0]) * 1024
+    return {
+        "used_mb": megabytes(private_bytes()),
+        "free_mb": megabytes(known.get("MemAvailable", 0)),
+        "total_mb": megabytes(known.get("MemTotal", 0)),
+    }
+
+
+def gpu_figures(allocated: int = 0, reserved: int = 0, free: int = 0, total: int = 0) -> dict[str, float]:
+    return {
+        "gpu_allocated_gb": gigabytes(allocated),
+        "gpu_reserved_gb": gigabytes(reserved),
+        "gpu_free_gb": gigabytes(free),
+        "gpu_total_gb": gigabytes(total),
+        "cpu_memory_gb": gigabytes(private_bytes()),
+    }
+
+
+def collect_host() -> None:
+    """Has Python let go of what nobody refers to, and the C library give its free pages back."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _read_safetensors(path: Path, framework: Literal["torch", "numpy"]) -> Mapping[str, Any]:
+    try:
+        load_file = importlib.import_module(f"safetensors.{framework}").load_file
+    except ImportError:
+        hint = "pip install safetensors; or let the daemon hold the model and attach it, which needs nothing"
+        raise Refused("CONFLICT", "the package safetensors is not installed", hint) from None
+    try:
+        tensors: Mapping[str, Any] = load_file(path)
+    except FileNotFoundError:
+        raise Refused("NOT_FOUND", f"there is no file {path}") from None
+    except Exception as error:
+        raise Refused("INVALID_MODEL_FILE", f"{path}: {error}") from error
+    return tensors

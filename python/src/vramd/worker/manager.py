@@ -1,0 +1,169 @@
+"""The manager: which models this process holds, how they are used, and what they may take."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .protocol import Refused, megabytes
+
+LEVELS = ("Normal", "Moderate", "High", "Critical")
+PRIORITIES = ("Low", "Normal", "High", "Critical")
+STRATEGIES = ("LowestCost", "LeastRecentlyUsed", "LeastFrequentlyUsed", "LargestFirst", "LowestPriority")
+
+
+@dataclass
+class Model:
+    """A model that this process holds."""
+
+    name: str
+    device: str
+    #: Its bytes that are this process's own.
+    size_bytes: int = 0
+    #: Its bytes that are the daemon's.
+    attached_bytes: int = 0
+    #: The registered model that those are of.
+    attached_model: str | None = None
+    kind: str | None = None
+    priority: str = "Normal"
+    load_seconds: float | None = None
+    offloaded: bool = False
+    value: Any = None
+    use_count: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.monotonic)
+    users: int = 0
+
+    @property
+    def busy(self) -> bool:
+        return self.users > 0
+
+    def report(self) -> dict[str, Any]:
+        """As the daemon is told."""
+        return {
+            "name": self.name,
+            "type": self.kind,
+            "device_id": self.device,
+            "offloaded": self.offloaded,
+            "memory_mb": megabytes(self.size_bytes),
+            "attached_mb": megabytes(self.attached_bytes),
+            "attached_model": self.attached_model,
+            "busy": self.busy,
+            "priority": self.priority,
+            "use_count": self.use_count,
+            "idle_seconds": round(time.monotonic() - self.last_used, 3),
+            "load_seconds": self.load_seconds,
+        }
+
+    def cost(self) -> float:
+        """What a byte of it is worth: uses a second, times the seconds to get it back, over its bytes."""
+        alive = max(time.monotonic() - self.since, 1.0)
+        idle = max(time.monotonic() - self.last_used, 1.0)
+        rate = self.use_count / alive / idle
+        weight = 2.0 ** PRIORITIES.index(self.priority)
+        return weight * rate * (self.load_seconds or 1.0) / max(self.size_bytes + self.attached_bytes, 1)
+
+
+class Manager:
+    """The models, safe to use from any thread."""
+
+    def __init__(self, changed: Callable[[], None], limit_bytes: int | None = None) -> None:
+        self._models: dict[str, Model] = {}
+        self._lock = threading.RLock()
+        #: Two who use a model for the first time load it once.
+        self._loading = threading.RLock()
+        self._changed = changed
+        self.limit_bytes = limit_bytes
+        #: The level that the daemon last told, by device.
+        self.levels: dict[str, str] = {}
+
+    def models(self) -> list[Model]:
+        with self._lock:
+            return list(self._models.values())
+
+    def get(self, name: str) -> Model:
+        with self._lock:
+            model = self._models.get(name)
+        if model is None:
+            known = ", ".join(model.name for model in self.models()) or "none"
+            raise Refused("NOT_FOUND", f"this worker has no model {name}", f"it has: {known}")
+        return model
+
+    def hold(self, model: Model) -> None:
+        """Takes a model in; one of that name is there no longer."""
+        if model.priority not in PRIORITIES:
+            known = ", ".join(PRIORITIES)
+            raise Refused("INVALID_ARGUMENT", f"the priority {model.priority} is none of {known}")
+        with self._lock:
+            self._models[model.name] = model
+        self._changed()
+
+    def check_new(self, name: str, size_bytes: int) -> None:
+        """Refuses what is here already, or has no room below the limit."""
+        with self._lock:
+            if name in self._models:
+                raise Refused("CONFLICT", f"{name} is loaded already")
+            held = sum(model.size_bytes for model in self._models.values())
+        if self.limit_bytes is not None and held + size_bytes > self.limit_bytes:
+            taken = f"{megabytes(held)} of {megabytes(self.limit_bytes)} are taken"
+            what = f"{name} takes {megabytes(size_bytes)} MB; {taken}"
+            raise Refused("INSUFFICIENT_MEMORY", what, "unload another model, or raise the worker's limit")
+
+    def drop(self, name: str) -> Model | None:
+        with self._lock:
+            model = self._models.pop(name, None)
+        if model is not None:
+            self._changed()
+        return model
+
+    @contextmanager
+    def using(self, name: str, load: Callable[[str], Model]) -> Iterator[Model]:
+        """While inside, the model is busy and stays. One that is not there is loaded first."""
+        while (model := self._take(name)) is None:
+            with self._loading:
+                if name not in self._models:
+                    self.hold(load(name))
+        if model.users == 1:
+            self._changed()
+        try:
+            yield model
+        finally:
+            with self._lock:
+                model.users -= 1
+                model.last_used = time.monotonic()
+                last = model.users == 0
+            if last:
+                self._changed()
+
+    def _take(self, name: str) -> Model | None:
+        with self._lock:
+            model = self._models.get(name)
+            if model is not None:
+                model.users += 1
+                model.use_count += 1
+            return model
+
+    def idle(self, name: str) -> Model:
+        """The model, if nobody uses it."""
+        model = self.get(name)
+        if model.busy:
+            raise Refused("CONFLICT", f"{name} is in use", "ask again once it is idle")
+        return model
+
+    def in_order(self, strategy: str, device: str | None = None) -> list[Model]:
+        """The idle models, the first to go first."""
+        keys: dict[str, Callable[[Model], Any]] = {
+            "LowestCost": Model.cost,
+            "LeastRecentlyUsed": lambda model: model.last_used,
+            "LeastFrequentlyUsed": lambda model: (model.use_count, model.last_used),
+            "LargestFirst": lambda model: -model.size_bytes,
+            "LowestPriority": lambda model: (PRIORITIES.index(model.priority), model.last_used),
+        }
+        if strategy not in keys:
+            raise Refused("INVALID_ARGUMENT", f"{strategy} is none of {', '.join(STRATEGIES)}")
+        idle = [model for model in self.models() if not model.busy and device in (None, model.device)]
+        return sorted(idle, key=keys[strategy])

@@ -1,0 +1,313 @@
+"""Workers against the real daemon: the one that can be started as it is, and the class for model servers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import vramd as api
+from support import ROOT, Vramd, running, until
+from vramd.worker import Model, Refused, Worker
+
+MEGABYTE = 1 << 20
+TENSORS = {
+    "embedding": np.arange(1 << 21, dtype=np.float32).reshape(2048, 1024),
+    "bias": np.linspace(-1, 1, 333, dtype=np.float32),
+}
+SIZE_MB = sum(tensor.nbytes for tensor in TENSORS.values()) / MEGABYTE
+
+
+def has_torch() -> bool:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module", params=["numpy", "torch"])
+def daemon(
+    request: pytest.FixtureRequest, binary: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Vramd]:
+    if request.param == "torch" and not has_torch():
+        pytest.skip("torch is not installed")
+    program = f"python={sys.executable} -m vramd.worker"
+    environment = {"VRAMD_WORKER_FRAMEWORK": request.param, "OMP_NUM_THREADS": "1"}
+    directory = tmp_path_factory.mktemp("vramd")
+    daemon = Vramd(binary, directory, environment, "--worker-program", program)
+    path = daemon.models / "toy.safetensors"
+    safetensors.numpy.save_file(TENSORS, path, metadata={"format": "np"})
+    daemon.client.register_model("toy", path, keep_alive=-1)
+    yield daemon
+    daemon.stop()
+
+
+def start(daemon: Vramd, name: str, **more: Any) -> None:
+    daemon.client.start_worker("python", name=name, **more)
+    until(lambda: daemon.client.worker(name)["state"] == "Ready", f"{name} to be ready", 60)
+
+
+@pytest.fixture
+def worker(daemon: Vramd, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Asks a worker of this test's own."""
+    name = request.node.originalname[:40].replace("_", "-")
+    start(daemon, name)
+    yield lambda action, **data: daemon.client.call_worker(name, action, data)
+    stopped = daemon.client.stop_worker(name)
+    assert stopped["lastExit"].get("code") == 0, stopped
+    assert stopped["faultCount"] == 0, stopped
+
+
+def attached(daemon: Vramd) -> int:
+    components = daemon.client.model("toy")["components"]
+    return sum(place["attachedCount"] for part in components for place in part["residency"])
+
+
+def test_every_status_has_the_frameworks_figures(worker: Any) -> None:
+    for action in ("memory.get_status", "memory.get_model_status"):
+        status = worker(action)
+        figures = ("gpu_allocated_gb", "gpu_reserved_gb", "gpu_free_gb", "gpu_total_gb")
+        assert all(status[figure] >= 0 for figure in figures)
+        assert status["cpu_memory_gb"] > 0.001
+        assert status["optimization_settings"]["framework"].startswith(("numpy", "torch"))
+    pressure = worker("memory.get_pressure")["devices"]["cpu:0"]
+    assert 0 < pressure["ratio"] < 1
+    assert pressure["level"] is None
+    told = worker("memory.pressure_check", device_id="cpu:0", level="High", target_mb=1)
+    assert told["level"] == "High"
+    assert worker("memory.get_pressure")["devices"]["cpu:0"]["level"] == "High"
+    requests = worker("memory.analytics")["requests"]
+    assert requests["memory.get_pressure"]["count"] == 2
+
+
+def test_its_own_buffers_take_real_memory_and_give_it_back(worker: Any) -> None:
+    used = worker("memory.get_status")["devices"]["cpu:0"]["used_mb"]
+    made = worker("memory.allocate", size_mb=64, purpose="scratch")
+    assert made["size_mb"] == 64
+    assert worker("memory.get_status")["devices"]["cpu:0"]["used_mb"] > used + 60
+    moved = worker("memory.transfer", allocation_id=made["allocation_id"], target_device_id="cpu:0")
+
+    def ended() -> Any:
+        status = worker("memory.transfer_status", transfer_id=moved["transfer_id"])
+        return status if status["state"] != "Running" else None
+
+    status = until(ended, "the transfer's end")
+    assert (status["state"], status["done_mb"]) == ("Completed", 64)
+    with pytest.raises(api.NotFound):
+        worker("memory.deallocate", allocation_id=made["allocation_id"])
+    gone = worker("memory.deallocate", allocation_id=status["target_allocation_id"])
+    assert gone["freed_mb"] > 60
+    worker("memory.allocate", size_mb=32)
+    cleared = worker("memory.clear", device_id="cpu:0", allocations=True)
+    assert cleared["allocation_count"] == 1
+    assert cleared["freed_mb"] > 30
+    assert worker("memory.defragment")["moved_mb"] == 0
+
+
+@pytest.mark.parametrize(
+    ("action", "data"),
+    [
+        ("memory.allocate", {}),
+        ("memory.allocate", {"size_mb": -1}),
+        ("memory.allocate", {"size_mb": "much"}),
+        ("memory.allocate", {"size_mb": 1, "device_id": "cuda:9"}),
+        ("memory.load_model", {}),
+        ("memory.load_model", {"name": ""}),
+        ("memory.load_model", {"name": "x", "priority": "Highest"}),
+        ("memory.optimize_memory", {"strategy": "Random"}),
+        ("memory.pressure_check", {"device_id": "cpu:0", "level": "Extreme"}),
+        ("memory.clear", {"device_id": 3}),
+    ],
+)
+def test_bad_data_is_refused(daemon: Vramd, action: str, data: dict[str, Any]) -> None:
+    if "bad" not in [one["name"] for one in daemon.client.workers()]:
+        start(daemon, "bad")
+    with pytest.raises(api.VramdError) as refused:
+        daemon.client.call_worker("bad", action, data)
+    expected = "NOT_FOUND" if data.get("priority") else "INVALID_ARGUMENT"
+    assert refused.value.code == expected
+    assert daemon.client.worker("bad")["faultCount"] == 0
+
+
+def test_two_attach_one_model_and_a_third_holds_its_own(daemon: Vramd) -> None:
+    for name in ("one", "two", "third"):
+        start(daemon, name)
+    call = daemon.client.call_worker
+    for name in ("one", "two"):
+        loaded = call(name, "memory.load_model", {"name": "toy", "type": "encoder"})
+        assert loaded["tensor_count"] == 2
+        assert loaded["model"]["memory_mb"] == 0
+        assert loaded["model"]["attached_mb"] >= SIZE_MB
+    path = str(daemon.models / "toy.safetensors")
+    own = call("third", "memory.load_model", {"name": "mine", "path": path, "estimated_size_mb": 9})
+    assert own["model"]["memory_mb"] == pytest.approx(SIZE_MB, abs=0.01)
+    assert attached(daemon) == 2
+    for name, is_own in (("one", False), ("two", False), ("third", True)):
+
+        def told(name: str = name) -> Any:
+            return daemon.client.worker(name)["models"]
+
+        model = until(told, f"the models of {name}")[0]
+        assert (model["ownBytes"] > 0, model["attachedBytes"] > 0) == (is_own, not is_own)
+        assert model.get("attachedModel") == (None if is_own else "toy")
+    with pytest.raises(api.Conflict):
+        call("third", "memory.offload_model", {"name": "mine"})
+    with pytest.raises(api.Conflict):
+        call("third", "memory.load_model", {"name": "mine", "path": path})
+    offloaded = call("one", "memory.offload_model", {"name": "toy"})
+    assert offloaded["model"]["offloaded"] is True
+    until(lambda: attached(daemon) == 1, "one reader")
+    assert call("one", "memory.restore_model", {"name": "toy"})["model"]["attached_mb"] >= SIZE_MB
+    assert attached(daemon) == 2
+
+    gone = call("third", "memory.unload_model", {"name": "mine"})
+    assert gone["acknowledged_mb"] == pytest.approx(SIZE_MB, abs=0.01)
+    assert gone["freed_mb"] > SIZE_MB * 0.9
+    let_go = call("one", "memory.optimize_memory", {"target_reduction_mb": 1, "strategy": "LargestFirst"})
+    assert [one["name"] for one in let_go["unloaded"]] == ["toy"]
+    until(lambda: attached(daemon) == 1, "one reader")
+    assert call("two", "cleanup")["unloaded"] == ["toy"]
+    until(lambda: attached(daemon) == 0, "no reader")
+    for name in ("one", "two", "third"):
+        daemon.client.stop_worker(name)
+
+
+def test_a_limit_is_kept_and_bad_files_are_named(daemon: Vramd) -> None:
+    # Its interpreter and its framework count too.
+    start(daemon, "limited", memory_limit_bytes=8 << 30)
+    call = daemon.client.call_worker
+    path = daemon.models / "toy.safetensors"
+    with pytest.raises(api.InsufficientMemory):
+        call("limited", "memory.load_model", {"name": "a", "path": str(path), "estimated_size_mb": 9000})
+    bad = daemon.models / "bad.safetensors"
+    bad.write_bytes(b"\xff" * 64)
+    for file, code in ((bad, "INVALID_MODEL_FILE"), (daemon.models / "none.safetensors", "NOT_FOUND")):
+        with pytest.raises(api.VramdError) as refused:
+            call("limited", "memory.load_model", {"name": "a", "path": str(file)})
+        assert refused.value.code == code
+    with pytest.raises(api.NotFound):
+        call("limited", "memory.load_model", {"name": "nobody-registered-this"})
+    assert call("limited", "memory.get_model_info")["model_count"] == 0
+    daemon.client.stop_worker("limited")
+
+
+def test_what_it_allocates_over_rest_is_its_own(daemon: Vramd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VRAMD_OWNER", "worker:some")
+    client = api.Client(daemon.address)
+    made = client.allocate(4096, device="sim:0")
+    assert made["owner"] == "worker:some"
+    client.release(made["allocationId"])
+
+
+class Server(Worker):
+    """A model server that holds what it says."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.networks: dict[str, bytearray] = {}
+        self.pressures: list[tuple[str, int]] = []
+        self.keeps = False
+
+    def on_unload(self, model: Model) -> None:
+        if self.keeps:
+            raise Refused("CONFLICT", "it is dear to me")
+        self.networks.pop(model.name)
+
+    def on_pressure(self, level: str, target_bytes: int) -> None:
+        self.pressures.append((level, target_bytes))
+
+
+def test_a_model_server_joins_and_gives_way(daemon: Vramd) -> None:
+    call, shown = daemon.client.call_worker, daemon.client.worker
+    with Server("server", socket=daemon.socket) as server:
+        until(lambda: "server" in [one["name"] for one in daemon.client.workers()], "it to join")
+        until(lambda: shown("server")["state"] == "Ready", "it to be ready")
+        assert shown("server")["pid"] == os.getpid()
+        server.networks["net"] = bytearray(32 * MEGABYTE)
+        server.hold("net", size_bytes=32 * MEGABYTE, load_seconds=2.5)
+        until(lambda: shown("server")["models"], "its model to be known")
+        with server.using("net"):
+            until(lambda: shown("server")["models"][0]["busy"], "it to be busy")
+            with pytest.raises(api.Conflict, match="in use"):
+                call("server", "memory.unload_model", {"name": "net"})
+        server.keeps = True
+        with pytest.raises(api.Conflict, match="dear"):
+            call("server", "memory.unload_model", {"name": "net"})
+        assert "net" in server.networks
+        server.keeps = False
+        call("server", "memory.pressure_check", {"device_id": "cpu:0", "level": "Critical", "target_mb": 3})
+        assert server.pressures == [("Critical", 3 * MEGABYTE)]
+        assert call("server", "memory.unload_model", {"name": "net"})["acknowledged_mb"] == 32
+        assert server.networks == {}
+        until(lambda: not shown("server")["models"], "its model to be gone")
+    until(lambda: shown("server")["state"] == "Exited", "it to leave")
+
+
+def test_a_server_that_is_told_to_end_leaves_and_a_lost_daemon_is_waited_for(
+    binary: str, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    socket = str(tmp_path / "one" / "vramd.sock")
+    daemon = Vramd(binary, tmp_path / "one")
+    server = Server("server", socket=socket)
+    server.hold("net", size_bytes=MEGABYTE)
+    server.start()
+    with pytest.raises(RuntimeError):
+        server.start()
+    until(lambda: daemon.client.workers() and daemon.client.worker("server")["models"], "its model")
+    daemon.process.kill()
+    daemon.process.wait()
+    again = Vramd(binary, tmp_path / "two", None, "--socket", socket)
+    try:
+        until(lambda: again.client.workers() and again.client.worker("server")["models"], "it to be back", 20)
+        again.client.stop_worker("server")
+        ended = [one for one in threading.enumerate() if one.name == "vramd-worker"]
+        until(lambda: not any(one.is_alive() for one in ended), "its thread to end")
+    finally:
+        server.close()
+        again.stop()
+
+
+def test_the_example_of_the_guide_is_short_and_does_what_the_guide_says(daemon: Vramd) -> None:
+    source = (ROOT / "examples" / "model_server.py").read_text()
+    assert f"```python\n{source}```" in (ROOT / "docs" / "workers.md").read_text()
+    assert len(source.splitlines()) < 40
+    command = [sys.executable, str(ROOT / "examples" / "model_server.py")]
+    environment = os.environ | {"VRAMD_SOCKET": daemon.socket}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1
+    )
+    with running(process):
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+
+        def use(name: str) -> None:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(f"{name}\n")
+            assert process.stdout.readline() == f"{name}: {64 * MEGABYTE // 4}\n"
+
+        def models() -> Any:
+            return "example" in names() and daemon.client.worker("example")["models"]
+
+        def names() -> list[str]:
+            return [one["name"] for one in daemon.client.workers()]
+
+        use("tiny-64")
+        assert until(models, "its model to be known", 20)[0]["ownBytes"] == 64 * MEGABYTE
+        gone = daemon.client.call_worker("example", "memory.unload_model", {"name": "tiny-64"})
+        assert gone["freed_mb"] > 60
+        assert process.stderr.readline() == "tiny-64 goes after 1 uses\n"
+        use("tiny-64")
