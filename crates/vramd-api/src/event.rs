@@ -49,6 +49,12 @@ pub enum EventKind {
     DeviceFault,
     #[serde(rename = "pressure.changed")]
     PressureChanged,
+    /// Something was done about it: what was asked for, acknowledged and measured.
+    #[serde(rename = "pressure.step")]
+    PressureStep,
+    /// What was done about it has ended: with what was needed and what is free.
+    #[serde(rename = "pressure.relieved")]
+    PressureRelieved,
     /// A worker is there; its process was started, or it joined.
     #[serde(rename = "worker.started")]
     WorkerStarted,

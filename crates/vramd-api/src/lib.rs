@@ -18,6 +18,7 @@ mod movement;
 mod object;
 mod operation;
 mod plan;
+mod relief;
 mod reservation;
 mod units;
 mod usage;
@@ -50,6 +51,11 @@ pub use movement::{
 pub use operation::{Operation, OperationKind, OperationPage, OperationState};
 pub use plan::{
     EvictedComponent, MAX_PLANNED, MemoryPlan, PlanItem, PlanOutcome, PlanRequest, PlannedModel, PlannedRun,
+};
+pub use relief::{
+    DevicePressure, LoadedModel, ModelMemory, ModelStatus, ModelsOptimized, OptimizeModels,
+    PerformanceImpact, PressurePage, RecommendedAction, ReliefAction, ReliefStep, Trend, UnloadedModel,
+    WorkerMemoryStatus, WorkerOutcome, WorkerShare,
 };
 pub use reservation::{
     Basis, Footprint, FootprintPage, MAX_DIMENSIONS, RECENT_PEAKS, Reservation, ReserveRequest,

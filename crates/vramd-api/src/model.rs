@@ -238,6 +238,8 @@ pub enum EvictionPolicy {
     LeastRecentlyUsed,
     LeastFrequentlyUsed,
     LargestFirst,
+    /// Those of the lowest priority, and of these the least recently used.
+    LowestPriority,
 }
 
 /// `POST /api/models/{name}/prefetch`.

@@ -15,6 +15,8 @@ pub enum OperationKind {
     Copy,
     Defragment,
     Clear,
+    /// Models go because memory is tight, or because somebody asked for that.
+    Optimize,
 }
 
 /// `Queued → Running → Completed | Failed | Cancelled`; a queued operation can be cancelled too.

@@ -38,8 +38,13 @@ impl Popularity {
     pub fn uses_per_second(&self, now: Tick) -> f64 {
         let Some(last) = self.times[..self.count].last() else { return 0.0 };
         let seconds = |since: Tick| now.0.saturating_sub(since.0) as f64 / 1000.0;
-        let rate = self.count as f64 / (seconds(self.times[0]) + FEW_SECONDS);
-        let gaps = seconds(*last) * rate;
+        Self::rate(self.count as u64, seconds(self.times[0]), seconds(*last))
+    }
+
+    /// The same of something whose single uses nobody remembers: so many in so many seconds, the last of them so long ago.
+    pub fn rate(count: u64, seconds: f64, idle_seconds: f64) -> f64 {
+        let rate = count as f64 / (seconds + FEW_SECONDS);
+        let gaps = idle_seconds * rate;
         rate / gaps.max(1.0)
     }
 }
@@ -90,7 +95,9 @@ pub fn choose(candidates: &[Candidate], needed: u64, policy: EvictionPolicy) -> 
     order.sort_by(|a, b| {
         let (one, other) = (&candidates[*a], &candidates[*b]);
         let by_policy = match policy {
-            EvictionPolicy::LeastRecentlyUsed => other.idle_seconds.total_cmp(&one.idle_seconds),
+            EvictionPolicy::LeastRecentlyUsed | EvictionPolicy::LowestPriority => {
+                other.idle_seconds.total_cmp(&one.idle_seconds)
+            }
             EvictionPolicy::LeastFrequentlyUsed => one.uses_per_second.total_cmp(&other.uses_per_second),
             EvictionPolicy::LargestFirst => other.bytes.cmp(&one.bytes),
             EvictionPolicy::LowestCost => std::cmp::Ordering::Equal,

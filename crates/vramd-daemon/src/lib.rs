@@ -15,6 +15,7 @@ mod platform;
 mod requests;
 mod server;
 mod source;
+mod stalls;
 mod store;
 mod usage;
 mod workers;
@@ -43,6 +44,7 @@ use platform::LocalListener;
 use server::{RemoveOnDrop, Server};
 use source::Roots;
 use store::{Store, StoreError};
+pub use vramd_core::pressure::Thresholds;
 pub use vramd_core::quiet_hours::QuietHours;
 #[cfg(unix)]
 pub use vramd_device::cuda::{LoaderCommand, serve as serve_loader};
@@ -87,6 +89,8 @@ pub struct Config {
     pub ram_tier_bytes: Option<u64>,
     /// What of RAM is left to other programs before such models go from there too; unset: a tenth of it.
     pub ram_reserve_bytes: Option<u64>,
+    /// The ratios at which levels of pressure begin.
+    pub pressure_thresholds: Thresholds,
     /// The programs that may be run as workers.
     pub worker_programs: Programs,
     /// The workers that begin with the daemon.
@@ -231,11 +235,13 @@ pub async fn serve_on(
                 .map_err(|source| StartError::Worker { name, source: Box::new(source) })
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let rules = Rules { schedule, eviction: config.eviction, minimum_stay, tiers, home };
+    let thresholds = config.pressure_thresholds;
+    let rules = Rules { schedule, eviction: config.eviction, minimum_stay, tiers, home, thresholds };
     let (unasked, to_load) = tokio::sync::mpsc::unbounded_channel();
     let (driver, mut task) =
         Driver::start(devices, store, stored, run, rules, unasked).map_err(StartError::Threads)?;
     let stopping = CancellationToken::new();
+    stalls::watch(driver.clone(), stopping.clone());
     let usage = usage::UsageHistory::default();
     let sampler = tokio::spawn(usage::sample(driver.clone(), usage.clone()));
     let port = address.map(|address| address.port());

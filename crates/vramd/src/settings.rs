@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use vramd_api::{Bytes, EvictionPolicy, KeepAlive};
 #[cfg(unix)]
 use vramd_daemon::LoaderCommand;
-use vramd_daemon::{Adapters, CudaCards, QuietHours};
+use vramd_daemon::{Adapters, CudaCards, QuietHours, Thresholds};
 
 use crate::system;
 use crate::worker_settings::{ConfiguredWorker, WorkerPrograms};
@@ -62,7 +62,7 @@ settings! {
     QUIET_HOURS = "quiet_hours", "--quiet-hours", "VRAMD_QUIET_HOURS", "none",
         "When devices are defragmented without being asked, in local time: `02:00-05:00`, `12:00-13:00,22:00-06:00`, or `none`.";
     EVICTION = "eviction", "--eviction", "VRAMD_EVICTION", "LowestCost",
-        "By what idle models are chosen that go when room is needed: `LowestCost`, `LeastRecentlyUsed`, `LeastFrequentlyUsed` or `LargestFirst`.";
+        "By what idle models are chosen that go when room is needed: `LowestCost`, `LeastRecentlyUsed`, `LeastFrequentlyUsed`, `LargestFirst` or `LowestPriority`.";
     MINIMUM_STAY = "minimum_stay", "--minimum-stay", "VRAMD_MINIMUM_STAY", "0s",
         "How long a model that was loaded stays at least before it may go for others: `30s`, `5m`, or `-1` for ever.";
     PAGE_POOL = "page_pool", "--page-pool", "VRAMD_PAGE_POOL", "none",
@@ -71,6 +71,8 @@ settings! {
         "The most host memory for idle models that had to go from a card and come back from there: `24GiB`, or `none`.";
     RAM_RESERVE = "ram_reserve", "--ram-reserve", "VRAMD_RAM_RESERVE", "a tenth of the machine's memory",
         "What is left to other programs: when less is free, models that had to go from a card go from host memory too: `4GiB`, or `none`.";
+    PRESSURE_THRESHOLDS = "pressure_thresholds", "--pressure-thresholds", "VRAMD_PRESSURE_THRESHOLDS", "0.70,0.85,0.95",
+        "The ratios at which pressure is `Moderate`, `High` and `Critical`, for all devices: from `High` on the daemon frees memory by itself.";
     WORKER_PROGRAMS = "worker_programs", "--worker-program", "VRAMD_WORKER_PROGRAM", "none",
         "Programs that may be run as workers, by name: `NAME=COMMAND`, its words separated by spaces. The flag may repeat; the variable separates them by `;`. In the file a list of words, or a table with `command` and the variables of its `environment` that callers may set.";
     WORKERS = "workers", "--worker", "VRAMD_WORKER", "none",
@@ -200,6 +202,8 @@ pub struct Layer {
     pub page_pool: Option<Switch<Bytes>>,
     pub ram_tier: Option<Switch<Bytes>>,
     pub ram_reserve: Option<Switch<Bytes>>,
+    #[serde(default, deserialize_with = "word")]
+    pub pressure_thresholds: Option<Thresholds>,
     pub worker_programs: Option<WorkerPrograms>,
     pub workers: Option<Vec<ConfiguredWorker>>,
     pub log: Option<String>,
@@ -231,7 +235,7 @@ pub struct Sourced<T> {
     pub origin: Origin,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     pub listen: Sourced<Switch<SocketAddr>>,
     pub socket: Sourced<Switch<PathBuf>>,
@@ -249,6 +253,7 @@ pub struct Settings {
     pub page_pool: Sourced<Switch<Bytes>>,
     pub ram_tier: Sourced<Option<Switch<Bytes>>>,
     pub ram_reserve: Sourced<Option<Switch<Bytes>>>,
+    pub pressure_thresholds: Sourced<Thresholds>,
     pub worker_programs: Sourced<WorkerPrograms>,
     pub workers: Sourced<Vec<ConfiguredWorker>>,
     pub log: Sourced<String>,
@@ -328,6 +333,9 @@ pub fn resolve(
         ram_tier: pick.value(&RAM_TIER, |layer| layer.ram_tier.clone().map(Some)).or_default(None),
         ram_reserve: pick.value(&RAM_RESERVE, |layer| layer.ram_reserve.clone().map(Some)).or_default(None),
         quiet_hours: pick.value(&QUIET_HOURS, |layer| layer.quiet_hours.clone()).or_default(Switch::Off),
+        pressure_thresholds: pick
+            .value(&PRESSURE_THRESHOLDS, |layer| layer.pressure_thresholds)
+            .or_default(Thresholds::default()),
         worker_programs: pick
             .value(&WORKER_PROGRAMS, |layer| layer.worker_programs.clone())
             .or_default(WorkerPrograms::default()),
@@ -446,6 +454,7 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
         page_pool: parse(environment, &PAGE_POOL)?,
         ram_tier: parse(environment, &RAM_TIER)?,
         ram_reserve: parse(environment, &RAM_RESERVE)?,
+        pressure_thresholds: parse(environment, &PRESSURE_THRESHOLDS)?,
         worker_programs: list(environment, &WORKER_PROGRAMS)?.map(|list| list.into_iter().collect()),
         workers: list(environment, &WORKERS)?,
         log: parse(environment, &LOG)?,
@@ -459,7 +468,7 @@ pub fn set<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsString>
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 19] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 20] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         let shown =
@@ -485,6 +494,11 @@ impl Settings {
             (PAGE_POOL.key, self.page_pool.value.shown(|bytes| json!(bytes.get())), &self.page_pool.origin),
             (RAM_TIER.key, shown(self.ram_tier.value.as_ref()), &self.ram_tier.origin),
             (RAM_RESERVE.key, shown(self.ram_reserve.value.as_ref()), &self.ram_reserve.origin),
+            (
+                PRESSURE_THRESHOLDS.key,
+                json!(self.pressure_thresholds.value.to_string()),
+                &self.pressure_thresholds.origin,
+            ),
             (WORKER_PROGRAMS.key, json!(self.worker_programs.value), &self.worker_programs.origin),
             (WORKERS.key, json!(self.workers.value), &self.workers.origin),
             (LOG.key, json!(self.log.value), &self.log.origin),
@@ -513,6 +527,7 @@ impl Settings {
             page_pool_bytes: self.page_pool.value.on().map_or(0, Bytes::get),
             ram_tier_bytes: self.ram_tier.value.map(|it| it.on().map_or(0, Bytes::get)),
             ram_reserve_bytes: self.ram_reserve.value.map(|it| it.on().map_or(0, Bytes::get)),
+            pressure_thresholds: self.pressure_thresholds.value,
             worker_programs: self.worker_programs.value.daemon(),
             workers: self.workers.value.into_iter().map(ConfiguredWorker::daemon).collect(),
             ready_file: absolute(self.ready_file.value)?,

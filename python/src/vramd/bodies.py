@@ -557,3 +557,124 @@ class WorkerAnswer(TypedDict):
     action: str
     data: dict[str, Any]
     milliseconds: float
+
+
+EvictionPolicy = Literal[
+    "LowestCost", "LeastRecentlyUsed", "LeastFrequentlyUsed", "LargestFirst", "LowestPriority"
+]
+Trend = Literal["Rising", "Steady", "Falling"]
+
+
+class RecommendedAction(TypedDict):
+    action: Literal["dropPool", "unloadModel", "tellWorker", "askWorker", "askToLetGo"]
+    reason: str
+    bytes: int
+    call: str
+
+
+class DevicePressure(TypedDict):
+    deviceId: str
+    pressureLevel: PressureLevel
+    ratio: float
+    availableMemory: int
+    freeMemory: int
+    totalMemory: int
+    utilizationPercentage: float
+    trend: Trend
+    shrinksPerSecond: float
+    secondsToExhaustion: NotRequired[float]
+    neededBytes: int
+    operationId: NotRequired[str]
+    recommendedActions: list[RecommendedAction]
+
+
+class PressurePage(TypedDict):
+    devices: list[DevicePressure]
+
+
+class ModelMemory(TypedDict):
+    residentBytes: int
+    attachedBytes: int
+    idleBytes: int
+
+
+class WorkerShare(TypedDict):
+    workerId: str
+    name: str
+    state: WorkerState
+    measuredBytes: NotRequired[int]
+    reportedBytes: NotRequired[int]
+    attachedBytes: int
+    lastSynchronized: NotRequired[str]
+
+
+class WorkerMemoryStatus(TypedDict):
+    measuredBytes: int
+    reportedBytes: int
+    workers: list[WorkerShare]
+    notes: list[str]
+
+
+class LoadedModel(TypedDict):
+    name: str
+    worker: NotRequired[str]
+    bytes: int
+    busy: bool
+    attachedCount: int
+    lastUsedAt: NotRequired[str]
+
+
+class ModelStatus(TypedDict):
+    deviceId: str
+    systemMemory: DeviceStatus
+    modelMemory: ModelMemory
+    workerMemory: WorkerMemoryStatus
+    totalMemoryUsage: int
+    availableForModels: int
+    loadedModelCount: int
+    loadedModels: list[LoadedModel]
+    pressureLevel: PressureLevel
+    availableOperations: list[str]
+    optimizationRecommendations: list[RecommendedAction]
+    lastSynchronized: NotRequired[str]
+    lastUpdated: str
+
+
+class UnloadedModel(TypedDict):
+    model: str
+    component: NotRequired[str]
+    worker: NotRequired[str]
+    askedBytes: int
+    acknowledgedBytes: int
+    measuredBytes: int
+
+
+class WorkerOutcome(TypedDict):
+    workerId: str
+    name: str
+    askedBytes: int
+    acknowledgedBytes: int
+    measuredBytes: int
+    errors: NotRequired[list[str]]
+
+
+class PerformanceImpact(TypedDict):
+    reloadSeconds: float
+    expectedSecondsPerHour: float
+
+
+class ModelsOptimized(TypedDict):
+    operationId: NotRequired[str | None]
+    deviceId: str
+    optimizationTriggered: bool
+    optimizationStrategy: EvictionPolicy
+    neededBytes: int
+    askedBytes: int
+    acknowledgedBytes: int
+    memoryFreed: int
+    modelsUnloaded: list[UnloadedModel]
+    performanceImpact: PerformanceImpact
+    optimizationTimeMs: int
+    message: str
+    newPressureLevel: PressureLevel
+    workers: list[WorkerOutcome]

@@ -516,6 +516,52 @@ class Client:
         touched: bodies.Model = self._post(f"{_model(name)}/touch", keepAlive=keep_alive)
         return touched
 
+    # Pressure, and models in one view
+
+    def pressure(self) -> list[bodies.DevicePressure]:
+        """How tight memory is on each device, and what would help."""
+        page: bodies.PressurePage = self._get("/api/memory/pressure")
+        return page["devices"]
+
+    def device_pressure(self, device: str) -> bodies.DevicePressure:
+        found: bodies.DevicePressure = self._get(f"/api/memory/pressure/{_part(device)}")
+        return found
+
+    def model_status(self, device: str) -> bodies.ModelStatus:
+        """The daemon's models and the workers' on a device; attached weights are counted once."""
+        status: bodies.ModelStatus = self._get(f"/api/memory/model/status/{_part(device)}")
+        return status
+
+    def optimize_models(
+        self,
+        device: str,
+        *,
+        strategy: bodies.EvictionPolicy | None = None,
+        target_pressure_level: bodies.PressureLevel | None = None,
+        max_models_to_unload: int | None = None,
+        min_memory_to_free: int | None = None,
+        force_optimization: bool | None = None,
+        exclude_models: Iterable[str] = (),
+        max_optimization_time_ms: int | None = None,
+    ) -> bodies.ModelsOptimized:
+        """Has idle models go, the daemon's and the workers' in one order of cost, until enough is free.
+
+        ``memoryFreed`` is what was measured, ``acknowledgedBytes`` what workers said.
+        """
+        body = _given(
+            strategy=strategy,
+            targetPressureLevel=target_pressure_level,
+            maxModelsToUnload=max_models_to_unload,
+            minMemoryToFree=min_memory_to_free,
+            forceOptimization=force_optimization,
+            excludeModels=list(exclude_models) or None,
+            maxOptimizationTimeMs=max_optimization_time_ms,
+        )
+        path = f"/api/memory/model/optimize/{_part(device)}"
+        wait = (max_optimization_time_ms or 10_000) / 1000
+        done: bodies.ModelsOptimized = self._transport.call("POST", path, body=body, wait=wait)
+        return done
+
     # Workers, each by its name or id
 
     def workers(self) -> list[bodies.Worker]:

@@ -8,10 +8,11 @@ use super::{Client, ClientError};
 use crate::{
     AllocateRequest, Allocation, AllocationId, AllocationPage, AllocationStatus, AllocationType, CallWorker,
     ClearRequest, Cleared, CopyRequest, DefragmentPlans, DefragmentRequest, Device, DeviceLimits, DevicePage,
-    DeviceStatus, DeviceUsage, FootprintPage, Health, LimitsPage, LoadRequest, MemoryPlan, MemoryStatus,
-    Model, ModelName, ModelPage, Operation, OperationId, OperationPage, OperationState, PlanRequest,
-    PrefetchRequest, RegisterModel, Released, RenewRequest, ReserveRequest, SetLimits, StartWorker,
-    TouchRequest, TransferRequest, UnloadRequest, UsagePage, Worker, WorkerAnswer, WorkerPage,
+    DevicePressure, DeviceStatus, DeviceUsage, FootprintPage, Health, LimitsPage, LoadRequest, MemoryPlan,
+    MemoryStatus, Model, ModelName, ModelPage, ModelStatus, ModelsOptimized, Operation, OperationId,
+    OperationPage, OperationState, OptimizeModels, PlanRequest, PrefetchRequest, PressurePage, RegisterModel,
+    Released, RenewRequest, ReserveRequest, SetLimits, StartWorker, TouchRequest, TransferRequest,
+    UnloadRequest, UsagePage, Worker, WorkerAnswer, WorkerPage,
 };
 
 /// Which allocations to list, in which order, and from where on.
@@ -300,6 +301,31 @@ impl Client {
         wait_seconds: u32,
     ) -> Result<T, ClientError> {
         self.send(self.request(Method::POST, path).query(&[("wait", wait_seconds)]).json(body)).await
+    }
+}
+
+/// Pressure and models in one view.
+impl Client {
+    pub async fn pressure(&self) -> Result<PressurePage, ClientError> {
+        self.get(&["api", "memory", "pressure"]).await
+    }
+
+    pub async fn device_pressure(&self, device: &str) -> Result<DevicePressure, ClientError> {
+        self.get(&["api", "memory", "pressure", device]).await
+    }
+
+    /// The daemon's models and the workers' on a device.
+    pub async fn model_status(&self, device: &str) -> Result<ModelStatus, ClientError> {
+        self.get(&["api", "memory", "model", "status", device]).await
+    }
+
+    /// Has models go; answers once enough is free, or nothing more can go.
+    pub async fn optimize_models(
+        &self,
+        device: &str,
+        body: &OptimizeModels,
+    ) -> Result<ModelsOptimized, ClientError> {
+        self.post(&["api", "memory", "model", "optimize", device], body).await
     }
 }
 

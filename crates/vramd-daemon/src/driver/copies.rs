@@ -395,7 +395,7 @@ impl State {
                 };
                 self.demoted(operation, outcome.is_ok(), (copy.source, copy.target));
             }
-            Some(Running::Load(_) | Running::Clear(_) | Running::Split(_)) | None => {}
+            Some(Running::Load(_) | Running::Clear(_) | Running::Split(_) | Running::Relief(_)) | None => {}
         }
     }
 

@@ -168,7 +168,8 @@ impl State {
             | Running::Unload(_)
             | Running::Transfer(_)
             | Running::Clear(_)
-            | Running::Split(_) => None,
+            | Running::Split(_)
+            | Running::Relief(_) => None,
         })
     }
 

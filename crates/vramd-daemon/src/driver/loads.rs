@@ -710,7 +710,7 @@ impl State {
             }
             Some(Running::Transfer(_)) => return self.item_released(id, allocation, held_by),
             Some(Running::Defragment(_)) => return self.place_freed(id, allocation),
-            Some(Running::Clear(_) | Running::Split(_)) | None => return,
+            Some(Running::Clear(_) | Running::Split(_) | Running::Relief(_)) | None => return,
         }
         self.end_if_given_back(id);
     }
@@ -760,7 +760,13 @@ impl State {
         let name = match self.operations.running.get(&id) {
             Some(Running::Load(loading)) => loading.model.clone(),
             Some(Running::Unload(unloading)) => unloading.model.clone(),
-            Some(Running::Transfer(_) | Running::Defragment(_) | Running::Clear(_) | Running::Split(_))
+            Some(
+                Running::Transfer(_)
+                | Running::Defragment(_)
+                | Running::Clear(_)
+                | Running::Split(_)
+                | Running::Relief(_),
+            )
             | None => return,
         };
         if let Some(model) = self.models.get_mut(&name) {

@@ -97,6 +97,7 @@ impl State {
                 self.samples.insert(device.clone(), self.now.wall);
                 self.watch_pressure(device);
                 self.measured_since(device, began);
+                self.measured_for_relief(device, began);
             }
             Err(error) => {
                 self.note_failure(device, Some(&error));
@@ -114,26 +115,6 @@ impl State {
                 "deviceId": device, "kind": kind, "code": code, "reason": report.to_string(),
             });
             self.emit(EventKind::DeviceFault, data);
-        }
-    }
-
-    fn watch_pressure(&mut self, device: &DeviceId) {
-        let Some(ratio) = self
-            .ledger
-            .usage(device)
-            .zip(self.devices.get(device))
-            .map(|(usage, opened)| usage.used_bytes as f64 / opened.facts().total_bytes.max(1) as f64)
-        else {
-            return;
-        };
-        let before = self.pressure.get(device).copied().unwrap_or_default();
-        let level = vramd_core::pressure::level(ratio, before);
-        if level != before {
-            self.pressure.insert(device.clone(), level);
-            self.emit(
-                EventKind::PressureChanged,
-                serde_json::json!({ "deviceId": device, "level": level, "before": before, "ratio": ratio }),
-            );
         }
     }
 

@@ -9,6 +9,7 @@ mod attachments;
 mod clear;
 mod copies;
 mod defragment;
+mod event;
 mod forecasts;
 mod limits;
 mod loads;
@@ -17,8 +18,10 @@ mod models;
 mod operations;
 mod plans;
 mod prefetch;
+mod pressure;
 mod quiet_hours;
 mod refusals;
+mod relief;
 mod reservations;
 mod restore;
 mod room;
@@ -27,6 +30,7 @@ mod split;
 mod tiers;
 mod transfers;
 mod unloads;
+mod ways;
 mod workers;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -36,30 +40,28 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use vramd_api::attach::{Access, HandleType};
 use vramd_api::{
-    AllocateRequest, AllocationId, ApiError, ClearRequest, Cleared, ComponentName, CopyRequest,
-    DefragmentPlans, DefragmentRequest, DeviceId, DeviceLimits, ErrorCode, EventKind, EvictionPolicy,
-    FootprintPage, Holder, KeepAlive, LeaseId, MemoryPlan, ModelName, Operation, OperationId, OwnerName,
-    PressureLevel, Released, RenewRequest, SetLimits, TransferRequest, WorkerId,
+    AllocateRequest, AllocationId, ApiError, ComponentName, DeviceId, ErrorCode, EventKind, EvictionPolicy,
+    Holder, KeepAlive, LeaseId, ModelName, Operation, OperationId, OwnerName, WorkerId,
 };
 use vramd_core::Now;
 use vramd_core::footprints::Footprints;
 use vramd_core::ledger::{Ledger, Request, SegmentId};
-use vramd_core::models::{Model, Models, Plan};
+use vramd_core::models::{Models, Plan};
+use vramd_core::pressure::{Gauge, Stall, Thresholds};
 use vramd_core::queue::Queue;
 use vramd_core::succession::Succession;
 use vramd_core::trial::Trial;
 use vramd_core::usage::Counts;
-use vramd_device::{Device, DeviceError, Report, Sample};
+use vramd_device::Device;
 
 use crate::clock::Clock;
 use crate::devices::Devices;
 use crate::event_log::EventLog;
-use crate::mover::{self, Mover};
-use crate::source::Prepared;
+use crate::mover::Mover;
 use crate::store::{Change, Store, StoreError, Stored};
-use crate::workers::{News, Task};
 
 pub use attachments::{Attachment, Moved, Told};
+pub use event::{Event, LoadFailure, OnStored};
 pub use forecasts::{PlanLoads, PlannedLoad};
 pub use operations::{Entry, Progress};
 pub use quiet_hours::Schedule;
@@ -67,8 +69,8 @@ pub use snapshot::{DeviceView, Snapshot, memory_status};
 pub use tiers::Tiers;
 pub use workers::{Home, Joining, Launch, Workers, named as named_worker};
 
-/// How often leases, waits and keep-alives are looked at and devices are measured.
-const TICK: Duration = Duration::from_millis(250);
+/// How often leases, waits and keep-alives are looked at and devices are measured: pressure is to be seen within 250 ms.
+const TICK: Duration = Duration::from_millis(100);
 /// The most events that wait for the driver; senders beyond wait themselves.
 const MAILBOX: usize = 4096;
 /// The most events in one batch, between two snapshots.
@@ -163,149 +165,6 @@ impl Caller {
     }
 }
 
-/// Everything that can happen to the daemon.
-#[derive(Debug)]
-pub enum Event {
-    Allocate(Box<Allocate>, Reply<vramd_api::Allocation>),
-    Reserve(Box<Allocate>, Reply<vramd_api::Allocation>),
-    /// With the most that was in use, of a reservation.
-    Release(AllocationId, Option<u64>, Caller, Reply<Released>),
-    Renew(AllocationId, RenewRequest, Caller, Reply<vramd_api::Allocation>),
-    SetLimits(DeviceId, Box<SetLimits>, Reply<DeviceLimits>),
-    ForgetFootprints(ModelName, Reply<FootprintPage>),
-    Register(Box<Model>, Reply<vramd_api::Model>),
-    Remove(ModelName, Reply<vramd_api::Model>),
-    Load(Load, Option<BTreeMap<ComponentName, Prepared>>, Reply<LoadAnswer>),
-    Unload(ModelName, Option<DeviceId>, Reply<Operation>),
-    Pin(ModelName, bool, Reply<vramd_api::Model>),
-    Touch(ModelName, Option<KeepAlive>, Reply<vramd_api::Model>),
-    Cancel(OperationId, Reply<Operation>),
-    Pause(OperationId, bool, Reply<Operation>),
-    Transfer(Box<TransferRequest>, Caller, Reply<Operation>),
-    Copy(Box<CopyRequest>, Caller, Reply<Operation>),
-    Defragment(DefragmentRequest, Option<DeviceId>, Reply<Operation>),
-    PlanLoads(Box<PlanLoads>, Reply<MemoryPlan>),
-    PlanDefragment(DefragmentRequest, Option<DeviceId>, Reply<DefragmentPlans>),
-    Attach(Box<AttachRequest>, Reply<Attachment>),
-    /// The files of a model that was known from an earlier run were looked at.
-    Inspected(ModelName, BTreeMap<ComponentName, Result<Arc<Plan>, Box<ApiError>>>),
-    Clear(Box<ClearRequest>, Option<DeviceId>, Caller, Reply<Operation>),
-    PlanClear(Box<ClearRequest>, Option<DeviceId>, Caller, Reply<Cleared>),
-    /// One allocation of those that are cleared has been released.
-    PartCleared {
-        operation: OperationId,
-        allocation: AllocationId,
-        outcome: Result<Released, ApiError>,
-    },
-    Zeroed {
-        operation: OperationId,
-        allocation: AllocationId,
-        device: DeviceId,
-        outcome: Result<(), DeviceError>,
-    },
-    /// What the process that fills a reservation used before it.
-    BaseMeasured {
-        reservation: AllocationId,
-        outcome: Result<Option<u64>, DeviceError>,
-    },
-    /// A connection closed.
-    LeaseEnded(LeaseId),
-    /// A reader has mapped the new place of what it has attached, or says why it cannot.
-    MoveAnswered {
-        lease: LeaseId,
-        generation: u64,
-        refused: Option<String>,
-    },
-    /// A copy has ended.
-    Copied {
-        copy: copies::CopyId,
-        outcome: mover::Outcome,
-    },
-    /// What happened on each device since this was last asked.
-    TakeCounts(Reply<BTreeMap<DeviceId, Counts>>),
-    StartWorker(Box<Launch>, Reply<vramd_api::Worker>),
-    JoinWorker(Box<Joining>, Reply<Task>),
-    /// By its id or its name.
-    StopWorker(String, Caller, Reply<vramd_api::Worker>),
-    Worker(WorkerId, News),
-    /// The next pass of a defragmentation is planned.
-    Planned {
-        operation: OperationId,
-        plan: plans::PassPlan,
-    },
-    /// What a defragmentation in quiet hours would do first.
-    Surveyed {
-        device: DeviceId,
-        plan: plans::PassPlan,
-    },
-    SegmentCreated {
-        device: DeviceId,
-        segment: SegmentId,
-        /// The segment that was to go first and did not.
-        kept: Option<SegmentId>,
-        /// Bytes per second, if its pages were made.
-        outcome: Result<Option<f64>, DeviceError>,
-    },
-    SegmentDestroyed {
-        device: DeviceId,
-        segment: SegmentId,
-        outcome: Result<(), DeviceError>,
-    },
-    /// A block was zeroed, or its segment given back.
-    BlockReleased {
-        allocation: AllocationId,
-        /// Who still has its memory.
-        outcome: Result<Vec<Holder>, DeviceError>,
-    },
-    LoadRead {
-        operation: OperationId,
-        /// The checksums of those parts that were read and summed.
-        outcome: Result<Vec<Option<u64>>, LoadFailure>,
-    },
-    Measured {
-        device: DeviceId,
-        reports: Vec<Report>,
-        /// What processes used that fill reservations, before all else was measured.
-        used_by: BTreeMap<u32, u64>,
-        /// What workers used.
-        workers: BTreeMap<u32, u64>,
-        outcome: Result<Sample, DeviceError>,
-    },
-    /// A lost device was tried again.
-    Adopted {
-        device: DeviceId,
-        reports: Vec<Report>,
-        outcome: Result<(), DeviceError>,
-    },
-    /// The journal wrote, or failed to write, what this was waiting for.
-    Stored(Box<OnStored>, Result<(), StoreError>),
-    Tick,
-    Stop,
-}
-
-/// Why the bytes of a model did not arrive.
-#[derive(Debug)]
-pub enum LoadFailure {
-    Cancelled,
-    Device(DeviceId, DeviceError),
-}
-
-/// What goes on once the journal has written.
-#[derive(Debug)]
-pub enum OnStored {
-    Activate(AllocationId, Box<allocations::Waiting>),
-    Release(AllocationId, Reply<Released>),
-    Forget(AllocationId, Reply<Released>),
-    Limits(DeviceId, Box<SetLimits>, Reply<DeviceLimits>),
-    Register(Box<Model>, Reply<vramd_api::Model>),
-    Remove(ModelName, Reply<vramd_api::Model>),
-    Pin(ModelName, bool, Reply<vramd_api::Model>),
-    Touch(ModelName, KeepAlive, Reply<vramd_api::Model>),
-    Copied(copies::CopyId, Option<u64>),
-    /// Written for a restart only; a failure is logged.
-    Nothing,
-}
-
 /// The way to the driver.
 #[derive(Debug, Clone)]
 pub struct Driver {
@@ -324,6 +183,7 @@ pub struct Rules {
     pub minimum_stay: u64,
     pub tiers: Tiers,
     pub home: Home,
+    pub thresholds: Thresholds,
 }
 
 impl Driver {
@@ -377,7 +237,10 @@ impl Driver {
             unrestored: BTreeMap::new(),
             removing: BTreeSet::new(),
             changing: BTreeSet::new(),
-            pressure: BTreeMap::new(),
+            gauges: BTreeMap::new(),
+            thresholds: rules.thresholds,
+            stall: (Stall::None, vramd_core::Tick::default()),
+            relieve_after: BTreeMap::new(),
             measuring: BTreeMap::new(),
             tries: BTreeMap::new(),
             workers: Workers::new(),
@@ -418,6 +281,11 @@ impl Driver {
             || ApiError::new(ErrorCode::Unavailable, "the daemon is stopping").hint("try again in a moment");
         self.sender.send(event(reply)).await.map_err(|_| stopping())?;
         answer.await.map_err(|_| stopping())?
+    }
+
+    /// As [`Self::tell`], from a thread that may wait.
+    pub fn tell_blocking(&self, event: Event) {
+        let _ = self.sender.blocking_send(event);
     }
 
     /// Sends an event that is not.
@@ -494,7 +362,12 @@ struct State {
     removing: BTreeSet<AllocationId>,
     /// Models that the journal is writing a change of.
     changing: BTreeSet<ModelName>,
-    pressure: BTreeMap<DeviceId, PressureLevel>,
+    gauges: BTreeMap<DeviceId, Gauge>,
+    thresholds: Thresholds,
+    /// What the system told of last, and until when that counts.
+    stall: (Stall, vramd_core::Tick),
+    /// Where what was done did not help, when it is tried again.
+    relieve_after: BTreeMap<DeviceId, vramd_core::Tick>,
     /// The measurements under way, and when they began.
     measuring: BTreeMap<DeviceId, vramd_core::Tick>,
     /// When lost devices are tried next, and how many seconds later again.
@@ -538,6 +411,7 @@ impl State {
                     self.end_transfer(operation);
                     self.go_on_clearing(operation);
                     self.go_on_splitting(operation);
+                    self.go_on_relieving(operation);
                 }
             }
             debug_assert_eq!(self.ledger.check(), Ok(()));
@@ -633,6 +507,18 @@ impl State {
             Event::JoinWorker(joining, reply) => self.join_worker(*joining, reply),
             Event::StopWorker(name, caller, reply) => self.stop_worker(&name, caller, reply),
             Event::Worker(id, news) => self.worker_news(id, news),
+            Event::WorkerAsked(asked) => {
+                self.jobs -= 1;
+                self.worker_asked(*asked);
+            }
+            Event::Pressure(device, reply) => {
+                let all = self.ledger.devices().map(|facts| &facts.device);
+                let meant = all.filter(|on| device.as_ref().is_none_or(|device| device == *on));
+                let shown = meant.map(|device| self.pressure_on(device)).collect();
+                self.answer(reply, Ok(shown));
+            }
+            Event::OptimizeModels(device, request, reply) => self.optimize_models(device, &request, reply),
+            Event::Stalled(stall) => self.stalled(stall),
             Event::Measured { device, reports, used_by, workers, outcome } => {
                 self.jobs -= 1;
                 self.note_reports(&device, &reports);

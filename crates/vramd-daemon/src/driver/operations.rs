@@ -20,6 +20,7 @@ use vramd_core::{Now, Tick};
 use super::clear::Clearing;
 use super::copies::flow;
 use super::defragment::Defragmenting;
+use super::relief::Relief;
 use super::split::Splitting;
 use super::transfers::Transferring;
 use super::{Part, Reply, State};
@@ -94,6 +95,7 @@ pub(super) enum Running {
     Defragment(Defragmenting),
     Clear(Clearing),
     Split(Splitting),
+    Relief(Box<Relief>),
 }
 
 #[derive(Debug, Default)]
@@ -297,6 +299,7 @@ impl State {
         let waits = |running: &Running| matches!(running, Running::Clear(_) | Running::Split(_));
         let waiting = self.operations.running.iter().filter(|(_, running)| waits(running));
         self.to_go_on.extend(waiting.map(|(id, _)| *id));
+        self.unloaded_for_relief(id);
     }
 
     /// The operation's copies take turns with those of others.

@@ -37,7 +37,8 @@ pub struct DeviceView {
     pub device: DeviceId,
     pub usage: Usage,
     pub limits: Limits,
-    pub level: PressureLevel,
+    /// The level of pressure, and its ratio.
+    pub gauge: (PressureLevel, f64),
     pub lost: bool,
     /// None until the device was measured once.
     pub sampled_at: Option<Timestamp>,
@@ -52,7 +53,11 @@ impl State {
                 device: facts.device.clone(),
                 usage: self.ledger.usage(&facts.device).unwrap_or_default(),
                 limits: self.ledger.limits(&facts.device).expect("it is one of the ledger's"),
-                level: self.pressure.get(&facts.device).copied().unwrap_or_default(),
+                gauge: self
+                    .gauges
+                    .get(&facts.device)
+                    .map(|gauge| (gauge.level(), gauge.ratio()))
+                    .unwrap_or_default(),
                 lost: self.ledger.is_lost(&facts.device),
                 sampled_at: self.samples.get(&facts.device).copied(),
             })
@@ -123,8 +128,8 @@ impl DeviceView {
             utilization: ratio,
             fragmentation,
             largest_free_bytes: usage.largest_free_bytes,
-            health_score: health_score(ratio, fragmentation, self.lost),
-            pressure: Pressure { level: self.level, ratio },
+            health_score: health_score(self.gauge.1, fragmentation, self.lost),
+            pressure: Pressure { level: self.gauge.0, ratio: self.gauge.1 },
             allocation_count: usage.allocation_count,
             sampled_at: self.sampled_at.unwrap_or(Timestamp::UNIX_EPOCH),
             allocations: None,

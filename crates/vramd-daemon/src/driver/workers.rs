@@ -89,7 +89,7 @@ pub struct Worker {
     restart_count: u64,
     next_start: Option<(Tick, Timestamp)>,
     ready_since: Option<Tick>,
-    started_at: Timestamp,
+    pub started_at: Timestamp,
     exit: Option<WorkerExit>,
     pub link: Link,
     log: Arc<Log>,
@@ -141,6 +141,15 @@ impl Worker {
             last_fault: seen.last_fault,
             logs: None,
         }
+    }
+
+    /// Whether it has an action.
+    pub fn can(&self, action: &str) -> bool {
+        self.greeting.as_ref().is_some_and(|it| it.actions.iter().any(|one| one == action))
+    }
+
+    pub fn note_fault(&self, fault: String) {
+        self.log.note_fault(fault);
     }
 
     pub fn logs(&self) -> Vec<vramd_api::LogLine> {
@@ -428,6 +437,14 @@ impl State {
         }
     }
 
+    /// A worker has unloaded a model.
+    pub(super) fn model_has_gone(&mut self, id: WorkerId, name: &str) {
+        self.change_worker(id, |worker| {
+            let left = worker.models.iter().filter(|model| model.name != name);
+            worker.models = Arc::new(left.cloned().collect());
+        });
+    }
+
     /// A worker is gone: what it held is nobody's, and it is started again if that is its way.
     fn worker_ended(&mut self, id: WorkerId, exit: WorkerExit, well: bool) {
         let Some(mut worker) = self.workers.get(&id).map(|worker| Worker::clone(worker)) else { return };
@@ -547,7 +564,7 @@ impl State {
         }
     }
 
-    fn emit_worker(&mut self, kind: EventKind, id: WorkerId) {
+    pub(super) fn emit_worker(&mut self, kind: EventKind, id: WorkerId) {
         let Some(worker) = self.workers.get(&id) else { return };
         let mut data = serde_json::json!({ "workerId": id, "name": worker.name, "state": worker.state });
         match kind {

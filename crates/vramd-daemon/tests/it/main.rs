@@ -19,6 +19,8 @@ mod parts;
 mod plan;
 mod quiet_hours;
 mod ram;
+#[cfg(unix)]
+mod relief;
 mod reservations;
 mod restart;
 mod split;

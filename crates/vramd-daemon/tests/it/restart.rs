@@ -150,6 +150,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         #[cfg(unix)]
         loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
         quiet_hours: None,
+        pressure_thresholds: vramd_daemon::Thresholds::default(),
         worker_programs: vramd_daemon::Programs::new(),
         workers: Vec::new(),
         ready_file: None,

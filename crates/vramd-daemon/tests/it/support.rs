@@ -206,6 +206,7 @@ impl Home {
     }
 
     /// One with host memory besides, that may start workers.
+    #[cfg(unix)]
     pub fn start_workers(&self, sizes: &[u64], configure: impl FnOnce(&mut Config)) -> Daemon {
         let (mut devices, simulated) = Self::simulated(sizes);
         let device = cpu::Device::open(cpu::Options::default()).expect("host memory");
@@ -239,6 +240,7 @@ impl Home {
             #[cfg(unix)]
             loader: vramd_daemon::LoaderCommand { program: "none".into(), arguments: Vec::new() },
             quiet_hours: None,
+            pressure_thresholds: vramd_daemon::Thresholds::default(),
             worker_programs: vramd_daemon::Programs::new(),
             workers: Vec::new(),
             ready_file: Some(ready.clone()),

@@ -15,7 +15,7 @@ use vramd_api::{
 };
 use vramd_core::ledger::BLOCK_QUANTUM;
 use vramd_core::replay::Format;
-use vramd_daemon::{Adapters, CudaCards, QuietHours};
+use vramd_daemon::{Adapters, CudaCards, QuietHours, Thresholds};
 
 use values::{
     ALLOCATION_TYPES, CLEAR_TARGETS, MEMORY_TYPES, ON_SHORTAGE, OPERATION_STATES, PRIORITIES, TRACE_FORMATS,
@@ -23,7 +23,7 @@ use values::{
     parse_share, parse_target, words,
 };
 pub use values::{EVICTION_POLICIES, Limit, Movable, Shape, Share, Target};
-pub use workers::{StartArguments, WorkersCommand};
+pub use workers::{OptimizeArguments, StartArguments, WorkersCommand};
 
 use crate::settings::{Layer, Switch};
 use crate::worker_settings::{ConfiguredWorker, NamedProgram};
@@ -139,6 +139,9 @@ pub enum Question {
     Allocations(AllocationsArguments),
     /// List the registered models, or change the list
     Models {
+        /// All models on this device, the daemon's and the workers': its id or uuid
+        #[arg(long, value_name = "DEVICE")]
+        device: Option<String>,
         #[command(subcommand)]
         command: Option<ModelsCommand>,
     },
@@ -192,6 +195,13 @@ pub enum Question {
         #[arg(long, value_name = "DEVICE")]
         device: Option<String>,
     },
+    /// Show how tight memory is, and what would help
+    Pressure {
+        /// Only this device, in detail: its id or uuid
+        device: Option<String>,
+    },
+    /// Have idle models go from a device, the daemon's and the workers', what costs least first
+    Optimize(OptimizeArguments),
     /// List the workers, or start, ask and end them
     Workers {
         #[command(subcommand)]
@@ -301,6 +311,9 @@ pub struct ServeArguments {
     /// What is left to other programs before such models go from host memory too [default: a tenth of it]
     #[arg(long, value_name = "SIZE|none")]
     ram_reserve: Option<Switch<Bytes>>,
+    /// The ratios at which pressure is Moderate, High and Critical [default: 0.70,0.85,0.95]
+    #[arg(long, value_name = "RATIOS")]
+    pressure_thresholds: Option<Thresholds>,
     /// A program that may be run as a worker, its words separated by spaces; may repeat
     #[arg(long, value_name = "NAME=COMMAND")]
     worker_program: Vec<NamedProgram>,
@@ -332,6 +345,7 @@ impl ServeArguments {
             page_pool: self.page_pool,
             ram_tier: self.ram_tier,
             ram_reserve: self.ram_reserve,
+            pressure_thresholds: self.pressure_thresholds,
             worker_programs: (!self.worker_program.is_empty())
                 .then(|| self.worker_program.into_iter().collect()),
             workers: (!self.worker.is_empty()).then_some(self.worker),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use vramd_api::{
     AllocationId, AllocationType, Bytes, ClearTarget, ComponentName, EvictionPolicy, MemoryType, ModelName,
-    OnShortage, OperationState, PlanItem, PlannedRun, Priority, RestartPolicy,
+    OnShortage, OperationState, PlanItem, PlannedRun, PressureLevel, Priority, RestartPolicy,
 };
 use vramd_core::replay::Format;
 
@@ -79,6 +79,13 @@ pub const EVICTION_POLICIES: Words<EvictionPolicy> = &[
     ("LeastRecentlyUsed", EvictionPolicy::LeastRecentlyUsed),
     ("LeastFrequentlyUsed", EvictionPolicy::LeastFrequentlyUsed),
     ("LargestFirst", EvictionPolicy::LargestFirst),
+    ("LowestPriority", EvictionPolicy::LowestPriority),
+];
+pub const PRESSURE_LEVELS: Words<PressureLevel> = &[
+    ("Normal", PressureLevel::Normal),
+    ("Moderate", PressureLevel::Moderate),
+    ("High", PressureLevel::High),
+    ("Critical", PressureLevel::Critical),
 ];
 pub const RESTART_POLICIES: Words<RestartPolicy> = &[
     ("Never", RestartPolicy::Never),

@@ -1,9 +1,9 @@
-//! `vramd workers`.
+//! `vramd workers`, `optimize`.
 
 use clap::{Args, Subcommand};
-use vramd_api::{Bytes, RestartPolicy, WorkerName};
+use vramd_api::{Bytes, EvictionPolicy, PressureLevel, RestartPolicy, WorkerName};
 
-use super::values::{RESTART_POLICIES, parse_variable, words};
+use super::values::{EVICTION_POLICIES, PRESSURE_LEVELS, RESTART_POLICIES, parse_variable, words};
 
 #[derive(Debug, Subcommand)]
 pub enum WorkersCommand {
@@ -61,4 +61,31 @@ pub struct StartArguments {
     /// How often it has to show that it is alive [default: 5]
     #[arg(long, value_name = "SECONDS")]
     pub heartbeat_seconds: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub struct OptimizeArguments {
+    /// Its id or uuid
+    pub device: String,
+    /// By what those are chosen that go [default: the daemon's own policy]
+    #[arg(long, value_name = "STRATEGY", ignore_case = true, value_parser = words(EVICTION_POLICIES))]
+    pub strategy: Option<EvictionPolicy>,
+    /// The level that pressure is to fall to [default: Moderate]
+    #[arg(long, value_name = "LEVEL", ignore_case = true, value_parser = words(PRESSURE_LEVELS))]
+    pub target: Option<PressureLevel>,
+    /// How much is to become free, whatever the level
+    #[arg(long, value_name = "SIZE")]
+    pub free: Option<Bytes>,
+    /// The most models that go
+    #[arg(long, value_name = "COUNT")]
+    pub max_models: Option<u32>,
+    /// A model that stays; may repeat
+    #[arg(long, value_name = "MODEL")]
+    pub exclude: Vec<String>,
+    /// Have all that is idle go
+    #[arg(long)]
+    pub force: bool,
+    /// How long it may take [default: 10]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout_seconds: Option<u64>,
 }

@@ -12,6 +12,7 @@ mod models;
 mod movement;
 mod operations;
 mod plan;
+mod pressure;
 mod record;
 mod replay;
 mod reservations;
@@ -67,7 +68,11 @@ async fn ask(client: &Client, question: Question, output: Output) -> Result<Exit
         }
         Question::Allocations(arguments) => allocations::list(client, arguments, output).await?,
         Question::Ps { device } => allocations::holders(client, device, output).await?,
-        Question::Models { command } => models::models(client, command, output).await?,
+        Question::Models { device, command } => {
+            models::models(client, device.as_deref(), command, output).await?;
+        }
+        Question::Pressure { device } => pressure::pressure(client, device.as_deref(), output).await?,
+        Question::Optimize(arguments) => return pressure::optimize(client, arguments, output).await,
         Question::Workers { command } => workers::workers(client, command, output).await?,
         Question::Plan { models, device } => return plan::plan(client, models, device, output).await,
         Question::Pin { model } => models::pin(client, &model, output).await?,

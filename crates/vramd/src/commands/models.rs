@@ -9,17 +9,22 @@ use vramd_api::{
     TouchRequest,
 };
 
+use super::pressure;
 use crate::arguments::{AddModelArguments, ModelsCommand};
 use crate::error::CommandError;
 use crate::output::{Output, list, table, time_since, time_until, word};
 
 pub async fn models(
     client: &Client,
+    device: Option<&str>,
     command: Option<ModelsCommand>,
     output: Output,
 ) -> Result<(), CommandError> {
     match command {
-        None => output.data(&client.models().await?, |page| summary(&page.models)),
+        None => match device {
+            Some(device) => output.data(&client.model_status(device).await?, pressure::models),
+            None => output.data(&client.models().await?, |page| summary(&page.models)),
+        },
         Some(ModelsCommand::Add(arguments)) => add(client, arguments, output).await,
         Some(ModelsCommand::Rm { model }) => {
             output.data(&client.remove_model(&model).await?, |model| format!("{} is forgotten", model.name))
