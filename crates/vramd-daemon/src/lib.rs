@@ -4,6 +4,7 @@
 //! leaves decisions to `vramd-core` and memory to `vramd-device`. It holds no unsafe code and no global state.
 
 mod attach;
+mod bridges;
 mod clock;
 mod devices;
 mod driver;
@@ -36,6 +37,7 @@ use vramd_api::{
     ApiError, ComponentName, DeviceId, EvictionPolicy, KeepAlive, ModelName, ReadyFile, StartWorker,
 };
 
+pub use bridges::{Bridge, BridgeKind};
 pub use clock::LocalTime;
 pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, directml, vulkan_adapters};
 use driver::{Driver, Event, Home, Load, OnShortage, Rules, Schedule, Tiers};
@@ -95,6 +97,8 @@ pub struct Config {
     pub worker_programs: Programs,
     /// The workers that begin with the daemon.
     pub workers: Vec<StartWorker>,
+    /// Programs of others that are asked to give way.
+    pub bridges: Vec<Bridge>,
     /// Written once the daemon serves.
     pub ready_file: Option<PathBuf>,
 }
@@ -236,6 +240,16 @@ pub async fn serve_on(
         })
         .collect::<Result<Vec<_>, _>>()?;
     let thresholds = config.pressure_thresholds;
+    let bridges = config
+        .bridges
+        .iter()
+        .map(|bridge| {
+            let device = bridge.device.as_deref().unwrap_or("cpu:0");
+            let source =
+                |source| StartError::Worker { name: bridge.name.to_string(), source: Box::new(source) };
+            Ok((bridge.clone(), devices.id(device).map_err(source)?))
+        })
+        .collect::<Result<Vec<_>, StartError>>()?;
     let rules = Rules { schedule, eviction: config.eviction, minimum_stay, tiers, home, thresholds };
     let (unasked, to_load) = tokio::sync::mpsc::unbounded_channel();
     let (driver, mut task) =
@@ -256,6 +270,9 @@ pub async fn serve_on(
             .ask(|reply| Event::StartWorker(Box::new(launch), reply))
             .await
             .map_err(|source| StartError::Worker { name, source: Box::new(source) })?;
+    }
+    for (bridge, device) in bridges {
+        tokio::spawn(bridges::keep(bridge, device, driver.clone(), stopping.clone()));
     }
     let restore = tokio::spawn(restore(driver.clone(), roots.clone(), known, residents));
     let prefetcher = tokio::spawn(load_unasked(driver.clone(), roots, to_load));

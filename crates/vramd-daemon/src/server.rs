@@ -132,7 +132,7 @@ impl Server {
         let asked = async {
             let device =
                 joined.join.device_id.as_ref().map(|name| self.driver.devices.id(name)).transpose()?;
-            let joining = Joining { name: joined.join.name.clone(), device, pid, uid };
+            let joining = Joining { name: joined.join.name.clone(), device, pid: Some(pid), uid };
             self.driver.ask(|reply| Event::JoinWorker(Box::new(joining), reply)).await
         };
         match asked.await {

@@ -17,7 +17,7 @@ use vramd_daemon::LoaderCommand;
 use vramd_daemon::{Adapters, CudaCards, QuietHours, Thresholds};
 
 use crate::system;
-use crate::worker_settings::{ConfiguredWorker, WorkerPrograms};
+use crate::worker_settings::{ConfiguredBridge, ConfiguredWorker, WorkerPrograms};
 
 /// A setting as documents and `config show` name it.
 #[derive(Debug)]
@@ -77,6 +77,8 @@ settings! {
         "Programs that may be run as workers, by name: `NAME=COMMAND`, its words separated by spaces. The flag may repeat; the variable separates them by `;`. In the file a list of words, or a table with `command` and the variables of its `environment` that callers may set.";
     WORKERS = "workers", "--worker", "VRAMD_WORKER", "none",
         "Workers that begin with the daemon: `NAME=PROGRAM`, or `NAME=PROGRAM@DEVICE`. The flag may repeat; the variable separates them by `;`. In the file `[[workers]]` with `name`, `program`, `device`, `memory_limit`, `environment`, `restart` and `heartbeat_seconds`.";
+    BRIDGES = "bridges", "--bridge", "VRAMD_BRIDGE", "none",
+        "Programs of others that are seen and asked to give way: `KIND=URL`, or `KIND=URL@DEVICE`; the kinds are `ollama`, `comfyui`, `vllm` and `llama-swap`. The flag may repeat; the variable separates them by `;`. In the file `[[bridges]]` with `kind`, `url`, `device`, `name` and `size` (what it takes, where it does not tell: vLLM and llama-swap).";
     LOG = "log", "--log", "VRAMD_LOG", "info",
         "What to log: a level, or a filter such as `info,vramd_daemon=debug`.";
 }
@@ -206,6 +208,7 @@ pub struct Layer {
     pub pressure_thresholds: Option<Thresholds>,
     pub worker_programs: Option<WorkerPrograms>,
     pub workers: Option<Vec<ConfiguredWorker>>,
+    pub bridges: Option<Vec<ConfiguredBridge>>,
     pub log: Option<String>,
 }
 
@@ -256,6 +259,7 @@ pub struct Settings {
     pub pressure_thresholds: Sourced<Thresholds>,
     pub worker_programs: Sourced<WorkerPrograms>,
     pub workers: Sourced<Vec<ConfiguredWorker>>,
+    pub bridges: Sourced<Vec<ConfiguredBridge>>,
     pub log: Sourced<String>,
 }
 
@@ -340,6 +344,7 @@ pub fn resolve(
             .value(&WORKER_PROGRAMS, |layer| layer.worker_programs.clone())
             .or_default(WorkerPrograms::default()),
         workers: pick.value(&WORKERS, |layer| layer.workers.clone()).or_default(Vec::new()),
+        bridges: pick.value(&BRIDGES, |layer| layer.bridges.clone()).or_default(Vec::new()),
         log: pick.value(&LOG, |layer| layer.log.clone()).or_default(LOG.default.to_owned()),
     })
 }
@@ -457,6 +462,7 @@ fn from_environment(environment: &Environment) -> Result<Layer, SettingsError> {
         pressure_thresholds: parse(environment, &PRESSURE_THRESHOLDS)?,
         worker_programs: list(environment, &WORKER_PROGRAMS)?.map(|list| list.into_iter().collect()),
         workers: list(environment, &WORKERS)?,
+        bridges: list(environment, &BRIDGES)?,
         log: parse(environment, &LOG)?,
     })
 }
@@ -468,7 +474,7 @@ pub fn set<'a>(environment: &'a Environment, name: &str) -> Option<&'a OsString>
 
 impl Settings {
     /// Key, value and origin of each setting, in the order of [`SETTINGS`].
-    pub fn rows(&self) -> [(&'static str, Value, &Origin); 20] {
+    pub fn rows(&self) -> [(&'static str, Value, &Origin); 21] {
         let path = |path: &PathBuf| json!(path.display().to_string());
         let roots: Vec<_> = self.model_roots.value.iter().map(path).collect();
         let shown =
@@ -501,6 +507,7 @@ impl Settings {
             ),
             (WORKER_PROGRAMS.key, json!(self.worker_programs.value), &self.worker_programs.origin),
             (WORKERS.key, json!(self.workers.value), &self.workers.origin),
+            (BRIDGES.key, json!(self.bridges.value), &self.bridges.origin),
             (LOG.key, json!(self.log.value), &self.log.origin),
         ]
     }
@@ -530,6 +537,7 @@ impl Settings {
             pressure_thresholds: self.pressure_thresholds.value,
             worker_programs: self.worker_programs.value.daemon(),
             workers: self.workers.value.into_iter().map(ConfiguredWorker::daemon).collect(),
+            bridges: self.bridges.value.into_iter().map(ConfiguredBridge::daemon).collect(),
             ready_file: absolute(self.ready_file.value)?,
         })
     }

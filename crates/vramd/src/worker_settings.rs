@@ -1,11 +1,12 @@
-//! Which programs may be run as workers, and which workers begin with the daemon, as configured.
+//! Which programs may be run as workers, which workers begin with the daemon, and which programs of others are asked to give way, as
+//! configured.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use vramd_api::{Bytes, RestartPolicy, StartWorker, WorkerName};
-use vramd_daemon::{Program, Programs};
+use vramd_daemon::{Bridge, BridgeKind, Program, Programs};
 
 use crate::settings::size;
 
@@ -124,5 +125,73 @@ impl ConfiguredWorker {
             restart: self.restart,
             heartbeat_seconds: self.heartbeat_seconds,
         }
+    }
+}
+
+/// A program of somebody else's that is asked to give way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfiguredBridge {
+    kind: Kind,
+    #[serde(deserialize_with = "address")]
+    url: String,
+    /// Default: the kind.
+    #[serde(default)]
+    name: Option<WorkerName>,
+    #[serde(default)]
+    device: Option<String>,
+    /// What it takes, where it does not tell.
+    #[serde(default, deserialize_with = "size")]
+    size: Option<Bytes>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Kind {
+    Ollama,
+    #[serde(rename = "comfyui")]
+    ComfyUi,
+    Vllm,
+    LlamaSwap,
+}
+
+/// An address that can be asked.
+fn checked(url: String) -> Result<String, String> {
+    match url.strip_prefix("http://") {
+        Some(host) if !host.is_empty() && !host.starts_with('/') => Ok(url),
+        _ => Err(format!("{url} is no address such as http://127.0.0.1:11434")),
+    }
+}
+
+fn address<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    checked(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+impl FromStr for ConfiguredBridge {
+    type Err = String;
+    /// `KIND=URL`, or `KIND=URL@DEVICE`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        const RULE: &str =
+            "write KIND=URL or KIND=URL@DEVICE, with ollama, comfyui, vllm or llama-swap as the kind";
+        let (kind, rest) = text.split_once('=').ok_or(RULE)?;
+        let kind: Kind = serde_json::from_value(kind.into()).map_err(|_| RULE)?;
+        let (url, device) = match rest.split_once('@') {
+            Some((url, device)) => (url, Some(device.to_owned())),
+            None => (rest, None),
+        };
+        Ok(Self { kind, url: checked(url.to_owned())?, name: None, device, size: None })
+    }
+}
+
+impl ConfiguredBridge {
+    pub fn daemon(self) -> Bridge {
+        let (kind, name) = match self.kind {
+            Kind::Ollama => (BridgeKind::Ollama, "ollama"),
+            Kind::ComfyUi => (BridgeKind::ComfyUi, "comfyui"),
+            Kind::Vllm => (BridgeKind::Vllm, "vllm"),
+            Kind::LlamaSwap => (BridgeKind::LlamaSwap, "llama-swap"),
+        };
+        let name = self.name.unwrap_or_else(|| name.parse().expect("a short plain name"));
+        Bridge { name, kind, url: self.url, device: self.device, size_bytes: self.size.map(Bytes::get) }
     }
 }

@@ -28,6 +28,9 @@ const DEFAULT_MILLISECONDS: u64 = 10_000;
 /// How long a worker may take for what it is asked.
 const ASK_PATIENCE: Duration = Duration::from_secs(5);
 const TELL_PATIENCE: Duration = Duration::from_millis(500);
+/// How long memory may take to be free after a worker says that it is.
+const SETTLE_PATIENCE: Duration = Duration::from_millis(1500);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// How long readers may take to hang up once their worker says they have.
 const HANG_UP_MILLISECONDS: u64 = 500;
 /// Who says less than this was freed is not held to it.
@@ -419,14 +422,26 @@ impl State {
         self.jobs += 1;
         tokio::spawn(async move {
             let used = async || {
-                let (pid, on) = (pid?, on.clone());
-                let look = move || on.used_by(&[pid]).ok()?.get(&pid).copied();
+                let on = on.clone();
+                let look = move || match pid {
+                    Some(pid) => on.used_by(&[pid]).ok()?.get(&pid).copied(),
+                    // Nobody knows its processes: what the whole device has in use.
+                    None => on.sample().ok().map(|sample| sample.used_bytes),
+                };
                 tokio::task::spawn_blocking(look).await.ok().flatten()
             };
             let before = used().await;
             let outcome = call.await;
-            let after = used().await;
-            let measured_bytes = before.zip(after).map(|(before, after)| before.saturating_sub(after));
+            let said = outcome.as_ref().copied().unwrap_or(0);
+            let until = tokio::time::Instant::now() + SETTLE_PATIENCE;
+            let measured_bytes = loop {
+                let freed = before.zip(used().await).map(|(before, after)| before.saturating_sub(after));
+                // Some say so before it is true.
+                if freed.is_none_or(|freed| freed >= said / 2) || tokio::time::Instant::now() >= until {
+                    break freed.map(|freed| if pid.is_none() { freed.min(said) } else { freed });
+                }
+                tokio::time::sleep(LOOK_AGAIN).await;
+            };
             let asked = Asked { operation, worker, model, requested_bytes, outcome, measured_bytes };
             let _ = sender.send(Event::WorkerAsked(Box::new(asked))).await;
         });

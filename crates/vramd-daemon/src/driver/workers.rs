@@ -56,7 +56,8 @@ pub struct Launch {
 pub struct Joining {
     pub name: WorkerName,
     pub device: Option<DeviceId>,
-    pub pid: u32,
+    /// None: nobody knows which processes it has.
+    pub pid: Option<u32>,
     pub uid: u32,
 }
 
@@ -221,7 +222,7 @@ impl State {
         }
         let name = self.free_name(&joining.name);
         let device = joining.device.or_else(|| self.ram());
-        let process = (Some(joining.pid), Some(joining.uid));
+        let process = (joining.pid, Some(joining.uid));
         let mut worker = self.new_worker(name, Origin::Joined, device, process);
         let task = self.task(&mut worker, requests::DEFAULT_HEARTBEAT_SECONDS as f64, None);
         let id = worker.id;
@@ -427,6 +428,7 @@ impl State {
                     worker.synchronized = Some(now);
                 });
                 if changed {
+                    self.refigure_workers();
                     self.emit_worker(EventKind::WorkerChanged, id);
                 }
             }
@@ -558,9 +560,13 @@ impl State {
                     own.insert(pid, *bytes);
                 }
             }
-            let sum =
+            let sum: u64 =
                 own.iter().map(|(pid, bytes)| bytes.saturating_sub(self.filled_by(*pid, &device))).sum();
-            self.ledger.note_workers(&device, sum);
+            // Of one whose processes nobody knows, what it says counts, as far as somebody has it.
+            let unknown = self.workers.values().filter(|it| it.pid.is_none() && it.state.is_there());
+            let models = unknown.flat_map(|worker| worker.models.iter());
+            let said: u64 = models.filter(|it| it.device_id == device).map(|it| it.own_bytes).sum();
+            self.ledger.note_workers(&device, sum.saturating_add(said));
         }
     }
 

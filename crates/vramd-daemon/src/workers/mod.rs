@@ -192,6 +192,13 @@ fn read_join(line: &[u8]) -> Result<Join, String> {
 }
 
 impl<S: AsyncRead + AsyncWrite> Joined<S> {
+    /// One of the daemon's own.
+    pub fn within(stream: S, name: WorkerName) -> Self {
+        let (reading, writing) = tokio::io::split(stream);
+        let join = Join { name, device_id: None };
+        Self { join, lines: Lines::new(reading, MAX_LINE_BYTES), writing }
+    }
+
     /// It cannot join; it is told why.
     pub async fn refuse(mut self, error: &ApiError) {
         refuse(&mut self.writing, error).await;

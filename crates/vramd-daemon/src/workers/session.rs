@@ -207,9 +207,12 @@ impl Session {
 
     async fn ask_for_reports(&self) -> String {
         loop {
-            // Whether it answers at all is for heartbeats to find out.
-            if let Ok(data) = self.link.call("memory.get_model_info", &Map::new(), REPORT_PATIENCE).await {
-                self.report(data).await;
+            match self.link.call("memory.get_model_info", &Map::new(), REPORT_PATIENCE).await {
+                Ok(data) => self.report(data).await,
+                Err(error) => {
+                    self.link.log().note_fault(format!("it does not say which models it has: {error}"));
+                    self.tell(News::Faulted).await;
+                }
             }
             tokio::time::sleep(REPORT_EVERY).await;
         }

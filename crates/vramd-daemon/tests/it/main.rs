@@ -2,6 +2,8 @@
 
 mod allocations;
 mod attach;
+#[cfg(unix)]
+mod bridges;
 mod clear;
 mod death;
 mod events;

@@ -153,6 +153,7 @@ fn a_second_daemon_on_the_same_state_is_refused() {
         pressure_thresholds: vramd_daemon::Thresholds::default(),
         worker_programs: vramd_daemon::Programs::new(),
         workers: Vec::new(),
+        bridges: Vec::new(),
         ready_file: None,
     };
     let start = |config: vramd_daemon::Config| {

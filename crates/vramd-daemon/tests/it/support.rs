@@ -243,6 +243,7 @@ impl Home {
             pressure_thresholds: vramd_daemon::Thresholds::default(),
             worker_programs: vramd_daemon::Programs::new(),
             workers: Vec::new(),
+            bridges: Vec::new(),
             ready_file: Some(ready.clone()),
         };
         configure(&mut config);

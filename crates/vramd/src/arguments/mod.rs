@@ -26,7 +26,7 @@ pub use values::{EVICTION_POLICIES, Limit, Movable, Shape, Share, Target};
 pub use workers::{OptimizeArguments, StartArguments, WorkersCommand};
 
 use crate::settings::{Layer, Switch};
-use crate::worker_settings::{ConfiguredWorker, NamedProgram};
+use crate::worker_settings::{ConfiguredBridge, ConfiguredWorker, NamedProgram};
 
 /// The memory daemon for AI inference machines.
 #[derive(Debug, Parser)]
@@ -320,6 +320,9 @@ pub struct ServeArguments {
     /// A worker that begins with the daemon; may repeat
     #[arg(long, value_name = "NAME=PROGRAM[@DEVICE]")]
     worker: Vec<ConfiguredWorker>,
+    /// A program of others that is asked to give way: ollama, comfyui, vllm or llama-swap; may repeat
+    #[arg(long, value_name = "KIND=URL[@DEVICE]")]
+    bridge: Vec<ConfiguredBridge>,
     /// What to log: a level or a filter [default: info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -349,6 +352,7 @@ impl ServeArguments {
             worker_programs: (!self.worker_program.is_empty())
                 .then(|| self.worker_program.into_iter().collect()),
             workers: (!self.worker.is_empty()).then_some(self.worker),
+            bridges: (!self.bridge.is_empty()).then_some(self.bridge),
             log: self.log,
         }
     }
