@@ -93,8 +93,8 @@ fn when(daemon: &Daemon, what: &str, is: impl Fn(&Value) -> bool) -> Value {
 }
 
 fn known(daemon: &Daemon) -> Value {
-    when(daemon, "its models", |it| it["models"].as_array().is_some_and(|all| !all.is_empty()))["models"]
-        .clone()
+    let has = |it: &Value| it["models"].as_array().is_some_and(|all| !all.is_empty());
+    when(daemon, "its models", |it| it["state"] == "Ready" && has(it))["models"].clone()
 }
 
 fn freed(daemon: &Daemon, bytes: u64) -> Value {
