@@ -70,7 +70,7 @@ fn torch() -> Result<()> {
         bail!("tools/torch.sh failed");
     }
     run(command(root().join("target/venv-torch/bin/python"))
-        .args(["-m", "pytest", "-k", "torch or worker", "python"])
+        .args(["-m", "pytest", "-k", "torch or worker or pressure", "python"])
         .env("VRAMD_BINARY", target_directory()?.join("debug/vramd")))
 }
 

@@ -23,6 +23,8 @@ const EXHAUSTED_SECONDS: f64 = 1.0;
 const TREND_WINDOW: u64 = 3000;
 /// Who has taken more so many times in a row goes on.
 const INTERVALS: usize = 3;
+/// Looks closer to each other than so many milliseconds say nothing of it.
+const TREND_STEP: u64 = 50;
 /// Less than this share of a device in a second is no trend.
 const STEADY: f64 = 0.005;
 
@@ -129,7 +131,9 @@ impl Gauge {
         let available = reading.free_bytes.saturating_add(reading.idle_bytes);
         let not_others = reading.total_bytes.saturating_sub(reading.others_bytes);
         self.ratio = (1.0 - available as f64 / reading.total_bytes.max(1) as f64).clamp(0.0, 1.0);
-        self.seen.push_back((now, not_others));
+        if self.seen.back().is_none_or(|(last, _)| last.0 + TREND_STEP <= now.0) {
+            self.seen.push_back((now, not_others));
+        }
         while self.seen.front().is_some_and(|(at, _)| at.0 + TREND_WINDOW < now.0) {
             self.seen.pop_front();
         }
@@ -139,7 +143,9 @@ impl Gauge {
         let headroom = if self.is_tight { self.roomy() } else { self.headroom() };
         self.is_tight = others_grew && reading.free_bytes < headroom;
         let rate = self.keeps_growing_per_second();
-        let soon_exhausted = rate > 0.0 && (self.available_bytes() as f64) < rate * EXHAUSTED_SECONDS;
+        let soon_exhausted = self.by_ratio >= PressureLevel::Moderate
+            && rate > 0.0
+            && (self.available_bytes() as f64) < rate * EXHAUSTED_SECONDS;
         let at_least = match reading.stall {
             Stall::Full => PressureLevel::Critical,
             Stall::Some => PressureLevel::High,
@@ -335,13 +341,19 @@ mod tests {
     fn where_it_is_heading_is_seen_before_it_is_there() {
         let mut gauge = Gauge::default();
         for number in 0..10 {
-            gauge.read(reading(900 - number * 60, 0, 0), Thresholds::default(), Tick(number * 100));
+            gauge.read(reading(740 - number * 60, 0, 0), Thresholds::default(), Tick(number * 100));
         }
         assert_eq!(gauge.trend(), Trend::Rising);
         assert!((gauge.shrinks_per_second() - 600.0).abs() < 1.0);
         let left = gauge.seconds_to_exhaustion().expect("it will be");
-        assert!((left - 0.6).abs() < 0.01, "{left}");
-        assert_eq!((gauge.level(), gauge.needs()), (High, 240));
+        assert!((left - 0.33).abs() < 0.01, "{left}");
+        assert_eq!((gauge.level(), gauge.needs()), (High, 400));
+        // As fast, but far from it.
+        let mut gauge = Gauge::default();
+        for number in 0..5 {
+            gauge.read(reading(740 - number * 60, 0, 0), Thresholds::default(), Tick(number * 100));
+        }
+        assert_eq!((gauge.level(), gauge.needs()), (Normal, 0));
     }
 
     #[test]

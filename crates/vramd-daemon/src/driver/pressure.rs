@@ -74,7 +74,8 @@ impl State {
         let worse = before.is_some_and(|before| before < level);
         if needs > 0 && (due || worse) && !self.stopping && self.relieving(device).is_none() {
             self.relieve_after.insert(device.clone(), self.now.tick.after_seconds(PAUSE_SECONDS));
-            self.begin_relief(device, Goal::Pressure, None);
+            let free_bytes = reading.free_bytes.saturating_add(needs);
+            self.begin_relief(device, Goal::Pressure { free_bytes }, None);
         }
     }
 

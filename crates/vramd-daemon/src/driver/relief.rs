@@ -39,8 +39,8 @@ const LEAST_CLAIM: u64 = 1 << 20;
 /// What is looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Goal {
-    /// As much as pressure asks for.
-    Pressure,
+    /// As much as pressure asks for, and that so many bytes are free in the end: what workers let go of is so for us alone.
+    Pressure { free_bytes: u64 },
     /// The level, and so many bytes at least.
     Level(PressureLevel, u64),
     /// So many bytes.
@@ -136,7 +136,7 @@ impl State {
     ) {
         let needed = self.remaining(device, goal, 0);
         let subject = match goal {
-            Goal::Pressure => format!("{device}, where pressure is {:?}", self.level_on(device)),
+            Goal::Pressure { .. } => format!("{device}, where pressure is {:?}", self.level_on(device)),
             _ => device.to_string(),
         };
         let total = if goal == Goal::All { 0 } else { needed };
@@ -176,7 +176,9 @@ impl State {
     fn remaining(&self, device: &DeviceId, goal: Goal, freed: u64) -> u64 {
         let Some(gauge) = self.gauges.get(device) else { return 0 };
         match goal {
-            Goal::Pressure => gauge.needs(),
+            Goal::Pressure { free_bytes } => {
+                gauge.needs().max(free_bytes.saturating_sub(gauge.reading().free_bytes))
+            }
             Goal::Level(target, least) => {
                 let above = match target {
                     PressureLevel::Normal => PressureLevel::Moderate,
@@ -244,7 +246,7 @@ impl State {
             );
         }
         // Workers hear of pressure, not of what somebody asks for.
-        if goal == Goal::Pressure {
+        if matches!(goal, Goal::Pressure { .. }) {
             let data = level_data(&device, self.level_on(&device), needed);
             let told: Vec<_> = self.told_of_levels().map(|it| (it.id, it.pid, it.link.clone())).collect();
             for (worker, pid, link) in told {
@@ -437,7 +439,10 @@ impl State {
             let measured_bytes = loop {
                 let freed = before.zip(used().await).map(|(before, after)| before.saturating_sub(after));
                 // Some say so before it is true.
-                if freed.is_none_or(|freed| freed >= said / 2) || tokio::time::Instant::now() >= until {
+                if said < LEAST_CLAIM
+                    || freed.is_none_or(|freed| freed >= said / 2)
+                    || tokio::time::Instant::now() >= until
+                {
                     break freed.map(|freed| if pid.is_none() { freed.min(said) } else { freed });
                 }
                 tokio::time::sleep(LOOK_AGAIN).await;
