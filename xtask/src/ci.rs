@@ -31,7 +31,7 @@ pub fn check() -> Result<()> {
         ("Python: formats", || ruff(&["format", "--check"])),
         ("Python: types", || {
             run(python_tool("mypy")?.current_dir(root().join("python")))?;
-            let examples = ["demo.py", "embed_worker.py", "minilm.py"];
+            let examples = ["demo.py", "embed_worker.py", "minilm.py", "model_server.py"];
             run(python_tool("mypy")?
                 .args(["--config-file", "../python/pyproject.toml"])
                 .args(examples)

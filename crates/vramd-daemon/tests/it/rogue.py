@@ -1,31 +1,34 @@
 """A worker that misbehaves in the way that its argument names."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
 import sys
 import time
+from typing import Any
 
 MODE = sys.argv[1]
 ACTIONS = ["ping", "echo", "slow", "shutdown", "memory.get_model_info"]
 
 
-def send(message):
+def send(message: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
-def answer(request, data):
+def answer(request: dict[str, Any], data: dict[str, Any]) -> None:
     send({"request_id": request["request_id"], "success": True, "data": data})
 
 
-def report():
+def report() -> dict[str, Any]:
     sizes = {"impossible": 1e9, "negative": -4, "changing": 32}
     models = [{"name": "own", "memory_mb": sizes.get(MODE, 8), "idle_seconds": 2, "busy": MODE == "busy"}]
     return {"loaded_models": models}
 
 
-def at_start():
+def at_start() -> None:
     if MODE == "exits":
         sys.exit(0)
     if MODE == "says":
@@ -47,13 +50,14 @@ def at_start():
         held.append(bytearray(os.urandom(1 << 20)) * 64)
 
 
-def serve():
+def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         action = request["action"]
         if action == "hello":
             version = 99 if MODE == "newer" else 1
-            answer(request, {"version": version, "actions": ACTIONS, "implementation": "rogue", "framework": None})
+            greeting = {"version": version, "actions": ACTIONS, "implementation": "rogue", "framework": None}
+            answer(request, greeting)
             if MODE == "half":
                 sys.stdout.write('{"event": "mod')
                 sys.stdout.flush()
@@ -97,7 +101,7 @@ def serve():
                 send({"event": "log", "data": {"text": "cancelled " + one["request_id"]}})
 
 
-held = []
-waiting = []
+held: list[bytearray] = []
+waiting: list[dict[str, Any]] = []
 at_start()
 serve()
