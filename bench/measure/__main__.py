@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import allocators, attach, idle, loader, machine, model, moves, policies, serving, vulkan
+from . import allocators, attach, idle, loader, machine, model, moves, policies, serving, vulkan, workers
 from .table import Table
 
 COMPARISONS = {
@@ -16,6 +16,7 @@ COMPARISONS = {
     "moves": moves,
     "vulkan": vulkan,
     "policies": policies,
+    "workers": workers,
     "allocators": allocators,
 }
 
@@ -43,7 +44,7 @@ def main() -> None:
     table = Table()
     with machine.huge_pages():
         before = machine.describe()
-        if options.only not in ("moves", "vulkan", "policies", "allocators"):
+        if options.only not in ("moves", "vulkan", "policies", "workers", "allocators"):
             model.ensure(setup)
         for name, comparison in COMPARISONS.items():
             if options.only in (None, name):

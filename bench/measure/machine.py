@@ -85,7 +85,7 @@ def huge_pages() -> Iterator[None]:
 class Daemon:
     """A daemon of its own, on a free port, that ends with the ``with`` block."""
 
-    def __init__(self, setup: Setup, *options: str) -> None:
+    def __init__(self, setup: Setup, *options: str, within: Sequence[str] = ()) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="vramd-bench-")
         home = Path(self._directory.name)
         self.socket = home / "vramd.sock"
@@ -93,7 +93,7 @@ class Daemon:
         self._log = open(home / "log", "w")  # noqa: SIM115 - open as long as the daemon runs
         self._process = subprocess.Popen(
             [
-                setup.vramd, "serve", "--listen", "127.0.0.1:0", "--socket", self.socket,
+                *within, setup.vramd, "serve", "--listen", "127.0.0.1:0", "--socket", self.socket,
                 "--state-dir", home / "state", "--model-root", setup.work, "--ready-file", ready, *options,
             ],
             stdout=self._log, stderr=self._log,

@@ -6,6 +6,7 @@ mod copier;
 mod hammer;
 mod reader;
 mod vulkan;
+mod worker;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -72,6 +73,14 @@ enum Command {
         #[arg(long, default_value_t = 7)]
         rounds: usize,
     },
+    /// Sends messages of a kilobyte to a Python worker, and to programs that only echo, in turns; prints what that took as JSON
+    Worker {
+        python: PathBuf,
+        #[arg(long, default_value_t = 2000)]
+        messages: usize,
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+    },
     /// Copies memory and prints the rate as JSON
     Copier {
         #[arg(long)]
@@ -106,6 +115,10 @@ async fn main() -> anyhow::Result<()> {
         }
         Command::VulkanAttach { ordinal, socket, allocations, rounds } => {
             println!("{}", vulkan::run_attach(ordinal, &socket, &allocations, rounds)?);
+            Ok(())
+        }
+        Command::Worker { python, messages, rounds } => {
+            println!("{}", worker::run(&python, messages, rounds).await?);
             Ok(())
         }
         Command::Copier { block, total, threads } => {

@@ -50,7 +50,7 @@ pub use vramd_core::pressure::Thresholds;
 pub use vramd_core::quiet_hours::QuietHours;
 #[cfg(unix)]
 pub use vramd_device::cuda::{LoaderCommand, serve as serve_loader};
-pub use workers::{Program, Programs};
+pub use workers::{Program, Programs, link as worker_link};
 
 /// How long the driver may take to end what runs when the daemon stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);

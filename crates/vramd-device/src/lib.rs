@@ -174,7 +174,7 @@ const BUFFER_BYTES: u64 = 1 << 20;
 pub trait Device: Any + Send + Sync {
     fn facts(&self) -> &Facts;
 
-    /// Measures the device. Cheap enough to call every 250 ms.
+    /// Measures the device. Cheap enough to call every 100 ms.
     fn sample(&self) -> Result<Sample, DeviceError>;
 
     /// What the driver has reported since the last call, of a lost device too. After a report that the device does not outlive it is

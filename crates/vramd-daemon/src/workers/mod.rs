@@ -10,6 +10,7 @@ mod process;
 mod session;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf};
@@ -77,6 +78,26 @@ pub struct Task {
     pub driver: mpsc::Sender<Event>,
     /// It is to end.
     pub stop: CancellationToken,
+}
+
+/// A link to whatever answers on a stream, without a handshake or a daemon: for measuring what one costs.
+pub fn link(
+    reading: impl AsyncRead + Unpin + Send + 'static,
+    writing: impl AsyncWrite + Unpin + Send + 'static,
+) -> Link {
+    let (link, writer) = Link::new(Arc::default());
+    let answered = link.clone();
+    tokio::spawn(writer.run(writing));
+    tokio::spawn(async move {
+        let mut lines = Lines::new(reading, MAX_LINE_BYTES);
+        while let Ok(Line::Whole(line)) = lines.next().await {
+            if let Ok(Message::Reply { request_id, outcome }) = decode(line) {
+                let _ = answered.answered(&request_id, outcome);
+            }
+        }
+        answered.end();
+    });
+    link
 }
 
 /// Runs a worker's process until it has ended.

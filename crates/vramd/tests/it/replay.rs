@@ -60,7 +60,10 @@ fn a_machine_is_simulated_by_every_policy_with_no_daemon() {
     let all = run(&["--json", "--svg", "a.svg"]).expect(0).json();
     let policies: Vec<_> =
         all["policies"].as_array().expect("a list").iter().map(|it| it["policy"].clone()).collect();
-    assert_eq!(policies, ["LowestCost", "LeastRecentlyUsed", "LeastFrequentlyUsed", "LargestFirst"]);
+    assert_eq!(
+        policies,
+        ["LowestCost", "LeastRecentlyUsed", "LeastFrequentlyUsed", "LargestFirst", "LowestPriority"]
+    );
     assert_eq!((&all["policies"][0]["requests"], &all["policies"][0]["loads"]), (&json!(60), &json!(13)));
     let svg = std::fs::read_to_string(home.path("a.svg")).expect("a picture");
     assert!(svg.contains("LowestCost: 60 requests"), "{svg}");
