@@ -1,4 +1,4 @@
-"""Workers: what a message costs, how soon pressure is seen and relieved, and what a hundred of them cost idle."""
+"""Workers: what a message costs, how soon pressure is seen and relieved, what a hundred of them cost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,11 @@ def _messages(setup: Setup, table: Table) -> None:
     )
     rate = found["perSecond"]
     table.add(
-        "the same, 64 at once", "a second", [Row("vramd", rate)], Aim("≥ 10000", rate >= 10_000), more_is_better=True
+        "the same, 64 at once",
+        "a second",
+        [Row("vramd", rate)],
+        Aim("≥ 10000", rate >= 10_000),
+        more_is_better=True,
     )
 
 
@@ -78,7 +82,7 @@ def _small_host() -> Iterator[Path]:
 
 
 class _Watch(threading.Thread):
-    """Looks at the control group a thousand times a second: when the threshold is crossed, and when it is left again."""
+    """Looks at the control group all the while: when the threshold is crossed, and when it is left."""
 
     def __init__(self, group: Path) -> None:
         super().__init__(daemon=True)
@@ -92,7 +96,9 @@ class _Watch(threading.Thread):
         while self.relieved is None:
             usage = int((self._group / "memory.usage_in_bytes").read_text())
             stat = (self._group / "memory.stat").read_text()
-            files = next(int(line.split()[1]) for line in stat.splitlines() if line.startswith("total_inactive_file "))
+            files = next(
+                int(line.split()[1]) for line in stat.splitlines() if line.startswith("total_inactive_file ")
+            )
             free = LIMIT - usage + files
             now = time.monotonic()
             if self.crossed is None and free <= LIMIT * 0.15:
@@ -150,7 +156,10 @@ def _round(setup: Setup, group: Path) -> tuple[float, float]:
         def follow() -> None:
             with contextlib.suppress(Exception):
                 for event in vramd.Client(f"http://{daemon.address}").events():
-                    high = event["event"] == "pressure.changed" and event["data"]["level"] in ("High", "Critical")
+                    high = event["event"] == "pressure.changed" and event["data"]["level"] in (
+                        "High",
+                        "Critical",
+                    )
                     if high or event["event"] == "pressure.relieved":
                         arrived.setdefault(event["event"], (time.monotonic(), event["data"]))
 
@@ -187,11 +196,15 @@ def _hundred(setup: Setup, table: Table) -> None:
         before = cpu_seconds(daemon.pid)
         time.sleep(seconds)
         share = (cpu_seconds(daemon.pid) - before) / seconds * 100
-        table.add(f"100 workers, idle: CPU over {seconds} s", "%", [Row("vramd", share)], Aim("< 2", share < 2))
+        table.add(
+            f"100 workers, idle: CPU over {seconds} s", "%", [Row("vramd", share)], Aim("< 2", share < 2)
+        )
 
 
 def _write(path: Path, size: int) -> None:
-    header = json.dumps({"weights": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    header = json.dumps(
+        {"weights": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    ).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)

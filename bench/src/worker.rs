@@ -50,7 +50,7 @@ pub async fn run(python: &Path, messages: usize, rounds: usize) -> anyhow::Resul
         let mut flight = JoinSet::new();
         for number in 0..messages {
             if number >= IN_FLIGHT {
-                flight.join_next().await.context("one is under way")??;
+                flight.join_next().await.context("one is under way")???;
             }
             let (link, data) = (link.clone(), data.clone());
             flight.spawn(async move { link.call("ping", &data, PATIENCE).await.map(drop) });
