@@ -18,7 +18,7 @@ class Server(Worker):
         """Called when the memory of an idle model is needed. Drop what refers to it; raise to keep it."""
         print(f"{model.name} goes after {model.use_count} uses", file=sys.stderr, flush=True)
 
-    def on_pressure(self, level: str, target_bytes: int) -> None:
+    def on_pressure(self, device: str, level: str, target_bytes: int) -> None:
         """Called when memory is tight: drop what you can make again."""
 
 

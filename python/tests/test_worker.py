@@ -133,8 +133,7 @@ def test_bad_data_is_refused(daemon: Vramd, action: str, data: dict[str, Any]) -
         start(daemon, "bad")
     with pytest.raises(api.VramdError) as refused:
         daemon.client.call_worker("bad", action, data)
-    expected = "NOT_FOUND" if data.get("priority") else "INVALID_ARGUMENT"
-    assert refused.value.code == expected
+    assert refused.value.code == "INVALID_ARGUMENT"
     assert daemon.client.worker("bad")["faultCount"] == 0
 
 
@@ -214,7 +213,7 @@ class Server(Worker):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.networks: dict[str, bytearray] = {}
-        self.pressures: list[tuple[str, int]] = []
+        self.pressures: list[tuple[str, str, int]] = []
         self.keeps = False
 
     def on_unload(self, model: Model) -> None:
@@ -222,8 +221,8 @@ class Server(Worker):
             raise Refused("CONFLICT", "it is dear to me")
         self.networks.pop(model.name)
 
-    def on_pressure(self, level: str, target_bytes: int) -> None:
-        self.pressures.append((level, target_bytes))
+    def on_pressure(self, device: str, level: str, target_bytes: int) -> None:
+        self.pressures.append((device, level, target_bytes))
 
 
 def test_a_model_server_joins_and_gives_way(daemon: Vramd) -> None:
@@ -245,11 +244,106 @@ def test_a_model_server_joins_and_gives_way(daemon: Vramd) -> None:
         assert "net" in server.networks
         server.keeps = False
         call("server", "memory.pressure_check", {"device_id": "cpu:0", "level": "Critical", "target_mb": 3})
-        assert server.pressures == [("Critical", 3 * MEGABYTE)]
+        assert server.pressures == [("cpu:0", "Critical", 3 * MEGABYTE)]
         assert call("server", "memory.unload_model", {"name": "net"})["acknowledged_mb"] == 32
         assert server.networks == {}
         until(lambda: not shown("server")["models"], "its model to be gone")
     until(lambda: shown("server")["state"] == "Exited", "it to leave")
+
+
+def test_nobody_uses_what_is_going_and_what_is_offloaded_comes_back(daemon: Vramd) -> None:
+    going, go_on = threading.Event(), threading.Event()
+
+    class Slow(Worker):
+        loads = 0
+
+        def on_load(self, name: str) -> Any:
+            if name == "attached":
+                return api.attach("toy", socket=daemon.socket)
+            self.loads += 1
+            return {"weights": np.ones(1024, np.float32)}
+
+        def on_unload(self, model: Model) -> None:
+            going.set()
+            assert go_on.wait(10)
+
+    daemon.client.load("toy", "cpu:0")
+    call = daemon.client.call_worker
+    with Slow("slow", socket=daemon.socket) as server:
+        until(lambda: "slow" in [one["name"] for one in daemon.client.workers()], "it to join")
+        until(lambda: daemon.client.worker("slow")["state"] == "Ready", "it to be ready")
+        with server.using("a"):
+            # What is in use is brought up to date, and stays in use.
+            server.hold("a", size_bytes=4096)
+            with pytest.raises(api.Conflict, match="in use"):
+                call("slow", "memory.unload_model", {"name": "a"})
+        unload = threading.Thread(target=call, args=("slow", "memory.unload_model", {"name": "a"}))
+        unload.start()
+        assert going.wait(10)
+        with pytest.raises(api.Conflict, match="on its way"):
+            call("slow", "memory.unload_model", {"name": "a"})
+        seen: list[Any] = []
+
+        def use() -> None:
+            with server.using("a") as model:
+                seen.append(model.value)
+
+        user = threading.Thread(target=use)
+        user.start()
+        go_on.set()
+        unload.join(10)
+        user.join(10)
+        assert seen[0]["weights"].sum() == 1024
+        assert server.loads == 2
+
+        with server.using("attached") as model:
+            assert model.attached_bytes > 0
+        until(lambda: attached(daemon) == 1, "it to be attached")
+        call("slow", "memory.offload_model", {"name": "attached"})
+        until(lambda: attached(daemon) == 0, "it to be let go")
+        with server.using("attached") as model:
+            assert model.value["bias"][0] == TENSORS["bias"][0]
+        call("slow", "memory.unload_model", {"name": "attached"})
+
+
+def test_what_a_program_says_of_its_models_is_checked_where_it_says_so() -> None:
+    server = Server("checked")
+    for bad in (
+        {"name": "x", "device": "cuda"},
+        {"name": ""},
+        {"name": "x" * 300},
+        {"name": "x", "size_bytes": -1},
+        {"name": "x", "priority": "Highest"},
+    ):
+        with pytest.raises(Refused):
+            server.hold(**bad)
+    assert server.models() == []
+    # What the framework knows nothing of can be held all the same.
+    server.networks["jax"] = bytearray(8)
+    server.hold("jax", size_bytes=1 << 30, device="cuda:0")
+    assert server.models()[0].device == "cuda:0"
+
+
+def test_a_refused_name_is_told_once_and_a_hook_that_ends_is_answered(
+    daemon: Vramd, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Worker("no name", socket=daemon.socket).run()
+    told = capfd.readouterr().err
+    assert "the daemon refuses no name" in told
+    assert told.count("refuses") == 1
+
+    class Ends(Worker):
+        def on_unload(self, model: Model) -> None:
+            raise SystemExit(3)
+
+    with Ends("ends", socket=daemon.socket) as server:
+        server.hold("x", size_bytes=1, device="cuda:0")
+        until(lambda: "ends" in [one["name"] for one in daemon.client.workers()], "it to join")
+        until(lambda: daemon.client.worker("ends")["state"] == "Ready", "it to be ready")
+        with pytest.raises(api.VramdError) as refused:
+            daemon.client.call_worker("ends", "memory.unload_model", {"name": "x"})
+        assert refused.value.details["workerCode"] == "SystemExit"
+        assert [model.name for model in server.models()] == ["x"]
 
 
 def test_a_server_that_is_told_to_end_leaves_and_a_lost_daemon_is_waited_for(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jsonschema_rs
@@ -71,7 +71,7 @@ def test_the_schema_takes_what_is_good_and_nothing_else(case: dict[str, Any]) ->
 class Wire(Channel):
     """A channel whose lines come from the test, which reads its answers; it ends when all are there."""
 
-    def __init__(self, *requests: dict[str, Any], answers: int) -> None:
+    def __init__(self, *requests: dict[str, Any] | Callable[[], object], answers: int) -> None:
         super().__init__(io.BytesIO(), self._take, lambda: None)
         self.sent: list[dict[str, Any]] = []
         self._requests = requests
@@ -82,7 +82,10 @@ class Wire(Channel):
 
     def lines(self) -> Iterator[bytes]:
         for request in self._requests:
-            yield protocol.encode(request)
+            if isinstance(request, dict):
+                yield protocol.encode(request)
+            else:
+                request()
         until(lambda: len(self.sent) == self._answers, "an answer to each")
 
 
@@ -102,11 +105,12 @@ def test_each_request_has_one_answer_and_a_long_one_holds_up_nobody() -> None:
     def broken(call: Call) -> dict[str, Any]:
         raise KeyError("what a library raises")
 
-    requests = [
+    requests: list[dict[str, Any] | Callable[[], object]] = [
         request("1", "slow"),
         request("2", "ping"),
         request("3", "broken"),
         request("4", "nothing"),
+        begun.wait,
         {"request_id": "1", "action": "cancel", "data": {}},
         {"request_id": "9", "action": "cancel", "data": {}},
         {"request_id": "5", "action": "slow", "data": {}, "deadline_ms": 0},

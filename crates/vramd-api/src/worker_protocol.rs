@@ -18,6 +18,13 @@ pub const VERSION: u32 = 1;
 pub const MAX_LINE_BYTES: usize = 16 << 20;
 /// The most models that a worker can report.
 pub const MAX_MODELS: usize = 4096;
+/// The longest report of models.
+pub const MAX_REPORT_BYTES: usize = 2 << 20;
+/// The most actions that are remembered of a worker, and the longest.
+const MAX_ACTIONS: usize = 256;
+const MAX_ACTION: usize = 128;
+/// The longest text of a worker's that is shown.
+const MAX_SHOWN: usize = 512;
 /// The longest text in a report.
 const MAX_TEXT: usize = 256;
 const MEGABYTE: f64 = 1_048_576.0;
@@ -43,10 +50,17 @@ impl<T: Serialize> Request<'_, T> {
 }
 
 /// What a worker sends.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub enum Message {
-    Reply { request_id: String, outcome: Result<Value, WorkerError> },
-    Event { event: String, data: Map<String, Value> },
+    Reply {
+        request_id: String,
+        outcome: Result<Value, WorkerError>,
+    },
+    /// What it says is read by whoever knows that event.
+    Event {
+        event: String,
+        data: Option<Box<RawValue>>,
+    },
 }
 
 /// An error in a worker's own words.
@@ -65,9 +79,13 @@ impl From<WorkerError> for ApiError {
         // These are the daemon's to say.
         let own = code.ok().filter(|code| !matches!(code, ErrorCode::Internal | ErrorCode::Unavailable));
         let text = if error.message.is_empty() { "the worker gave no reason" } else { &error.message };
-        let mut shown = Self::new(own.unwrap_or(ErrorCode::WorkerFailed), text);
-        shown.hint = error.hint.or_else(|| Some("its log says more: `vramd workers logs NAME`".to_owned()));
-        shown.detail("workerCode", error.code)
+        let mut shown = Self::new(own.unwrap_or(ErrorCode::WorkerFailed), clip(text));
+        shown.hint = error
+            .hint
+            .as_deref()
+            .map(clip)
+            .or_else(|| Some("its log says more: `vramd workers logs NAME`".to_owned()));
+        shown.detail("workerCode", clip(&error.code))
     }
 }
 
@@ -93,7 +111,7 @@ pub fn decode(line: &[u8]) -> Result<Message, BadLine> {
         error: Option<WorkerError>,
         event: Option<String>,
     }
-    let not_json = |error: serde_json::Error| BadLine::NotJson(error.to_string());
+    let not_json = |error: serde_json::Error| BadLine::NotJson(clip(&error.to_string()));
     if line.trim_ascii_start().first() != Some(&b'{') {
         return Err(BadLine::NotJson("it does not begin with {".to_owned()));
     }
@@ -108,7 +126,12 @@ pub fn decode(line: &[u8]) -> Result<Message, BadLine> {
         (Some(request_id), Some(false), None) => {
             Ok(Message::Reply { request_id, outcome: Err(either.error.unwrap_or_default()) })
         }
-        (None, None, Some(event)) => Ok(Message::Event { event, data: object()? }),
+        (None, None, Some(event)) => {
+            if either.data.is_some_and(|data| !data.get().starts_with('{')) {
+                return Err(BadLine::NotJson("its data is no object".to_owned()));
+            }
+            Ok(Message::Event { event, data: either.data.map(ToOwned::to_owned) })
+        }
         _ => Err(BadLine::Neither),
     }
 }
@@ -148,6 +171,23 @@ pub struct Greeting {
     pub implementation: Option<String>,
     #[serde(default)]
     pub framework: Option<String>,
+}
+
+impl Greeting {
+    /// The same with nothing in it that is longer than it has to be.
+    #[must_use]
+    pub fn clipped(mut self) -> Self {
+        self.actions.truncate(MAX_ACTIONS);
+        self.actions.retain(|action| action.len() <= MAX_ACTION);
+        self.implementation = self.implementation.as_deref().map(clip);
+        self.framework = self.framework.as_deref().map(clip);
+        self
+    }
+}
+
+/// A text of a worker's, without what moves a cursor and cut to what somebody would read.
+pub fn clip(text: &str) -> String {
+    text.chars().take(MAX_SHOWN).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// The data of the event `join`, by which a worker that the daemon did not start begins.

@@ -40,7 +40,7 @@ use vramd_api::{
 pub use bridges::{Bridge, BridgeKind};
 pub use clock::LocalTime;
 pub use devices::{Adapters, CudaCards, Devices, cuda_cards, d3d12_adapters, directml, vulkan_adapters};
-use driver::{Driver, Event, Home, Load, OnShortage, Rules, Schedule, Tiers};
+use driver::{Driver, Event, Home, Launch, Load, OnShortage, Rules, Schedule, Tiers};
 pub use http::openapi_json;
 use platform::LocalListener;
 use server::{RemoveOnDrop, Server};
@@ -229,7 +229,8 @@ pub async fn serve_on(
     let socket = config.socket.as_ref().map(|path| path.display().to_string());
     let server = address.map(|address| format!("http://{address}"));
     let local = socket.as_ref().map(|path| format!("{}:{path}", if cfg!(windows) { "pipe" } else { "unix" }));
-    let home = Home { server: server.or(local), socket };
+    let mark = blake3::hash(config.state_dir.as_os_str().as_encoded_bytes()).to_hex()[..16].to_owned();
+    let home = Home { server: server.or(local), socket, mark };
     let launches = config
         .workers
         .iter()
@@ -244,7 +245,11 @@ pub async fn serve_on(
         .bridges
         .iter()
         .map(|bridge| {
-            let device = bridge.device.as_deref().unwrap_or("cpu:0");
+            // Such programs use cards, where there are any.
+            let card =
+                devices.iter().find(|device| device.facts().memory_type == vramd_api::MemoryType::Vram);
+            let card = card.map_or("cpu:0", |card| card.facts().device.as_str());
+            let device = bridge.device.as_deref().unwrap_or(card);
             let source =
                 |source| StartError::Worker { name: bridge.name.to_string(), source: Box::new(source) };
             Ok((bridge.clone(), devices.id(device).map_err(source)?))
@@ -255,6 +260,12 @@ pub async fn serve_on(
     let (driver, mut task) =
         Driver::start(devices, store, stored, run, rules, unasked).map_err(StartError::Threads)?;
     let stopping = CancellationToken::new();
+    // Before anybody else could take their names.
+    if let Err(error) = start_workers(&driver, launches).await {
+        driver.stop().await;
+        let _ = tokio::time::timeout(STOP_TIMEOUT, task).await;
+        return Err(error);
+    }
     stalls::watch(driver.clone(), stopping.clone());
     let usage = usage::UsageHistory::default();
     let sampler = tokio::spawn(usage::sample(driver.clone(), usage.clone()));
@@ -264,13 +275,6 @@ pub async fn serve_on(
     let server = tokio::spawn(
         Server::new(http::Service::new(app), driver.clone(), stopping.clone()).run(tcp, listener),
     );
-    for launch in launches {
-        let name = launch.name.as_ref().unwrap_or(&launch.program).to_string();
-        driver
-            .ask(|reply| Event::StartWorker(Box::new(launch), reply))
-            .await
-            .map_err(|source| StartError::Worker { name, source: Box::new(source) })?;
-    }
     for (bridge, device) in bridges {
         tokio::spawn(bridges::keep(bridge, device, driver.clone(), stopping.clone()));
     }
@@ -301,6 +305,15 @@ pub async fn serve_on(
         tracing::warn!("the driver did not end in time; what it did is recovered at the next start");
     }
     outcome
+}
+
+async fn start_workers(driver: &Driver, launches: Vec<Launch>) -> Result<(), StartError> {
+    for launch in launches {
+        let name = launch.name.as_ref().unwrap_or(&launch.program).to_string();
+        let started = driver.ask(|reply| Event::StartWorker(Box::new(launch), reply)).await;
+        started.map_err(|source| StartError::Worker { name, source: Box::new(source) })?;
+    }
+    Ok(())
 }
 
 /// Says that the daemon serves, once it does, and goes on saying so until it is dropped. Returns only an error.

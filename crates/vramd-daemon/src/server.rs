@@ -14,7 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use vramd_api::attach::MAGIC;
 use vramd_api::{ApiError, ErrorCode, Failure, Holder};
@@ -105,8 +105,8 @@ impl Server {
                 self.attach(stream, holder).await;
             }
             Ok(Ok(Some(b'{'))) => {
-                drop((place, watcher));
-                self.worker(stream, pid, uid).await;
+                drop(watcher);
+                self.worker(stream, pid, uid, place).await;
             }
             Ok(Ok(Some(_))) => self.http(stream, Caller { uid: Some(uid) }, watcher).await,
             Ok(Ok(None) | Err(_)) | Err(_) => {}
@@ -127,15 +127,19 @@ impl Server {
     }
 
     /// A worker that somebody else started joins; once it is one of the driver's, that ends it.
-    async fn worker(&self, stream: LocalStream, pid: u32, uid: u32) {
+    async fn worker(&self, stream: LocalStream, pid: u32, uid: u32, place: OwnedSemaphorePermit) {
         let Some(joined) = workers::join(stream).await else { return };
         let asked = async {
             let device =
                 joined.join.device_id.as_ref().map(|name| self.driver.devices.id(name)).transpose()?;
-            let joining = Joining { name: joined.join.name.clone(), device, pid: Some(pid), uid };
+            // One of another container has no number here.
+            let pid = (pid != 0).then_some(pid);
+            let joining = Joining { name: joined.join.name.clone(), device, pid, uid };
             self.driver.ask(|reply| Event::JoinWorker(Box::new(joining), reply)).await
         };
-        match asked.await {
+        let asked = asked.await;
+        drop(place);
+        match asked {
             Ok(task) => workers::host(task, joined).await,
             Err(error) => joined.refuse(&error).await,
         }

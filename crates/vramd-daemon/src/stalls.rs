@@ -36,8 +36,12 @@ mod linux {
             while !stopping.is_cancelled() {
                 let mut fds =
                     [PollFd::new(&triggers[0], PollFlags::PRI), PollFd::new(&triggers[1], PollFlags::PRI)];
-                if poll(&mut fds, Some(&LOOK)).is_err() {
-                    continue;
+                match poll(&mut fds, Some(&LOOK)) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "stalls for memory are told no more");
+                        return;
+                    }
                 }
                 if fds.iter().any(|fd| fd.revents().contains(PollFlags::ERR)) {
                     return;

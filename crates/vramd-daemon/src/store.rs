@@ -14,7 +14,7 @@ use vramd_api::{
 };
 
 /// The version of the tables below; a newer file is refused, an older one is brought up to it.
-const SCHEMA_VERSION: i64 = 5;
+const SCHEMA_VERSION: i64 = 4;
 
 const SCHEMA: &str = "
 CREATE TABLE model (
@@ -48,21 +48,16 @@ CREATE TABLE footprint (
     learned TEXT NOT NULL,
     PRIMARY KEY (model, device, shape)
 ) STRICT;
-CREATE TABLE process (
-    pid INTEGER PRIMARY KEY,
-    started INTEGER NOT NULL
-) STRICT;
 ";
 
 /// What makes a version of the one before it; the first makes version 2.
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 3] = [
     "ALTER TABLE model ADD COLUMN priority TEXT NOT NULL DEFAULT 'Normal';",
     r#"CREATE TABLE device_limits (device TEXT PRIMARY KEY, limits TEXT NOT NULL) STRICT;
        INSERT INTO device_limits SELECT device, '{"limitBytes":' || bytes || '}' FROM device_limit;
        DROP TABLE device_limit;"#,
     "CREATE TABLE footprint (model TEXT NOT NULL, device TEXT NOT NULL, shape TEXT NOT NULL, learned TEXT NOT NULL,
        PRIMARY KEY (model, device, shape)) STRICT;",
-    "CREATE TABLE process (pid INTEGER PRIMARY KEY, started INTEGER NOT NULL) STRICT;",
 ];
 
 /// One change to the journal.
@@ -80,9 +75,6 @@ pub enum Change {
     SetLimits(DeviceId, Box<SetLimits>),
     PutFootprint(Box<Footprint>),
     RemoveFootprint(Box<Footprint>),
-    /// A worker's process, and when it was started: one that a crash leaves is ended by the next run.
-    PutProcess(u32, u64),
-    RemoveProcess(u32),
 }
 
 /// A registration; `components` is the JSON of the request's field.
@@ -113,7 +105,6 @@ pub struct Stored {
     pub allocations: Vec<StoredAllocation>,
     pub limits: Vec<(DeviceId, SetLimits)>,
     pub footprints: Vec<Footprint>,
-    pub processes: Vec<(u32, u64)>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -271,11 +262,6 @@ fn apply(connection: &mut Connection, changes: &[Change]) -> rusqlite::Result<()
                 "DELETE FROM footprint WHERE model = ? AND device = ? AND shape = ?",
                 params![one.model.as_str(), one.device_id.as_str(), printed(&one.shape)],
             ),
-            Change::PutProcess(pid, started) => transaction.execute(
-                "INSERT OR REPLACE INTO process (pid, started) VALUES (?1, ?2)",
-                params![pid, started.cast_signed()],
-            ),
-            Change::RemoveProcess(pid) => transaction.execute("DELETE FROM process WHERE pid = ?", [pid]),
         }?;
     }
     transaction.commit()
@@ -325,12 +311,6 @@ fn read(connection: &Connection) -> Result<Stored, StoreError> {
     let mut rows = rows.query([]).map_err(bad)?;
     while let Some(row) = rows.next().map_err(bad)? {
         stored.footprints.push(read_json(row, 0)?);
-    }
-    let mut rows = connection.prepare("SELECT pid, started FROM process").map_err(bad)?;
-    let mut rows = rows.query([]).map_err(bad)?;
-    while let Some(row) = rows.next().map_err(bad)? {
-        let started = row.get::<_, i64>(1).map_err(bad)?.cast_unsigned();
-        stored.processes.push((row.get(0).map_err(bad)?, started));
     }
     Ok(stored)
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use reqwest::{Client, Method, redirect};
+use reqwest::{Client, Method, Url, redirect};
 use serde_json::{Value, json};
 use vramd_api::DeviceId;
 use vramd_api::worker_protocol::megabytes;
@@ -111,7 +111,10 @@ impl Program {
             // The weights stay in host memory, from where it wakes up within a second.
             BridgeKind::Vllm => drop(self.ask(Method::POST, "/sleep?level=1", None).await?),
             BridgeKind::LlamaSwap => {
-                drop(self.ask(Method::POST, &format!("/api/models/unload/{name}"), None).await?);
+                // A name may hold what has a meaning in a path.
+                let mut path = Url::parse("http://x/api/models/unload").expect("a fixed address");
+                path.path_segments_mut().expect("it has a path").push(name);
+                drop(self.ask(Method::POST, path.path(), None).await?);
             }
         }
         Ok(json!({ "name": name, "acknowledged_mb": acknowledged }))
@@ -142,8 +145,11 @@ impl Program {
     async fn comfy_ui(&self) -> Result<Vec<Value>, String> {
         let answer = self.get("/system_stats").await?;
         let devices = list(&answer, "devices", "/system_stats")?;
-        // What PyTorch holds there, all of it: it names no models.
-        let held: u64 = devices.iter().filter_map(|device| device["torch_vram_total"].as_u64()).sum();
+        // What PyTorch holds there, all of it: it names no models. Of several cards that with our number.
+        let number = self.device.as_str().rsplit(':').next().and_then(|number| number.parse::<u64>().ok());
+        let ours = |device: &&Value| devices.len() == 1 || device["index"].as_u64() == number;
+        let held = devices.iter().filter(ours).filter_map(|device| device["torch_vram_total"].as_u64());
+        let held: u64 = held.fold(0, u64::saturating_add);
         let queue = self.get("/queue").await;
         let busy = queue.map_or(true, |queue| {
             let some = |list: &str| queue[list].as_array().is_none_or(|list| !list.is_empty());

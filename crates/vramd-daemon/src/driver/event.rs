@@ -93,7 +93,7 @@ pub enum Event {
     WorkerAsked(Box<relief::Asked>),
     /// One device, or all.
     Pressure(Option<DeviceId>, Reply<Vec<DevicePressure>>),
-    OptimizeModels(DeviceId, Box<OptimizeModels>, Reply<ModelsOptimized>),
+    OptimizeModels(DeviceId, Box<OptimizeModels>, Caller, Reply<ModelsOptimized>),
     /// The system says that tasks wait for memory.
     Stalled(Stall),
     /// The next pass of a defragmentation is planned.

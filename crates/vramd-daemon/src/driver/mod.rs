@@ -246,6 +246,7 @@ impl Driver {
             workers: Workers::new(),
             ending_workers: HashMap::new(),
             workers_measured: BTreeMap::new(),
+            workers_changed: false,
             home: rules.home,
             samples: BTreeMap::new(),
             jobs: 0,
@@ -377,6 +378,8 @@ struct State {
     ending_workers: HashMap<WorkerId, Vec<Reply<vramd_api::Worker>>>,
     /// When what they use was last measured.
     workers_measured: BTreeMap<DeviceId, vramd_core::Tick>,
+    /// What is theirs is to be added up anew.
+    workers_changed: bool,
     home: Home,
     samples: BTreeMap<DeviceId, jiff::Timestamp>,
     /// Device calls and journal writes under way.
@@ -414,6 +417,7 @@ impl State {
                     self.go_on_relieving(operation);
                 }
             }
+            self.refigure_workers();
             debug_assert_eq!(self.ledger.check(), Ok(()));
             self.observe_peaks();
             publish.send_replace(Arc::new(self.snapshot()));
@@ -517,7 +521,9 @@ impl State {
                 let shown = meant.map(|device| self.pressure_on(device)).collect();
                 self.answer(reply, Ok(shown));
             }
-            Event::OptimizeModels(device, request, reply) => self.optimize_models(device, &request, reply),
+            Event::OptimizeModels(device, request, caller, reply) => {
+                self.optimize_models(device, &request, caller, reply);
+            }
             Event::Stalled(stall) => self.stalled(stall),
             Event::Measured { device, reports, used_by, workers, outcome } => {
                 self.jobs -= 1;

@@ -20,7 +20,7 @@ use vramd_core::ledger::Allocation;
 use super::operations::Running;
 use super::pressure::level_data;
 use super::ways::{Ask, Means, Way};
-use super::{Event, Reply, State};
+use super::{Caller, Event, Reply, State};
 
 pub(super) const UNLOAD: &str = "memory.unload_model";
 /// How long it may take, where nobody says.
@@ -28,6 +28,10 @@ const DEFAULT_MILLISECONDS: u64 = 10_000;
 /// How long a worker may take for what it is asked.
 const ASK_PATIENCE: Duration = Duration::from_secs(5);
 const TELL_PATIENCE: Duration = Duration::from_millis(500);
+/// After so long the next are asked too, where memory is tight.
+const ANSWER_MILLISECONDS: u64 = 500;
+/// So long nobody asks a worker again that did not answer, or said what was not so.
+const DOUBT_SECONDS: u64 = 30;
 /// How long memory may take to be free after a worker says that it is.
 const SETTLE_PATIENCE: Duration = Duration::from_millis(1500);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -56,6 +60,8 @@ pub(super) struct Relief {
     goal: Goal,
     policy: EvictionPolicy,
     pub excluded: BTreeSet<String>,
+    /// Who asked for it: others' workers are not asked. None: the daemon itself.
+    pub caller: Option<Caller>,
     most_models: usize,
     begun: Tick,
     deadline: Tick,
@@ -65,8 +71,9 @@ pub(super) struct Relief {
     told: bool,
     /// Unloads of the daemon's, and what each is of.
     unloads: BTreeMap<OperationId, Vec<Evicted>>,
-    /// Answers of workers that have not come.
+    /// Answers of workers that have not come, and how long they are waited for where memory is tight.
     asked: usize,
+    hurries_from: Tick,
     pub tried: BTreeSet<(WorkerId, String)>,
     /// What workers let go of: it is idle once their connections have closed, at that time at the latest.
     released: BTreeMap<AllocationId, Tick>,
@@ -105,6 +112,7 @@ impl State {
         &mut self,
         device: DeviceId,
         request: &OptimizeModels,
+        caller: Caller,
         reply: Reply<ModelsOptimized>,
     ) {
         if let Some(operation) = self.relieving(&device) {
@@ -125,14 +133,14 @@ impl State {
             let message = format!("{device} is at {level:?} already: nothing was done");
             return self.answer(reply, Ok(nothing_done(device, policy, level, message)));
         }
-        self.begin_relief(&device, goal, Some((request, reply)));
+        self.begin_relief(&device, goal, Some((request, (caller, reply))));
     }
 
     pub(super) fn begin_relief(
         &mut self,
         device: &DeviceId,
         goal: Goal,
-        asked: Option<(&OptimizeModels, Reply<ModelsOptimized>)>,
+        asked: Option<(&OptimizeModels, (Caller, Reply<ModelsOptimized>))>,
     ) {
         let needed = self.remaining(device, goal, 0);
         let subject = match goal {
@@ -141,13 +149,15 @@ impl State {
         };
         let total = if goal == Goal::All { 0 } else { needed };
         let operation = self.operations.begin(OperationKind::Optimize, subject, total, self.now);
-        let (request, reply) = asked.unzip();
+        let (request, asked) = asked.unzip();
+        let (caller, reply) = asked.unzip();
         let milliseconds = request.and_then(|it| it.max_optimization_time_ms).unwrap_or(DEFAULT_MILLISECONDS);
         let relief = Relief {
             device: device.clone(),
             goal,
             policy: request.and_then(|it| it.strategy).unwrap_or_else(|| self.policy_on(device)),
             excluded: request.map(|it| it.exclude_models.iter().cloned().collect()).unwrap_or_default(),
+            caller: caller.filter(|caller| !caller.is_admin()),
             most_models: request
                 .and_then(|it| it.max_models_to_unload)
                 .map_or(usize::MAX, |most| most as usize),
@@ -158,6 +168,7 @@ impl State {
             told: false,
             unloads: BTreeMap::new(),
             asked: 0,
+            hurries_from: Tick::default(),
             tried: BTreeSet::new(),
             released: BTreeMap::new(),
             measured_after: None,
@@ -186,9 +197,10 @@ impl State {
                     PressureLevel::High | PressureLevel::Critical => PressureLevel::Critical,
                 };
                 let by_level = if gauge.level() > target { gauge.needs_below(above) } else { 0 };
-                by_level.max(least.saturating_sub(freed))
+                // Whatever is asked for meanwhile, pressure has its due.
+                by_level.max(least.saturating_sub(freed)).max(gauge.needs())
             }
-            Goal::Bytes(bytes) => bytes.saturating_sub(freed),
+            Goal::Bytes(bytes) => bytes.saturating_sub(freed).max(gauge.needs()),
             Goal::All => u64::MAX,
         }
     }
@@ -215,7 +227,10 @@ impl State {
         let readers_left = relief.released.iter().any(|(id, until)| {
             *until > self.now.tick && self.ledger.allocation(*id).is_some_and(Allocation::is_attached)
         });
-        if relief.asked > 0 || !relief.unloads.is_empty() || relief.measured_after.is_some() || readers_left {
+        // Who is asked and does not answer at once holds nobody up where memory is tight.
+        let hurries = self.gauges.get(&relief.device).is_some_and(|gauge| gauge.needs() > 0);
+        let waits = relief.asked > 0 && (!hurries || self.now.tick < relief.hurries_from);
+        if waits || !relief.unloads.is_empty() || relief.measured_after.is_some() || readers_left {
             return;
         }
         let freed = relief.unloaded.iter().map(|one| one.measured_bytes).sum();
@@ -265,7 +280,8 @@ impl State {
     fn choose_for_relief(&mut self, operation: OperationId, needed: u64) {
         let Some(Running::Relief(relief)) = self.operations.running.get(&operation) else { return };
         let (device, policy, deadline) = (relief.device.clone(), relief.policy, relief.deadline);
-        let gone: BTreeSet<&str> = relief.unloaded.iter().map(|one| one.model.as_str()).collect();
+        let gone: BTreeSet<_> =
+            relief.unloaded.iter().map(|one| (one.worker.clone(), one.model.clone())).collect();
         let places = relief.most_models.saturating_sub(gone.len());
         let mut ways = self.ways(&device, Some(relief));
         // What workers let go of for this goes before all else is asked.
@@ -278,7 +294,12 @@ impl State {
             released
         };
         chosen.sort_by(|a, b| candidates[*a].loss().total_cmp(&candidates[*b].loss()).then(a.cmp(b)));
-        chosen.truncate(places);
+        // Several parts of one model are one model.
+        let mut going = BTreeSet::new();
+        chosen.retain(|at| {
+            let model = ways[*at].model();
+            gone.contains(&model) || going.contains(&model) || (going.len() < places && going.insert(model))
+        });
         if chosen.is_empty() && places > 0 && self.more_may_go_before(&device, deadline) {
             return;
         }
@@ -394,7 +415,10 @@ impl State {
         let Some(worker) = self.workers.get(&ask.worker) else { return };
         let (link, pid) = (worker.link.clone(), worker.pid);
         let Some(relief) = self.relief(operation) else { return };
-        relief.tried.insert((ask.worker, ask.model.clone()));
+        // It may be asked for two reasons.
+        if !relief.tried.insert((ask.worker, ask.model.clone())) {
+            return;
+        }
         let (data, bytes) = (serde_json::json!({ "name": ask.model }), ask.bytes);
         let call = async move {
             let answer = link.call(UNLOAD, &data, ASK_PATIENCE).await?;
@@ -417,8 +441,10 @@ impl State {
         (model, requested_bytes): (Option<String>, u64),
         call: impl Future<Output = Result<u64, ApiError>> + Send + 'static,
     ) {
+        let hurries_from = Tick(self.now.tick.0 + ANSWER_MILLISECONDS);
         let Some(relief) = self.relief(operation) else { return };
         relief.asked += 1;
+        relief.hurries_from = hurries_from;
         let on = self.devices.get(device).expect("it is the ledger's").clone();
         let sender = self.sender.clone();
         self.jobs += 1;
@@ -443,7 +469,8 @@ impl State {
                     || freed.is_none_or(|freed| freed >= said / 2)
                     || tokio::time::Instant::now() >= until
                 {
-                    break freed.map(|freed| if pid.is_none() { freed.min(said) } else { freed });
+                    // More is others' doing: several things go at once.
+                    break freed.map(|freed| freed.min(said));
                 }
                 tokio::time::sleep(LOOK_AGAIN).await;
             };
@@ -462,6 +489,10 @@ impl State {
             return;
         };
         let acknowledged = outcome.as_ref().copied().unwrap_or(0);
+        let silent = outcome.as_ref().is_err_and(|error| error.code == ErrorCode::Timeout);
+        if silent && model.is_some() {
+            self.doubt_worker(id, DOUBT_SECONDS);
+        }
         let mut error = outcome.err().map(|error| error.message);
         // Where nobody can tell what a process has, the device's own figures decide what comes next.
         let measured = measured_bytes.unwrap_or(acknowledged);
@@ -469,8 +500,9 @@ impl State {
             let what = model.as_deref().unwrap_or_default();
             let fault =
                 format!("it says that {what} went with {acknowledged} bytes; {measured} were measured");
-            worker.note_fault(fault.clone());
+            worker.note_fault(&fault);
             error = Some(fault);
+            self.doubt_worker(id, DOUBT_SECONDS);
             self.emit_worker(EventKind::WorkerFault, id);
         }
         // It may take its time to say so by itself.
@@ -585,8 +617,10 @@ impl State {
             models_unloaded: relief.unloaded,
             workers: relief.workers.into_values().collect(),
         };
-        self.emit(EventKind::PressureRelieved, &result);
         let cancelled = self.operations.cancelled(operation);
+        if !cancelled {
+            self.emit(EventKind::PressureRelieved, &result);
+        }
         let outcome = if cancelled {
             Err(ApiError::new(ErrorCode::Cancelled, "it was cancelled; what had gone stays gone"))
         } else {

@@ -41,11 +41,7 @@ impl State {
                 tracing::error!(%id, %error, "a persistent allocation is not back; it will be tried at the next start");
             }
         }
-        for (pid, started) in stored.processes {
-            workers::end_left_over(pid, started);
-            self.store(Change::RemoveProcess(pid), OnStored::Nothing);
-        }
-        workers::sweep();
+        workers::sweep(&self.home.mark);
         self.emit(EventKind::DaemonStarted, serde_json::json!({ "version": vramd_api::VERSION }));
         self.measure();
     }

@@ -1,5 +1,7 @@
 //! What could go from a device, the daemon's and the workers', by one measure of what it is worth.
 
+use std::collections::BTreeSet;
+
 use vramd_api::{
     AllocationId, DeviceId, EvictedComponent as Evicted, Priority, RecommendedAction, ReliefAction, WorkerId,
     WorkerModel, WorkerName, WorkerState,
@@ -49,6 +51,22 @@ impl Way {
         }
     }
 
+    /// Whether one of its models is among these.
+    pub fn names_one_of(&self, names: &BTreeSet<String>) -> bool {
+        match &self.means {
+            Means::Unload(parts) => parts.iter().any(|part| names.contains(part.model.as_str())),
+            Means::Ask(_) | Means::LetGo { .. } => names.contains(self.name()),
+        }
+    }
+
+    /// The model that goes with it, and whose it is.
+    pub fn model(&self) -> (Option<WorkerName>, String) {
+        match &self.means {
+            Means::Ask(ask) => (Some(ask.name.clone()), ask.model.clone()),
+            Means::Unload(_) | Means::LetGo { .. } => (None, self.name().to_owned()),
+        }
+    }
+
     pub fn recommended(&self, device: &DeviceId) -> RecommendedAction {
         let idle = format!("{:.0} s", self.candidate.idle_seconds);
         let (action, reason, call) = match &self.means {
@@ -73,7 +91,6 @@ impl Way {
 impl State {
     /// All models that could go from a device: the daemon's, the workers' own, and what workers have attached and do not use.
     pub(super) fn ways(&self, device: &DeviceId, relief: Option<&Relief>) -> Vec<Way> {
-        let stays = |name: &str| relief.is_some_and(|relief| relief.excluded.contains(name));
         let tried = |worker: &Worker, model: &str| {
             relief.is_some_and(|relief| relief.tried.contains(&(worker.id, model.to_owned())))
         };
@@ -83,7 +100,13 @@ impl State {
             .filter(|idle| idle.stays <= self.now.tick)
             .map(|Idle { candidate, parts, .. }| Way { candidate, means: Means::Unload(parts) })
             .collect();
-        let can = |worker: &&Worker| worker.state == WorkerState::Ready && worker.can(UNLOAD);
+        let caller = relief.and_then(|relief| relief.caller);
+        let can = |worker: &&Worker| {
+            worker.state == WorkerState::Ready
+                && worker.can(UNLOAD)
+                && worker.doubted_until <= self.now.tick
+                && caller.is_none_or(|caller| worker.may(caller).is_ok())
+        };
         let workers: Vec<&Worker> = self.workers.values().map(AsRef::as_ref).filter(can).collect();
         for worker in &workers {
             let own =
@@ -94,7 +117,9 @@ impl State {
             }
         }
         ways.extend(self.attached_by_workers(device, &workers, tried));
-        ways.retain(|way| !stays(way.name()));
+        if let Some(relief) = relief {
+            ways.retain(|way| !way.names_one_of(&relief.excluded));
+        }
         ways
     }
 
@@ -105,7 +130,9 @@ impl State {
         workers: &'a [&Worker],
         tried: impl Fn(&Worker, &str) -> bool + 'a,
     ) -> impl Iterator<Item = Way> + 'a {
-        let models = self.models.iter().filter(|model| !model.pinned && !self.is_on_its_way(model));
+        let models = self.models.iter();
+        let models =
+            models.filter(|it| !it.pinned && !self.is_on_its_way(it) && !self.changing.contains(&it.name));
         models.filter_map(move |model| {
             let here = |entry: &'a vramd_core::models::Component| match entry.residency.get(device)? {
                 Residency::Resident { allocation, stays, .. } if *stays <= self.now.tick => {
@@ -113,11 +140,14 @@ impl State {
                 }
                 _ => None,
             };
-            let parts: Vec<_> = model.components.values().filter_map(here).collect();
+            // What nobody has attached may go without being asked for.
+            let parts: Vec<_> =
+                model.components.values().filter_map(here).filter(|part| part.is_attached()).collect();
             let mut asks: Vec<Ask> = Vec::new();
             for part in &parts {
                 let still = part.state == AllocationState::Active && part.tasks().next().is_none();
-                if !still || part.model_count() > 1 {
+                let whole = self.ledger.segment_bytes(part.request.id) == Some(part.block_bytes);
+                if !still || !whole || part.model_count() > 1 {
                     return None;
                 }
                 for holder in part.holders() {
@@ -170,7 +200,10 @@ impl State {
         let seconds = |since| self.now.wall.duration_since(since).as_secs_f64().max(0.0);
         let idle = model.last_used_at.map_or_else(|| seconds(worker.started_at), seconds);
         Candidate {
-            bytes: model.own_bytes,
+            // It cannot give more than it was measured to have.
+            bytes: worker
+                .measured_on(&model.device_id)
+                .map_or(model.own_bytes, |most| most.min(model.own_bytes)),
             priority: model.priority,
             idle_seconds: idle,
             uses_per_second: Popularity::rate(model.use_count, seconds(worker.started_at), idle),

@@ -16,26 +16,27 @@ use vramd_core::Tick;
 use vramd_core::ledger::Lease;
 use vramd_core::restarts::{Next, Restarts};
 
-use super::{Caller, OnStored, Reply, State};
+use super::{Caller, Reply, State};
 use crate::platform;
 use crate::requests;
-use crate::store::Change;
-use crate::workers::{self, Command, ID_VARIABLE, Link, Log, News, Task};
+use crate::workers::{self, Command, Link, Log, MARK_VARIABLE, News, Task};
 
 /// The most workers, those that have ended and are still shown included.
 const MAX_WORKERS: usize = 1024;
+/// So many may join of one user, but the daemon's own.
+const MOST_OF_A_USER: usize = 64;
 /// So many of those that have ended are shown.
 const MOST_ENDED: usize = 64;
 /// How often what workers have is measured.
 const MEASURE_MILLISECONDS: u64 = 1000;
-/// The most actions that are remembered of a worker.
-const MOST_ACTIONS: usize = 256;
 
 /// Where the daemon serves, for workers to find it.
 #[derive(Debug, Clone, Default)]
 pub struct Home {
     pub server: Option<String>,
     pub socket: Option<String>,
+    /// By which a later run of this daemon, and no other, knows the processes that it left.
+    pub mark: String,
 }
 
 /// A program to be run as a worker, checked.
@@ -90,6 +91,8 @@ pub struct Worker {
     restart_count: u64,
     next_start: Option<(Tick, Timestamp)>,
     ready_since: Option<Tick>,
+    /// It said what was not so, or did not answer: until then it is not asked for what is its own.
+    pub doubted_until: Tick,
     pub started_at: Timestamp,
     exit: Option<WorkerExit>,
     pub link: Link,
@@ -144,12 +147,17 @@ impl Worker {
         }
     }
 
+    /// What it was last measured to have on a device.
+    pub fn measured_on(&self, device: &DeviceId) -> Option<u64> {
+        self.pid.and_then(|_| self.measured.get(device).copied())
+    }
+
     /// Whether it has an action.
     pub fn can(&self, action: &str) -> bool {
         self.greeting.as_ref().is_some_and(|it| it.actions.iter().any(|one| one == action))
     }
 
-    pub fn note_fault(&self, fault: String) {
+    pub fn note_fault(&self, fault: &str) {
         self.log.note_fault(fault);
     }
 
@@ -216,6 +224,16 @@ impl State {
         let before: Vec<WorkerId> = self.workers.values().filter(before).map(|worker| worker.id).collect();
         for id in before {
             self.workers.remove(&id);
+        }
+        let caller = Caller { uid: Some(joining.uid) };
+        let theirs =
+            self.workers.values().filter(|it| it.uid == Some(joining.uid) && it.state.is_there()).count();
+        if !caller.is_admin() && theirs >= MOST_OF_A_USER {
+            let error = ApiError::new(
+                ErrorCode::TooManyRequests,
+                format!("user {} has {theirs} workers", joining.uid),
+            );
+            return self.answer(reply, Err(error.detail("limit", MOST_OF_A_USER)));
         }
         if let Err(error) = self.room_for_worker() {
             return self.answer(reply, Err(error));
@@ -288,6 +306,7 @@ impl State {
             restart_count: 0,
             next_start: None,
             ready_since: None,
+            doubted_until: Tick::default(),
             started_at: self.now.wall,
             exit: None,
             link: Link::new(log.clone()).0,
@@ -329,7 +348,8 @@ impl State {
         let mut environment = launch.environment.clone();
         let own = [
             ("VRAMD_WORKER", Some("stdio".to_owned())),
-            (ID_VARIABLE, Some(id.to_string())),
+            ("VRAMD_WORKER_ID", Some(id.to_string())),
+            (MARK_VARIABLE, Some(self.home.mark.clone())),
             ("VRAMD_OWNER", Some(worker.owner.to_string())),
             ("VRAMD_SOCKET", self.home.socket.clone()),
             ("VRAMD_SERVER", self.home.server.clone()),
@@ -341,6 +361,7 @@ impl State {
             arguments: arguments.to_vec(),
             environment,
             limit_bytes: launch.limit_bytes,
+            mark: self.home.mark.clone(),
         };
         self.workers.insert(id, Arc::new(worker));
         tokio::spawn(workers::supervise(task, command));
@@ -353,7 +374,6 @@ impl State {
         };
         if !worker.state.is_there() {
             self.workers.remove(&worker.id);
-            self.refigure_workers();
             return self.answer(reply, Ok(worker.to_api()));
         }
         worker.stop.cancel();
@@ -376,15 +396,11 @@ impl State {
 
     pub(super) fn worker_news(&mut self, id: WorkerId, news: News) {
         match news {
-            News::Started { pid, started_at, limit } => {
-                if let Some(started) = started_at {
-                    self.store(Change::PutProcess(pid, started), OnStored::Nothing);
-                }
+            News::Started { pid, limit } => {
                 self.change_worker(id, |worker| (worker.pid, worker.limit) = (Some(pid), limit));
                 self.emit_worker(EventKind::WorkerStarted, id);
             }
-            News::Ready(mut greeting) => {
-                greeting.actions.truncate(MOST_ACTIONS);
+            News::Ready(greeting) => {
                 let now = self.now.tick;
                 self.change_worker(id, |worker| {
                     worker.greeting = Some(Arc::from(greeting));
@@ -396,12 +412,15 @@ impl State {
                 self.emit_worker(EventKind::WorkerReady, id);
             }
             News::Responds(does) => {
+                let before = self.workers.get(&id).map(|worker| worker.state);
                 self.change_worker(id, |worker| match (worker.state, does) {
                     (WorkerState::Ready, false) => worker.state = WorkerState::Unresponsive,
                     (WorkerState::Unresponsive, true) => worker.state = WorkerState::Ready,
                     _ => {}
                 });
-                self.emit_worker(EventKind::WorkerChanged, id);
+                if self.workers.get(&id).map(|worker| worker.state) != before {
+                    self.emit_worker(EventKind::WorkerChanged, id);
+                }
             }
             News::Models(info) => self.models_reported(id, &info),
             News::Faulted => self.emit_worker(EventKind::WorkerFault, id),
@@ -428,15 +447,21 @@ impl State {
                     worker.synchronized = Some(now);
                 });
                 if changed {
-                    self.refigure_workers();
+                    self.workers_changed = true;
                     self.emit_worker(EventKind::WorkerChanged, id);
                 }
             }
             Err(fault) => {
-                worker.log.note_fault(fault);
+                worker.log.note_fault(&fault);
                 self.emit_worker(EventKind::WorkerFault, id);
             }
         }
+    }
+
+    /// What a worker says of its memory is not to be built on for a while.
+    pub(super) fn doubt_worker(&mut self, id: WorkerId, seconds: u64) {
+        let until = self.now.tick.after_seconds(seconds);
+        self.change_worker(id, |worker| worker.doubted_until = until);
     }
 
     /// A worker has unloaded a model.
@@ -450,9 +475,6 @@ impl State {
     /// A worker is gone: what it held is nobody's, and it is started again if that is its way.
     fn worker_ended(&mut self, id: WorkerId, exit: WorkerExit, well: bool) {
         let Some(mut worker) = self.workers.get(&id).map(|worker| Worker::clone(worker)) else { return };
-        if let (Some(pid), Origin::Started(_)) = (worker.pid, &worker.origin) {
-            self.store(Change::RemoveProcess(pid), OnStored::Nothing);
-        }
         let (asked, ready) =
             (worker.state == WorkerState::Stopping || self.stopping, worker.ready_since.take());
         worker.exit = Some(exit);
@@ -475,9 +497,12 @@ impl State {
         let (owner, state) = (worker.owner.clone(), worker.state);
         tracing::info!(name = %worker.name, ?state, exit = ?worker.exit, "a worker has ended");
         self.workers.insert(id, Arc::new(worker));
-        self.end_leases_of(&owner);
-        self.end_reservations();
-        self.refigure_workers();
+        // When the daemon stops, nobody's memory is taken from under them.
+        if !self.stopping {
+            self.end_leases_of(&owner);
+            self.end_reservations();
+        }
+        self.workers_changed = true;
         self.emit_worker(EventKind::WorkerExited, id);
         if let Some(replies) = self.ending_workers.remove(&id) {
             let last = self.workers.remove(&id).expect("it was put in above").to_api();
@@ -544,13 +569,14 @@ impl State {
                 worker.measured.insert(device.clone(), now);
             });
         }
-        if !changed.is_empty() {
-            self.refigure_workers();
-        }
+        self.workers_changed |= !changed.is_empty();
     }
 
-    /// Charges workers what is theirs alone: not what fills a reservation, which is charged already.
-    fn refigure_workers(&mut self) {
+    /// Charges workers what is theirs alone, if that may have changed: not what fills a reservation, which is charged already.
+    pub(super) fn refigure_workers(&mut self) {
+        if !std::mem::take(&mut self.workers_changed) {
+            return;
+        }
         let devices: Vec<DeviceId> = self.ledger.devices().map(|facts| facts.device.clone()).collect();
         for device in devices {
             // Two workers of one process have its bytes once.

@@ -36,6 +36,11 @@ impl<R: AsyncRead + Unpin> Lines<R> {
         Self { reader, most_bytes, line: Vec::new(), is_read: false, too_long: false }
     }
 
+    /// Lines may be longer from now on.
+    pub fn allow(&mut self, most_bytes: usize) {
+        self.most_bytes = most_bytes;
+    }
+
     /// The next line. Nothing is lost if this is dropped before it has answered.
     pub async fn next(&mut self) -> io::Result<Line<'_>> {
         if std::mem::take(&mut self.is_read) {

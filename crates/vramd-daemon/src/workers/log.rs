@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
 use tokio::io::AsyncRead;
+use vramd_api::worker_protocol::clip;
 use vramd_api::{LogLine, WorkerFault};
 
 use super::lines::{Line, Lines};
@@ -36,10 +37,10 @@ impl Log {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner).last_heard = Some(clock::wall());
     }
 
-    pub fn note_fault(&self, message: String) {
+    pub fn note_fault(&self, message: &str) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.fault_count += 1;
-        seen.last_fault = Some(WorkerFault { at: clock::wall(), message });
+        seen.last_fault = Some(WorkerFault { at: clock::wall(), message: clip(message) });
     }
 
     /// Keeps a line, cut to its bound and without what would move a terminal's cursor.

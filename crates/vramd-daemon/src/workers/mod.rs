@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use vramd_api::worker_protocol::{Greeting, Hello, Join, MAX_LINE_BYTES, Message, ModelInfo, decode};
+use vramd_api::worker_protocol::{Greeting, Hello, Join, MAX_LINE_BYTES, Message, ModelInfo, clip, decode};
 use vramd_api::{ApiError, WorkerExit, WorkerId, WorkerLimit, WorkerName};
 
 use self::lines::{Line, Lines};
@@ -27,7 +27,7 @@ use crate::driver::Event;
 
 pub use self::link::{Link, Writer};
 pub use self::log::Log;
-pub use self::process::{Command, ID_VARIABLE, end_left_over, sweep};
+pub use self::process::{Command, MARK_VARIABLE, sweep};
 
 /// How long a worker may take to end when it is asked to, and then when it is told by a signal.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
@@ -36,6 +36,7 @@ const SIGNAL_PATIENCE: Duration = Duration::from_secs(2);
 const EXIT_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a connection may take for its first line.
 const JOIN_PATIENCE: Duration = Duration::from_secs(5);
+const JOIN_BYTES: usize = 64 << 10;
 
 /// A program that may be run as a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,8 +55,6 @@ pub type Programs = BTreeMap<WorkerName, Program>;
 pub enum News {
     Started {
         pid: u32,
-        /// With its number this names one process only.
-        started_at: Option<u64>,
         limit: Option<WorkerLimit>,
     },
     Ready(Box<Greeting>),
@@ -115,7 +114,7 @@ pub async fn supervise(task: Task, command: Command) {
         }
     };
     let (pid, limit) = (group.pid, group.limit());
-    tell(News::Started { pid, started_at: process::started_at(pid), limit }).await;
+    tell(News::Started { pid, limit }).await;
     let said = {
         let link = link.clone();
         tokio::spawn(async move { link.log().follow(stderr).await })
@@ -136,7 +135,7 @@ pub async fn supervise(task: Task, command: Command) {
     let mut exit = group.reap().await;
     let well = exit.code == Some(0) && why.is_none();
     if let Some(why) = why {
-        exit.reason = format!("{why}; {}", exit.reason);
+        exit.reason = clip(&format!("{why}; {}", exit.reason));
     }
     tell(News::Ended(exit, well)).await;
     // What it wrote last may still be in the pipe; a process that left the group may hold that open for ever.
@@ -156,7 +155,7 @@ pub async fn host<S: AsyncRead + AsyncWrite>(task: Task, joined: Joined<S>) {
     };
     link.end();
     let well = why.is_none();
-    let reason = why.unwrap_or_else(|| "it closed the connection".to_owned());
+    let reason = why.map_or_else(|| "it closed the connection".to_owned(), |why| clip(&why));
     let exit = WorkerExit { at: clock::wall(), code: None, signal: None, reason };
     let _ = driver.send(Event::Worker(id, News::Ended(exit, well))).await;
 }
@@ -184,7 +183,7 @@ pub struct Joined<S> {
 /// Reads the first line of a connection. None is answered where it is no join: the peer was told so.
 pub async fn join<S: AsyncRead + AsyncWrite>(stream: S) -> Option<Joined<S>> {
     let (reading, mut writing) = tokio::io::split(stream);
-    let mut lines = Lines::new(reading, MAX_LINE_BYTES);
+    let mut lines = Lines::new(reading, JOIN_BYTES);
     let first = tokio::time::timeout(JOIN_PATIENCE, lines.next()).await;
     let read = match first {
         Ok(Ok(Line::Whole(line))) => read_join(line),
@@ -192,7 +191,10 @@ pub async fn join<S: AsyncRead + AsyncWrite>(stream: S) -> Option<Joined<S>> {
         Err(_) => Err(format!("no line came within {} seconds", JOIN_PATIENCE.as_secs())),
     };
     match read {
-        Ok(join) => Some(Joined { join, lines, writing }),
+        Ok(join) => {
+            lines.allow(MAX_LINE_BYTES);
+            Some(Joined { join, lines, writing })
+        }
         Err(what) => {
             let hint = "begin with {\"event\": \"join\", \"data\": {\"name\": \"…\"}}";
             refuse(&mut writing, &ApiError::invalid("join", what).hint(hint)).await;
@@ -204,8 +206,9 @@ pub async fn join<S: AsyncRead + AsyncWrite>(stream: S) -> Option<Joined<S>> {
 fn read_join(line: &[u8]) -> Result<Join, String> {
     match decode(line) {
         Ok(Message::Event { event, data }) if event == "join" => {
-            serde_path_to_error::deserialize(serde_json::Value::Object(data))
-                .map_err(|error| error.to_string())
+            let data = data.map_or_else(|| "{}".to_owned(), |data| data.get().to_owned());
+            let mut text = serde_json::Deserializer::from_str(&data);
+            serde_path_to_error::deserialize(&mut text).map_err(|error| error.to_string())
         }
         Ok(_) => Err("the first line is no join".to_owned()),
         Err(error) => Err(error.to_string()),

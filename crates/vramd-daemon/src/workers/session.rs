@@ -4,12 +4,15 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior};
 use vramd_api::WorkerId;
-use vramd_api::worker_protocol::{BadLine, Greeting, Hello, Message, ModelInfo, VERSION, decode};
+use vramd_api::worker_protocol::{
+    BadLine, Greeting, Hello, MAX_REPORT_BYTES, Message, ModelInfo, VERSION, decode,
+};
 
 use super::News;
 use super::lines::{Line, Lines};
@@ -41,7 +44,7 @@ pub struct Session {
 /// What was read and is to be passed on.
 #[derive(Debug, Default)]
 struct Inbox {
-    report: Option<Map<String, Value>>,
+    report: Option<Box<RawValue>>,
     faults: u32,
 }
 
@@ -86,13 +89,13 @@ impl Session {
                 Ok(Line::TooLong) => BadLine::TooLong.to_string(),
                 Ok(Line::Half(line)) => {
                     self.link.log().push(line);
-                    self.fault("its output ended in the midst of a line".to_owned(), inbox, news);
+                    self.fault("its output ended in the midst of a line", inbox, news);
                     return Ok(());
                 }
                 Ok(Line::End) => return Ok(()),
                 Err(error) => return Err(format!("its output could not be read: {error}")),
             };
-            self.fault(fault, inbox, news);
+            self.fault(&fault, inbox, news);
             in_a_row += 1;
             if in_a_row >= MOST_FAULTS {
                 return Err(format!("{MOST_FAULTS} lines in a row were no frames of the protocol"));
@@ -100,7 +103,7 @@ impl Session {
         }
     }
 
-    fn fault(&self, fault: String, inbox: &Mutex<Inbox>, news: &Notify) {
+    fn fault(&self, fault: &str, inbox: &Mutex<Inbox>, news: &Notify) {
         tracing::debug!(worker = %self.hello.name, fault, "a worker broke the protocol");
         self.link.log().note_fault(fault);
         inbox.lock().expect("nothing panics with it").faults += 1;
@@ -114,12 +117,16 @@ impl Session {
             Ok(Message::Event { event, data }) => {
                 match event.as_str() {
                     "models" => {
-                        inbox.lock().expect("nothing panics with it").report = Some(data);
+                        inbox.lock().expect("nothing panics with it").report = data;
                         news.notify_one();
                     }
                     "log" => {
-                        let text = data.get("text").and_then(Value::as_str).unwrap_or_default();
-                        self.link.log().push(text.as_bytes());
+                        #[derive(serde::Deserialize)]
+                        struct Said {
+                            text: String,
+                        }
+                        let said = data.and_then(|data| serde_json::from_str::<Said>(data.get()).ok());
+                        self.link.log().push(said.map(|said| said.text).unwrap_or_default().as_bytes());
                     }
                     // Versions to come may send more.
                     _ => {}
@@ -141,7 +148,7 @@ impl Session {
             let Inbox { report, faults } =
                 std::mem::take(&mut *inbox.lock().expect("nothing panics with it"));
             if let Some(report) = report {
-                self.report(Value::Object(report)).await;
+                self.report(report.get()).await;
             }
             if faults > 0 {
                 self.tell(News::Faulted).await;
@@ -150,11 +157,18 @@ impl Session {
         }
     }
 
-    async fn report(&self, report: Value) {
-        match read::<ModelInfo>(report) {
+    async fn report(&self, report: &str) {
+        // More is no report but an attack on whoever reads it.
+        let read = if report.len() > MAX_REPORT_BYTES {
+            Err(format!("it has {} bytes", report.len()))
+        } else {
+            let mut text = serde_json::Deserializer::from_str(report);
+            serde_path_to_error::deserialize::<_, ModelInfo>(&mut text).map_err(|error| error.to_string())
+        };
+        match read {
             Ok(info) => self.tell(News::Models(info)).await,
             Err(error) => {
-                self.link.log().note_fault(format!("its report of models cannot be read: {error}"));
+                self.link.log().note_fault(&format!("its report of models cannot be read: {error}"));
                 self.tell(News::Faulted).await;
             }
         }
@@ -172,7 +186,7 @@ impl Session {
             Err(error) => return format!("its answer to the handshake cannot be read: {error}"),
         };
         let reports = greeting.actions.iter().any(|action| action == "memory.get_model_info");
-        self.tell(News::Ready(Box::new(greeting))).await;
+        self.tell(News::Ready(Box::new(greeting.clipped()))).await;
         tokio::select! {
             why = self.keep_in_touch() => why,
             why = self.ask_for_reports(), if reports => why,
@@ -208,9 +222,9 @@ impl Session {
     async fn ask_for_reports(&self) -> String {
         loop {
             match self.link.call("memory.get_model_info", &Map::new(), REPORT_PATIENCE).await {
-                Ok(data) => self.report(data).await,
+                Ok(data) => self.report(&data.to_string()).await,
                 Err(error) => {
-                    self.link.log().note_fault(format!("it does not say which models it has: {error}"));
+                    self.link.log().note_fault(&format!("it does not say which models it has: {error}"));
                     self.tell(News::Faulted).await;
                 }
             }

@@ -41,7 +41,7 @@ class Channel:
         line = protocol.encode(message)
         if len(line) > protocol.MAX_LINE_BYTES:
             raise protocol.Refused("PAYLOAD_TOO_LARGE", f"the answer has {len(line)} bytes")
-        with suppress(OSError, ValueError), self._lock:
+        with suppress(OSError), self._lock:
             self._write(line)
 
     def close(self) -> None:

@@ -45,7 +45,9 @@ class Framework(Protocol):
         """A state dict from a file, in memory of this process."""
         ...
 
-    def move(self, tensors: Mapping[str, Any], device: str) -> Mapping[str, Any]: ...
+    def move(self, value: Any, device: str) -> Any:
+        """A module, a state dict, tensors or one of them, on another device."""
+        ...
 
     def collect(self, device: str | None) -> None:
         """Gives back to the system what is kept for later."""
@@ -85,7 +87,10 @@ class NumPy:
     def empty(self, size_bytes: int, device: str) -> Any:
         self._check(device)
         # Its pages are there once this returns: a promise of the system's is no memory.
-        return self._numpy.full(size_bytes, 0, self._numpy.uint8)
+        try:
+            return self._numpy.full(size_bytes, 0, self._numpy.uint8)
+        except ValueError as error:
+            raise MemoryError(str(error)) from error
 
     def size_of(self, value: Any) -> int:
         return int(value.nbytes)
@@ -95,11 +100,14 @@ class NumPy:
 
     def load(self, path: Path, device: str) -> Mapping[str, Any]:
         self._check(device)
+        if path.suffix != ".safetensors":
+            what = f"without PyTorch this worker reads .safetensors, not {path.suffix or path.name}"
+            raise Refused("INVALID_MODEL_FILE", what)
         return _read_safetensors(path, "numpy")
 
-    def move(self, tensors: Mapping[str, Any], device: str) -> Mapping[str, Any]:
+    def move(self, value: Any, device: str) -> Any:
         self._check(device)
-        return {name: self._numpy.array(tensor, copy=True) for name, tensor in tensors.items()}
+        return value
 
     def collect(self, device: str | None) -> None:
         collect_host()
@@ -121,7 +129,8 @@ class Torch:
         self.name = f"torch {torch.__version__}"
 
     def devices(self) -> list[str]:
-        count = self._torch.cuda.device_count() if self._torch.cuda.is_available() else 0
+        # Those that this process uses: asking others for figures would open a context on them.
+        count = self._torch.cuda.device_count() if self._torch.cuda.is_initialized() else 0
         return ["cpu:0", *(f"cuda:{ordinal}" for ordinal in range(count))]
 
     def used_bytes(self, device: str) -> int:
@@ -157,7 +166,11 @@ class Torch:
         return gpu_figures(allocated, reserved, free, total)
 
     def empty(self, size_bytes: int, device: str) -> Any:
-        return self._torch.zeros(size_bytes, dtype=self._torch.uint8, device=self._place(device))
+        place = self._place(device)
+        try:
+            return self._torch.zeros(size_bytes, dtype=self._torch.uint8, device=place)
+        except (RuntimeError, TypeError) as error:
+            raise MemoryError(f"PyTorch gave no {size_bytes} bytes on {device}") from error
 
     def size_of(self, value: Any) -> int:
         return int(value.numel() * value.element_size())
@@ -169,11 +182,17 @@ class Torch:
 
     def load(self, path: Path, device: str) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
-            tensors = _read_safetensors(path, "torch")
             # What the library reads is a mapping of the file, nothing of this process's own.
-            return self.move(tensors, device)
+            moved: Mapping[str, Any] = self.move(_read_safetensors(path, "torch"), device)
+            return moved
         if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-            state = self._torch.load(path, map_location=self._place(device), weights_only=True)
+            try:
+                state = self._torch.load(path, map_location=self._place(device), weights_only=True)
+            except FileNotFoundError:
+                raise Refused("NOT_FOUND", f"there is no file {path}") from None
+            except Exception as error:
+                what = f"{path} holds no weights alone that PyTorch can read: {type(error).__name__}"
+                raise Refused("INVALID_MODEL_FILE", what) from error
             state = state.get("state_dict", state) if isinstance(state, dict) else None
             if isinstance(state, dict):
                 return {
@@ -185,13 +204,22 @@ class Torch:
             "it reads .safetensors, and .pt, .pth, .bin and .ckpt with weights alone; the daemon loads .gguf",
         )
 
-    def move(self, tensors: Mapping[str, Any], device: str) -> Mapping[str, Any]:
+    def move(self, value: Any, device: str) -> Any:
         place = self._place(device)
-        return {name: tensor.to(place, copy=True) for name, tensor in tensors.items()}
+        if isinstance(value, self._torch.nn.Module):
+            return value.to(place)
+        if isinstance(value, self._torch.Tensor):
+            return value.to(place, copy=True)
+        if isinstance(value, Mapping):
+            return {name: self.move(one, device) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.move(one, device) for one in value]
+        raise Refused("CONFLICT", f"a {type(value).__name__} cannot be moved: it is no tensor")
 
     def collect(self, device: str | None) -> None:
         collect_host()
-        if self._torch.cuda.is_available():
+        # Asking would open a context on a card that this process does not use.
+        if self._torch.cuda.is_initialized() and not (device or "cuda").startswith("cpu"):
             self._torch.cuda.synchronize()
             self._torch.cuda.empty_cache()
 
@@ -199,7 +227,8 @@ class Torch:
         kind, _, ordinal = device.partition(":")
         if kind == "cpu":
             return self._torch.device("cpu")
-        if device in self.devices():
+        cuda = self._torch.cuda
+        if kind == "cuda" and cuda.is_available() and int(ordinal) < cuda.device_count():
             return self._torch.device(kind, int(ordinal))
         known = ", ".join(self.devices())
         raise Refused("INVALID_ARGUMENT", f"PyTorch has no {device} here", f"it has: {known}")

@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 from ..errors import VramdError
@@ -36,11 +36,16 @@ class Instructor:
 
     def run(self) -> None:
         """Serves until the daemon is gone or asks to end."""
-        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="vramd-worker")
+        waiting: SimpleQueue[tuple[Action, Call] | None] = SimpleQueue()
+        for _ in range(THREADS):
+            # A hook that never comes back must not keep the program from ending.
+            threading.Thread(target=self._work, args=(waiting,), name="vramd-action", daemon=True).start()
         try:
             for line in self._channel.lines():
                 try:
                     call = protocol.decode(line)
+                except protocol.Dismissed:
+                    raise
                 except Refused as error:
                     # Without an id there is nobody to answer.
                     print(f"vramd.worker: {error}", file=sys.stderr, flush=True)
@@ -48,13 +53,13 @@ class Instructor:
                 if call.action == "cancel":
                     self._cancel(call.request_id)
                 elif action := self._quick.get(call.action):
-                    self._channel.send(self._done(action, call))
+                    self._answer(call, self._done(action, call))
                     if self.ending:
                         return
                 elif action := self._slow.get(call.action):
                     with self._lock:
                         self._open[call.request_id] = call
-                    pool.submit(self._work, action, call)
+                    waiting.put((action, call))
                 else:
                     known = ", ".join(sorted(set(self._quick) | set(self._slow)))
                     refused = Refused(
@@ -65,7 +70,8 @@ class Instructor:
             with self._lock:
                 for call in self._open.values():
                     call.cancel()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for _ in range(THREADS):
+                waiting.put(None)
 
     def _cancel(self, request_id: str) -> None:
         with self._lock:
@@ -73,14 +79,25 @@ class Instructor:
         if call is not None:
             call.cancel()
 
-    def _work(self, action: Action, call: Call) -> None:
-        message = self._done(action, call)
-        with self._lock:
-            self._open.pop(call.request_id, None)
+    def _work(self, waiting: SimpleQueue[tuple[Action, Call] | None]) -> None:
+        while (one := waiting.get()) is not None:
+            action, call = one
+            try:
+                message = self._done(action, call)
+            except BaseException as error:  # a hook that would end the program ends its request
+                message = protocol.failure(call.request_id, _refusal(error))
+            with self._lock:
+                self._open.pop(call.request_id, None)
+            self._answer(call, message)
+
+    def _answer(self, call: Call, message: Mapping[str, Any]) -> None:
         try:
             self._channel.send(message)
         except Refused as error:
             self._channel.send(protocol.failure(call.request_id, error))
+        except (TypeError, ValueError) as error:
+            what = Refused("WORKER_FAILED", f"the answer to {call.action} cannot be written: {error}")
+            self._channel.send(protocol.failure(call.request_id, what))
 
     def _done(self, action: Action, call: Call) -> dict[str, Any]:
         try:
@@ -90,7 +107,7 @@ class Instructor:
             return protocol.failure(call.request_id, _refusal(error))
 
 
-def _refusal(error: Exception) -> Refused:
+def _refusal(error: BaseException) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, VramdError):

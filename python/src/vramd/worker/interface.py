@@ -17,7 +17,7 @@ from .transfer import Transfers
 
 
 class PressureHooks(Hooks, Protocol):
-    def on_pressure(self, level: str, target_bytes: int) -> None: ...
+    def on_pressure(self, device: str, level: str, target_bytes: int) -> None: ...
 
 
 class Interface:
@@ -130,7 +130,7 @@ class Interface:
         self._manager.levels[device] = level
         known = device in self._framework.devices()
         before = self._framework.used_bytes(device) if known else 0
-        self._hooks.on_pressure(level, round(call.number("target_mb", 0) * (1 << 20)))
+        self._hooks.on_pressure(device, level, round(call.number("target_mb", 0) * (1 << 20)))
         if level in ("High", "Critical") and known:
             self._framework.collect(device)
         after = self._framework.used_bytes(device) if known else 0
@@ -158,9 +158,10 @@ class Interface:
     def cleanup(self, call: Call) -> dict[str, Any]:
         """All that is idle goes: models, buffers, caches."""
         before = sum(self._framework.used_bytes(one) for one in self._framework.devices())
-        gone, count = self.models.let_all_go(), self.allocations.clear(None)
+        (gone, refused), count = self.models.let_all_go(), self.allocations.clear(None)
         self._framework.collect(None)
         collect_host()
         after = sum(self._framework.used_bytes(one) for one in self._framework.devices())
         self._cleaned += 1
-        return {"unloaded": gone, "allocation_count": count, "freed_mb": megabytes(max(before - after, 0))}
+        freed = megabytes(max(before - after, 0))
+        return {"unloaded": gone, "refused": refused, "allocation_count": count, "freed_mb": freed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ class Model:
     last_used: float = field(default_factory=time.monotonic)
     since: float = field(default_factory=time.monotonic)
     users: int = 0
+    #: The thread that has it go or come back; 0: none.
+    mover: int = 0
 
     @property
     def busy(self) -> bool:
@@ -56,7 +59,7 @@ class Model:
             "priority": self.priority,
             "use_count": self.use_count,
             "idle_seconds": round(time.monotonic() - self.last_used, 3),
-            "load_seconds": self.load_seconds,
+            "load_seconds": None if self.load_seconds is None else float(self.load_seconds),
         }
 
     def cost(self) -> float:
@@ -68,12 +71,40 @@ class Model:
         return weight * rate * (self.load_seconds or 1.0) / max(self.size_bytes + self.attached_bytes, 1)
 
 
+#: What a program says of a model.
+_TOLD = (
+    "device",
+    "size_bytes",
+    "attached_bytes",
+    "attached_model",
+    "kind",
+    "priority",
+    "load_seconds",
+    "value",
+)
+_DEVICE = re.compile(r"[a-z][a-z0-9]{0,15}:[0-9]{1,5}")
+
+
+def check(model: Model) -> None:
+    """Refuses what the daemon would: it takes a report as a whole or not at all."""
+    if not 0 < len(model.name.encode()) <= 256 or not model.name.isprintable():
+        raise Refused("INVALID_ARGUMENT", f"{model.name!r} is no name of a model")
+    if not _DEVICE.fullmatch(model.device):
+        raise Refused("INVALID_ARGUMENT", f"{model.device!r} is no device such as cuda:0")
+    if model.priority not in PRIORITIES:
+        known = ", ".join(PRIORITIES)
+        raise Refused("INVALID_ARGUMENT", f"the priority {model.priority} is none of {known}")
+    if model.size_bytes < 0 or model.attached_bytes < 0:
+        raise Refused("INVALID_ARGUMENT", f"{model.name} cannot have less than 0 bytes")
+
+
 class Manager:
     """The models, safe to use from any thread."""
 
     def __init__(self, changed: Callable[[], None], limit_bytes: int | None = None) -> None:
         self._models: dict[str, Model] = {}
         self._lock = threading.RLock()
+        self._settled = threading.Condition(self._lock)
         #: Two who use a model for the first time load it once.
         self._loading = threading.RLock()
         self._changed = changed
@@ -94,12 +125,15 @@ class Manager:
         return model
 
     def hold(self, model: Model) -> None:
-        """Takes a model in; one of that name is there no longer."""
-        if model.priority not in PRIORITIES:
-            known = ", ".join(PRIORITIES)
-            raise Refused("INVALID_ARGUMENT", f"the priority {model.priority} is none of {known}")
+        """Takes a model in; one of that name that is in use is brought up to date instead."""
+        check(model)
         with self._lock:
-            self._models[model.name] = model
+            held = self._models.get(model.name)
+            if held is not None and (held.users or held.mover):
+                for name in _TOLD:
+                    setattr(held, name, getattr(model, name))
+            else:
+                self._models[model.name] = model
         self._changed()
 
     def check_new(self, name: str, size_bytes: int) -> None:
@@ -121,12 +155,17 @@ class Manager:
         return model
 
     @contextmanager
-    def using(self, name: str, load: Callable[[str], Model]) -> Iterator[Model]:
-        """While inside, the model is busy and stays. One that is not there is loaded first."""
-        while (model := self._take(name)) is None:
-            with self._loading:
-                if name not in self._models:
-                    self.hold(load(name))
+    def using(
+        self, name: str, load: Callable[[str], Model], restore: Callable[[str], object]
+    ) -> Iterator[Model]:
+        """While inside, the model is busy and stays. What is not there is loaded or restored first."""
+        while (model := self._take(name)) is None or model.offloaded:
+            if model is None:
+                with self._loading:
+                    if name not in self._models:
+                        self.hold(load(name))
+            else:
+                restore(name)
         if model.users == 1:
             self._changed()
         try:
@@ -140,19 +179,34 @@ class Manager:
                 self._changed()
 
     def _take(self, name: str) -> Model | None:
-        with self._lock:
-            model = self._models.get(name)
-            if model is not None:
+        """The model, busy from now on unless it is offloaded; once nobody has it go or come back."""
+        with self._settled:
+            while (model := self._models.get(name)) is not None and model.mover:
+                if model.mover == threading.get_ident():
+                    raise Refused("CONFLICT", f"{name} is on its way, which is what this hook is for")
+                self._settled.wait()
+            if model is not None and not model.offloaded:
                 model.users += 1
                 model.use_count += 1
             return model
 
-    def idle(self, name: str) -> Model:
-        """The model, if nobody uses it."""
-        model = self.get(name)
-        if model.busy:
-            raise Refused("CONFLICT", f"{name} is in use", "ask again once it is idle")
-        return model
+    @contextmanager
+    def moving(self, name: str) -> Iterator[Model]:
+        """While inside, an idle model goes or comes back; who would use it waits."""
+        with self._lock:
+            model = self.get(name)
+            if model.busy:
+                raise Refused("CONFLICT", f"{name} is in use", "ask again once it is idle")
+            if model.mover:
+                raise Refused("CONFLICT", f"{name} is on its way already", "ask again in a moment")
+            model.mover = threading.get_ident()
+        try:
+            yield model
+        finally:
+            with self._settled:
+                model.mover = 0
+                self._settled.notify_all()
+            self._changed()
 
     def in_order(self, strategy: str, device: str | None = None) -> list[Model]:
         """The idle models, the first to go first."""
@@ -165,5 +219,9 @@ class Manager:
         }
         if strategy not in keys:
             raise Refused("INVALID_ARGUMENT", f"{strategy} is none of {', '.join(STRATEGIES)}")
-        idle = [model for model in self.models() if not model.busy and device in (None, model.device)]
+        idle = [
+            model
+            for model in self.models()
+            if not model.busy and not model.mover and device in (None, model.device)
+        ]
         return sorted(idle, key=keys[strategy])

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ..attachment import Attachment, attach
 from ..client import Client
 from .framework import Framework, tensor_bytes
-from .manager import Manager, Model
+from .manager import LEVELS, Manager, Model, check
 from .protocol import Call, Refused, megabytes, size_bytes
 
 
@@ -46,6 +46,7 @@ class ModelMemory:
             priority=call.optional_text("priority") or "Normal",
         )
         estimate = size_bytes(call.number("estimated_size_mb", 0))
+        check(model)
         self._manager.check_new(name, 0 if path is None else estimate)
         began = time.monotonic()
         if path is None:
@@ -55,7 +56,12 @@ class ModelMemory:
             model.value = self._framework.load(Path(path), device)
             model.size_bytes = tensor_bytes(model.value.values())
             self._manager.check_new(name, model.size_bytes)
-        call.check()
+        try:
+            call.check()
+        except Refused:
+            if isinstance(model.value, Attachment):
+                model.value.close()
+            raise
         model.load_seconds = round(time.monotonic() - began, 6)
         self._manager.hold(model)
         return {"model": model.report(), "tensor_count": len(model.value)}
@@ -65,18 +71,18 @@ class ModelMemory:
 
     def let_go(self, name: str) -> dict[str, Any]:
         """Unloads an idle model; answers what it said it had, and what this process measures as freed."""
-        model = self._manager.idle(name)
-        before = self._framework.used_bytes(model.device)
-        # If the program refuses, all stays as it was.
-        self._hooks.on_unload(model)
-        if isinstance(model.value, Attachment):
-            model.value.close()
-        report = model.report()
-        model.value = None
-        self._manager.drop(name)
-        self._homes.pop(name, None)
-        self._framework.collect(model.device)
-        freed = max(before - self._framework.used_bytes(model.device), 0)
+        with self._manager.moving(name) as model:
+            before = self._used(model.device)
+            # If the program refuses, all stays as it was.
+            self._hooks.on_unload(model)
+            if isinstance(model.value, Attachment):
+                model.value.close()
+            report = model.report()
+            model.value = None
+            self._manager.drop(name)
+            self._homes.pop(name, None)
+            self._framework.collect(model.device)
+            freed = max(before - self._used(model.device), 0)
         return {
             "name": name,
             "acknowledged_mb": report["memory_mb"],
@@ -86,49 +92,56 @@ class ModelMemory:
 
     def offload(self, call: Call) -> dict[str, Any]:
         """To host memory, or, of attached weights, off this process: until ``restore_model``."""
-        model = self._manager.idle(call.text("name"))
-        if model.offloaded:
-            raise Refused("CONFLICT", f"{model.name} is offloaded already")
-        is_attached = isinstance(model.value, Attachment)
-        if not is_attached and model.device.startswith("cpu:"):
-            raise Refused("CONFLICT", f"{model.name} is in host memory already", "unload it instead")
-        before = self._framework.used_bytes(model.device)
-        self._hooks.on_offload(model)
-        home = self._homes[model.name] = model.device
-        if is_attached:
-            model.value.close()
-            model.value, model.attached_bytes = None, 0
-        else:
-            if model.value is not None:
-                model.value = self._framework.move(model.value, "cpu:0")
-            model.device = "cpu:0"
-        model.offloaded = True
-        self._framework.collect(home)
-        self._manager.hold(model)
-        return {
-            "model": model.report(),
-            "freed_mb": megabytes(max(before - self._framework.used_bytes(home), 0)),
-        }
+        with self._manager.moving(call.text("name")) as model:
+            if model.offloaded:
+                raise Refused("CONFLICT", f"{model.name} is offloaded already")
+            is_attached = isinstance(model.value, Attachment)
+            if not is_attached and model.device.startswith("cpu:"):
+                raise Refused("CONFLICT", f"{model.name} is in host memory already", "unload it instead")
+            home = model.device
+            before = self._used(home)
+            self._hooks.on_offload(model)
+            try:
+                if is_attached:
+                    model.value.close()
+                    model.value, model.attached_bytes = None, 0
+                elif model.value is not None:
+                    model.value = self._framework.move(model.value, "cpu:0")
+            except BaseException:
+                self._hooks.on_restore(model)
+                raise
+            self._homes[model.name] = home
+            model.device = model.device if is_attached else "cpu:0"
+            model.offloaded = True
+            self._framework.collect(home)
+            freed = max(before - self._used(home), 0)
+        return {"model": model.report(), "freed_mb": megabytes(freed)}
 
     def restore(self, call: Call) -> dict[str, Any]:
-        model = self._manager.get(call.text("name"))
-        if not model.offloaded:
-            raise Refused("CONFLICT", f"{model.name} is not offloaded")
-        home = self._homes.get(model.name, model.device)
-        if model.attached_model is not None:
-            self._attach(model)
-        elif model.value is not None:
-            model.value = self._framework.move(model.value, home)
-        model.device, model.offloaded = home, False
-        self._homes.pop(model.name, None)
-        self._hooks.on_restore(model)
-        self._manager.hold(model)
-        return {"model": model.report()}
+        return {"model": self.bring_back(call.text("name")).report()}
+
+    def bring_back(self, name: str) -> Model:
+        """Restores what is offloaded."""
+        with self._manager.moving(name) as model:
+            if not model.offloaded:
+                raise Refused("CONFLICT", f"{name} is not offloaded")
+            home = self._homes.get(name, model.device)
+            if model.attached_model is not None:
+                self._attach(model)
+            elif model.value is not None:
+                model.value = self._framework.move(model.value, home)
+            model.device, model.offloaded = home, False
+            self._homes.pop(name, None)
+            self._hooks.on_restore(model)
+        return model
 
     def optimize(self, call: Call) -> dict[str, Any]:
-        """Lets idle models go, one after the other, until enough has."""
+        """Lets idle models go, one after the other, until enough has; without a target all of them."""
         began = time.monotonic()
         wanted = call.number("target_reduction_mb", 0)
+        level = call.optional_text("pressure_level")
+        if level is not None and level not in LEVELS:
+            raise Refused("INVALID_ARGUMENT", f"the level {level} is none of {', '.join(LEVELS)}")
         device = call.optional_text("device_id")
         excluded = set(call.texts("exclude_models"))
         most, longest = call.optional_number("max_models"), call.optional_number("max_time_ms")
@@ -138,7 +151,12 @@ class ModelMemory:
         for model in self._manager.in_order(call.optional_text("strategy") or "LowestCost", device):
             given = sum(one["acknowledged_mb"] + one["released_attached_mb"] for one in unloaded)
             late = longest is not None and (time.monotonic() - began) * 1000 >= longest
-            if (wanted and given >= wanted) or (most is not None and len(unloaded) >= most) or late:
+            if (
+                (wanted and given >= wanted)
+                or (level == "Normal" and not wanted)
+                or (most is not None and len(unloaded) >= most)
+                or late
+            ):
                 break
             if model.name in excluded:
                 continue
@@ -156,15 +174,21 @@ class ModelMemory:
             "milliseconds": round((time.monotonic() - began) * 1000, 3),
         }
 
-    def let_all_go(self) -> list[str]:
-        """Everything that nobody uses; answers what that was."""
-        names = [model.name for model in self._manager.models() if not model.busy]
-        for name in names:
-            self.let_go(name)
-        return names
+    def let_all_go(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Everything that nobody uses; answers what went, and what was refused."""
+        gone, refused = [], []
+        for model in self._manager.in_order("LowestCost"):
+            try:
+                self.let_go(model.name)
+                gone.append(model.name)
+            except Exception as error:
+                refused.append({"name": model.name, "message": str(error)})
+        return gone, refused
 
     def _used(self, device: str | None) -> int:
-        devices = self._framework.devices() if device is None else [device]
+        """What this process has there; of devices that the framework does not know, that is not known."""
+        known = self._framework.devices()
+        devices = known if device is None else [one for one in known if one == device]
         return sum(self._framework.used_bytes(one) for one in devices)
 
     def _attach(self, model: Model) -> None:

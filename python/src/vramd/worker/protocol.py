@@ -25,6 +25,10 @@ class Refused(Exception):
         self.hint = hint
 
 
+class Dismissed(Refused):
+    """The daemon does not let this worker join."""
+
+
 class Call:
     """One request under way: what it says, and whether anybody still waits for it."""
 
@@ -96,6 +100,9 @@ def decode(line: bytes) -> Call:
         raise Refused("INVALID_ARGUMENT", f"a line is no JSON: {error}") from None
     if not isinstance(message, dict):
         raise Refused("INVALID_ARGUMENT", "a line is no JSON object")
+    if message.get("event") == "refused":
+        why = message.get("data") or {}
+        raise Dismissed(str(why.get("code")), str(why.get("message")), why.get("hint"))
     request_id, action, data = message.get("request_id"), message.get("action"), message.get("data", {})
     if not isinstance(request_id, str) or not isinstance(action, str) or not isinstance(data, dict):
         raise Refused("INVALID_ARGUMENT", "a request has request_id and action, texts, and data, an object")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -58,7 +59,10 @@ class Worker:
         self._interface: Interface | None = None
         self._channel: channel.Channel | None = None
         self._thread: threading.Thread | None = None
-        self._told = threading.Event()
+        self._changed = threading.Event()
+        # For this process alone: one that it starts is no worker of the daemon's.
+        self._is_child = os.environ.pop("VRAMD_WORKER", None) == "stdio"
+        self._streams: channel.Channel | None = None
         self._closed = threading.Event()
         self._lock = threading.Lock()
 
@@ -77,7 +81,7 @@ class Worker:
     def on_restore(self, model: Model) -> None:
         """It is back on its device."""
 
-    def on_pressure(self, level: str, target_bytes: int) -> None:
+    def on_pressure(self, device: str, level: str, target_bytes: int) -> None:
         """Memory is tight: drop what can be made again. The daemon still looks for ``target_bytes``."""
 
     # What a model server tells
@@ -98,7 +102,7 @@ class Worker:
         """Says that this process holds a model: ``size_bytes`` its own, ``attached_bytes`` the daemon's."""
         model = Model(
             name,
-            device or self._device or "cpu:0",
+            device or self.device,
             size_bytes,
             attached_bytes,
             attached_model,
@@ -116,17 +120,36 @@ class Worker:
 
     def using(self, name: str) -> AbstractContextManager[Model]:
         """While inside, the model is busy, and stays. One that is not held is made by ``on_load`` first."""
-        return self._manager.using(name, self._load)
+        return self._manager.using(name, self._load, self._restore)
 
     def _load(self, name: str) -> Model:
         began = time.monotonic()
         value = self.on_load(name)
         seconds = round(time.monotonic() - began, 6)
-        device = self._device or "cpu:0"
         if isinstance(value, Attachment):
             attached = f"{value.model}/{value.component}"
             return Model(name, value.device, 0, value.nbytes, attached, load_seconds=seconds, value=value)
-        return Model(name, device, self.size_of(value), load_seconds=seconds, value=value)
+        return Model(name, self.device, self.size_of(value), load_seconds=seconds, value=value)
+
+    def _restore(self, name: str) -> None:
+        if self._interface is None:
+            raise Refused("CONFLICT", f"{name} is offloaded, and the daemon has never been there")
+        try:
+            self._interface.models.bring_back(name)
+        except Refused as error:
+            # Another who uses it was first.
+            if error.code != "CONFLICT":
+                raise
+
+    @property
+    def device(self) -> str:
+        """The device that it is to use: its own choice, or the daemon's."""
+        return self._device or "cpu:0"
+
+    @property
+    def connected(self) -> bool:
+        """Whether it speaks with a daemon now."""
+        return self._channel is not None
 
     def models(self) -> list[Model]:
         return self._manager.models()
@@ -146,15 +169,16 @@ class Worker:
         """Joins the daemon from a thread of its own, and again whenever the daemon comes back."""
         if self._thread is not None:
             raise RuntimeError("it was started already")
+        if self._is_child:
+            # At once: the program around may read and print from now on.
+            self._streams = channel.stdio()
         self._thread = threading.Thread(target=self.run, name="vramd-worker", daemon=True)
         self._thread.start()
 
     def run(self) -> None:
         """Serves until the daemon asks to end, or ``close``."""
-        if os.environ.get("VRAMD_WORKER") == "stdio":
-            # For this process alone: one that it starts is no worker.
-            del os.environ["VRAMD_WORKER"]
-            self._serve(channel.stdio())
+        if self._is_child:
+            self._serve(self._streams or channel.stdio())
             return
         pause = 0.5
         while not self._closed.is_set():
@@ -175,8 +199,10 @@ class Worker:
         with self._lock:
             if self._channel is not None:
                 self._channel.close()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(10)
+        thread = self._thread
+        # Who reads standard input reads until that ends.
+        if thread is not None and thread is not threading.current_thread() and not self._is_child:
+            thread.join(10)
 
     def __enter__(self) -> Self:
         self.start()
@@ -189,8 +215,8 @@ class Worker:
         """One conversation; answers whether it was to be the last."""
         framework = self._framework or best()
         self._framework = framework
-        interface = Interface(framework, self._manager, self)
-        self._interface = interface
+        # Over all conversations: what it holds outlives a daemon.
+        interface = self._interface = self._interface or Interface(framework, self._manager, self)
         slow = interface.actions()
 
         def hello(call: Call) -> Mapping[str, Any]:
@@ -207,11 +233,36 @@ class Worker:
             self._channel = connected
         if self._closed.is_set():
             return True
-        instructor.run()
-        with self._lock:
-            self._channel = None
-        connected.close()
-        return instructor.ending or self._closed.is_set()
+        over = threading.Event()
+        reports = threading.Thread(
+            target=self._report, args=(connected, over), name="vramd-reports", daemon=True
+        )
+        reports.start()
+        dismissed = False
+        try:
+            instructor.run()
+        except protocol.Dismissed as error:
+            hint = "" if error.hint is None else f"\nhint: {error.hint}"
+            print(f"vramd.worker: the daemon refuses {self.name}: {error}{hint}", file=sys.stderr, flush=True)
+            # What is wrong with the request itself is wrong the next time too.
+            dismissed = error.code in ("INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED")
+            self._closed.wait(_LONGEST_PAUSE_SECONDS if not dismissed else 0)
+        finally:
+            with self._lock:
+                self._channel = None
+            over.set()
+            self._changed.set()
+            connected.close()
+        return dismissed or instructor.ending or self._closed.is_set()
+
+    def _report(self, connected: channel.Channel, over: threading.Event) -> None:
+        """Tells the daemon which models there are when that has changed: nobody who computes waits for it."""
+        while not over.is_set():
+            self._changed.wait()
+            self._changed.clear()
+            models = [model.report() for model in self._manager.models()]
+            if not over.is_set():
+                connected.send(protocol.event("models", {"loaded_models": models}))
 
     def _greet(
         self, call: Call, framework: Framework, interface: Interface, actions: list[str]
@@ -221,7 +272,8 @@ class Worker:
             raise Refused("CONFLICT", f"this worker speaks version {protocol.VERSION}, not {versions}")
         limit = call.optional_number("memory_limit_mb")
         self._manager.limit_bytes = None if limit is None else protocol.size_bytes(limit)
-        device = call.optional_text("device_id") or self._device or "cpu:0"
+        device = self._device = self._device or call.optional_text("device_id")
+        device = device or "cpu:0"
         interface.models.device = interface.allocations.device = device
         interface.models.server = call.optional_text("server") or os.environ.get("VRAMD_SERVER")
         interface.models.socket = call.optional_text("socket") or self._socket
@@ -233,9 +285,5 @@ class Worker:
         }
 
     def _tell(self) -> None:
-        """Tells the daemon which models there are now."""
-        with self._lock:
-            connected = self._channel
-        if connected is not None:
-            models = [model.report() for model in self._manager.models()]
-            connected.send(protocol.event("models", {"loaded_models": models}))
+        """What there is has changed."""
+        self._changed.set()

@@ -11,7 +11,7 @@ use vramd_api::{
 use vramd_core::models::Residency;
 
 use crate::clock;
-use crate::driver::{Event, Snapshot};
+use crate::driver::{Caller, Event, Snapshot};
 use crate::http::App;
 use crate::http::extract::{NoParams, OptionalBody, Params, Path};
 use crate::http::reply::{Answer, Errors, ok};
@@ -62,7 +62,7 @@ pub async fn model_status(
     let snapshot = app.driver.snapshot();
     let view = snapshot.device(&id).ok_or_else(|| ApiError::not_found("device", &id))?;
     let now = clock::wall();
-    let (worker_memory, last_synchronized, mut of_workers) = workers(&snapshot, &id);
+    let (worker_memory, of_processes, last_synchronized, mut of_workers) = workers(&snapshot, &id);
     let (resident_bytes, attached_bytes, mut loaded_models) = models(&snapshot, &id);
     let status = view.status(device.as_ref());
     let idle_bytes = pressure.available_memory.saturating_sub(pressure.free_memory);
@@ -75,7 +75,7 @@ pub async fn model_status(
         available_operations.push("POST /api/workers/{worker}/call".to_owned());
     }
     ok(ModelStatus {
-        total_memory_usage: resident_bytes + worker_memory.measured_bytes.max(worker_memory.reported_bytes),
+        total_memory_usage: resident_bytes + of_processes,
         available_for_models: pressure.available_memory.min(status.limit_bytes),
         loaded_model_count: loaded_models.len() as u64,
         model_memory: ModelMemory { resident_bytes, attached_bytes, idle_bytes },
@@ -123,14 +123,14 @@ fn models(snapshot: &Snapshot, device: &DeviceId) -> (u64, u64, Vec<LoadedModel>
     (resident, attached, all)
 }
 
-/// What workers hold on a device, when the one that is silent for longest last spoke, and the models of their own.
+/// What workers hold on a device, their sum, when the one that is silent for longest last spoke, and the models of their own.
 fn workers(
     snapshot: &Snapshot,
     device: &DeviceId,
-) -> (WorkerMemoryStatus, Option<Timestamp>, Vec<LoadedModel>) {
+) -> (WorkerMemoryStatus, u64, Option<Timestamp>, Vec<LoadedModel>) {
     let mut status = WorkerMemoryStatus::default();
     let (mut last, mut all) = (None::<Timestamp>, Vec::new());
-    let mut processes = BTreeMap::new();
+    let (mut processes, mut unmeasured) = (BTreeMap::new(), 0);
     for worker in snapshot.workers.values().filter(|worker| worker.state.is_there()) {
         let shown = worker.to_api();
         let memory = shown.memory.iter().find(|memory| memory.device_id == *device);
@@ -143,6 +143,10 @@ fn workers(
             processes.insert(pid, bytes);
         }
         let reported = memory.and_then(|memory| memory.reported_bytes);
+        // What was measured goes before what is said.
+        if measured.is_none() {
+            unmeasured += reported.unwrap_or(0);
+        }
         status.reported_bytes += reported.unwrap_or(0);
         if worker.state != WorkerState::Ready {
             let what = format!("worker {} is {:?}", shown.name, shown.state);
@@ -179,8 +183,9 @@ fn workers(
             name: shown.name.clone(),
         });
     }
-    status.measured_bytes = processes.values().sum();
-    (status, last, all)
+    let sum: u64 = processes.values().sum();
+    status.measured_bytes = sum;
+    (status, sum + unmeasured, last, all)
 }
 
 /// Have models go from a device
@@ -195,6 +200,7 @@ fn workers(
 pub async fn optimize(
     State(app): State<App>,
     Path(name): Path,
+    caller: Caller,
     _: Params<NoParams>,
     OptionalBody(body): OptionalBody<OptimizeModels>,
 ) -> Answer<ModelsOptimized> {
@@ -212,5 +218,5 @@ pub async fn optimize(
         let what = format!("excludeModels names {}, {MAX_EXCLUDED} at most", body.exclude_models.len());
         return Err(ApiError::invalid("excludeModels", what).into());
     }
-    ok(app.driver.ask(|reply| Event::OptimizeModels(device, Box::new(body), reply)).await?)
+    ok(app.driver.ask(|reply| Event::OptimizeModels(device, Box::new(body), caller, reply)).await?)
 }

@@ -9,6 +9,8 @@ use vramd_api::{LimitKind, WorkerLimit};
 
 /// How our control groups begin.
 const PREFIX: &str = "vramd-worker-";
+/// How often what is in one is looked for.
+const ROUNDS: usize = 8;
 
 #[derive(Debug)]
 pub struct Limits {
@@ -39,7 +41,14 @@ impl Limits {
         self.shown.clone()
     }
 
-    /// Ends whatever is in the control group, whichever process group it chose, and removes it.
+    /// Ends whatever is in the control group, whichever process group it chose.
+    pub fn kill(&self) {
+        if let Some(group) = &self.group {
+            kill_all(group);
+        }
+    }
+
+    /// Removes the control group, once its processes are gone.
     pub fn end(&mut self) {
         if let Some(group) = self.group.take() {
             end_group(&group);
@@ -47,21 +56,32 @@ impl Limits {
     }
 }
 
-/// Removes what earlier runs left.
-pub fn sweep() {
+/// Removes what earlier runs of this daemon left.
+pub fn sweep(mark: &str) {
     let Some((own, _)) = own_group(Path::new("/")) else { return };
+    let prefix = format!("{PREFIX}{mark}-");
     let entries = fs::read_dir(own).into_iter().flatten().flatten();
-    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(PREFIX)) {
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix)) {
         end_group(&entry.path());
     }
 }
 
-fn end_group(group: &Path) {
-    let listed = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-    for process in listed.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
-        let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+/// Those that fork meanwhile are met the next time round.
+fn kill_all(group: &Path) {
+    for _ in 0..ROUNDS {
+        let listed = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+        if listed.is_empty() {
+            return;
+        }
+        for process in listed.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
+            let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+        }
     }
-    // One that still has a process in it, dead but not waited for, is removed by the next sweep.
+}
+
+fn end_group(group: &Path) {
+    kill_all(group);
+    // One that still has a process in it, dead but not waited for, is taken over by the next start, or swept by the next run.
     if let Err(error) = fs::remove_dir(group) {
         tracing::debug!(group = %group.display(), %error, "a control group stays for now");
     }
@@ -71,7 +91,10 @@ fn make_group(bytes: u64, process: Pid, id: &str) -> io::Result<PathBuf> {
     let (own, limit) = own_group(Path::new("/"))
         .ok_or_else(|| io::Error::other("no memory controller is mounted where this process could use it"))?;
     let group = own.join(format!("{PREFIX}{id}"));
-    fs::create_dir(&group)?;
+    match fs::create_dir(&group) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
     let made = fs::write(group.join(limit), bytes.to_string())
         .and_then(|()| fs::write(group.join("cgroup.procs"), process.as_raw_nonzero().to_string()));
     if let Err(error) = made {

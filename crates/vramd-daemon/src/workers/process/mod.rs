@@ -10,14 +10,12 @@ mod windows;
 use std::collections::BTreeMap;
 
 #[cfg(unix)]
-pub use limits::sweep;
-#[cfg(unix)]
-pub use unix::{Group, end_left_over, started_at};
+pub use unix::{Group, sweep};
 #[cfg(windows)]
-pub use windows::{Group, end_left_over, started_at, sweep};
+pub use windows::{Group, sweep};
 
-/// Tells a process which worker it is, and a later run of the daemon that it was ours.
-pub const ID_VARIABLE: &str = "VRAMD_WORKER_ID";
+/// Tells a later run of the daemon which processes are of its own workers.
+pub const MARK_VARIABLE: &str = "VRAMD_WORKER_OF";
 
 /// What is to be run, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,4 +26,6 @@ pub struct Command {
     pub environment: BTreeMap<String, String>,
     /// The most host memory that its processes may take.
     pub limit_bytes: Option<u64>,
+    /// Whose it is, among daemons of this machine.
+    pub mark: String,
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
 
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 use tokio::net::unix::pipe::Receiver;
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
 use vramd_api::{WorkerExit, WorkerLimit};
@@ -20,6 +20,7 @@ pub struct Group {
     leader: Pid,
     ended: Receiver,
     limits: Limits,
+    is_reaped: bool,
 }
 
 impl Group {
@@ -39,12 +40,12 @@ impl Group {
         let leader = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process has a number");
         // Not a pipe, but it is polled like one, and nothing is read from it.
         let ended = Receiver::from_owned_fd_unchecked(pidfd_open(leader, PidfdFlags::NONBLOCK)?)?;
-        let limits = Limits::set(command.limit_bytes, leader, id);
+        let limits = Limits::set(command.limit_bytes, leader, &format!("{}-{id}", command.mark));
         let streams = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(stdin), Some(stdout), Some(stderr)) = streams else {
             return Err(io::Error::other("a pipe to the process is missing"));
         };
-        Ok((Self { child, pid, leader, ended, limits }, stdin, stdout, stderr))
+        Ok((Self { child, pid, leader, ended, limits, is_reaped: false }, stdin, stdout, stderr))
     }
 
     pub fn limit(&self) -> Option<WorkerLimit> {
@@ -61,18 +62,33 @@ impl Group {
         let _ = kill_process_group(self.leader, Signal::TERM);
     }
 
+    fn kill(&self) {
+        let _ = kill_process_group(self.leader, Signal::KILL);
+        self.limits.kill();
+    }
+
     /// Ends all that is left of it.
     pub async fn reap(mut self) -> WorkerExit {
         // Before its leader is waited for: then the group's number cannot be another's yet.
-        let _ = kill_process_group(self.leader, Signal::KILL);
-        self.limits.end();
+        self.kill();
         let status = self.child.wait().await;
+        self.is_reaped = true;
+        self.limits.end();
         let mut exit = WorkerExit { at: clock::wall(), code: None, signal: None, reason: String::new() };
         match status {
             Ok(status) => tell(status, &mut exit),
             Err(error) => exit.reason = format!("how it ended is not known: {error}"),
         }
         exit
+    }
+}
+
+impl Drop for Group {
+    /// Whatever becomes of its task, nothing of it stays.
+    fn drop(&mut self) {
+        if !self.is_reaped {
+            self.kill();
+        }
     }
 }
 
@@ -85,25 +101,18 @@ fn tell(status: ExitStatus, exit: &mut WorkerExit) {
     };
 }
 
-/// When a process was started, in the system's own count: with its number it names one process only.
-pub fn started_at(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Its name, in brackets, may hold anything; what follows begins with the third field.
-    stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
-}
-
-/// Ends the group of a process that an earlier run of the daemon left.
-pub fn end_left_over(pid: u32, started: u64) {
-    let leader = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    // The count begins anew when the machine does: its environment says that it was ours.
-    let is_ours = || {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        let mark = super::ID_VARIABLE.as_bytes();
-        started_at(pid) == Some(started)
-            && environment.split(|byte| *byte == 0).any(|one| one.starts_with(mark))
-    };
-    if let Some(leader) = leader.filter(|_| is_ours()) {
-        tracing::info!(pid, "a worker that an earlier run left is ended");
-        let _ = kill_process_group(leader, Signal::KILL);
+/// Ends what an earlier run of this daemon left: the processes that it marked, whatever group they are in.
+pub fn sweep(mark: &str) {
+    let wanted = format!("{}={mark}", super::MARK_VARIABLE);
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?)) else {
+            continue;
+        };
+        let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+        if environment.split(|byte| *byte == 0).any(|one| one == wanted.as_bytes()) {
+            tracing::info!(pid = pid.as_raw_nonzero(), "a worker that an earlier run left is ended");
+            let _ = kill_process(pid, Signal::KILL);
+        }
     }
+    super::limits::sweep(mark);
 }

@@ -64,10 +64,4 @@ impl Group {
 }
 
 /// Jobs end with the daemon: nothing is left over.
-pub fn started_at(_pid: u32) -> Option<u64> {
-    None
-}
-
-pub fn end_left_over(_pid: u32, _started: u64) {}
-
-pub fn sweep() {}
+pub fn sweep(_mark: &str) {}
