@@ -300,7 +300,9 @@ impl State {
             let model = ways[*at].model();
             gone.contains(&model) || going.contains(&model) || (going.len() < places && going.insert(model))
         });
-        if chosen.is_empty() && places > 0 && self.more_may_go_before(&device, deadline) {
+        // Somebody may still answer, or something that was loaded just now may go in time.
+        let more = relief.asked > 0 || self.more_may_go_before(&device, deadline);
+        if chosen.is_empty() && places > 0 && more {
             return;
         }
         if chosen.is_empty() {

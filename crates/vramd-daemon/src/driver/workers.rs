@@ -342,6 +342,7 @@ impl State {
         let Some(mut worker) = self.workers.get(&id).map(|worker| Worker::clone(worker)) else { return };
         let Origin::Started(launch) = worker.origin.clone() else { return };
         worker.state = WorkerState::Starting;
+        worker.greeting = None;
         worker.next_start = None;
         worker.started_at = self.now.wall;
         let task = self.task(&mut worker, launch.heartbeat_seconds as f64, launch.limit_bytes);
@@ -435,7 +436,8 @@ impl State {
         let facts = self.devices.iter().map(|device| device.facts());
         let totals: BTreeMap<DeviceId, u64> =
             facts.map(|facts| (facts.device.clone(), facts.total_bytes)).collect();
-        let Some(worker) = self.workers.get(&id) else { return };
+        // Before the handshake nobody could ask it for anything; after that it is asked what it has.
+        let Some(worker) = self.workers.get(&id).filter(|worker| worker.greeting.is_some()) else { return };
         let own = worker.device.clone().or_else(|| self.ram()).or_else(|| totals.keys().next().cloned());
         let Some(own) = own else { return };
         match info.models(&own, &totals, self.now.wall) {
