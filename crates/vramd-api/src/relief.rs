@@ -175,7 +175,7 @@ pub struct OptimizeModels {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_pressure_level: Option<PressureLevel>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 100_000)]
     pub max_models_to_unload: Option<u32>,
     /// Bytes that are to become free, whatever the level.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -197,6 +197,8 @@ pub struct OptimizeModels {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelsOptimized {
+    /// Absent if nothing was to be done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operation_id: Option<OperationId>,
     pub device_id: DeviceId,
     /// Whether anything was to be done.

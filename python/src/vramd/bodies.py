@@ -664,7 +664,7 @@ class PerformanceImpact(TypedDict):
 
 
 class ModelsOptimized(TypedDict):
-    operationId: NotRequired[str | None]
+    operationId: NotRequired[str]
     deviceId: str
     optimizationTriggered: bool
     optimizationStrategy: EvictionPolicy

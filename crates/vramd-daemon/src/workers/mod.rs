@@ -34,6 +34,8 @@ const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
 const SIGNAL_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a process may outlive its output.
 const EXIT_PATIENCE: Duration = Duration::from_millis(500);
+/// How long the last output of an ended process may take to be read: its death is to be settled within 100 ms.
+const LAST_WORDS: Duration = Duration::from_millis(50);
 /// How long a connection may take for its first line.
 const JOIN_PATIENCE: Duration = Duration::from_secs(5);
 const JOIN_BYTES: usize = 64 << 10;
@@ -123,7 +125,7 @@ pub async fn supervise(task: Task, command: Command) {
     let mut why = tokio::select! {
         over = session.run(writer, Lines::new(stdout, MAX_LINE_BYTES), stdin) => over.err(),
         why = end_politely(&link, &stop) => Some(why),
-        () = group.ended() => None,
+        () = ended_and_read(&group) => None,
     };
     link.end();
     // One that closed its output, or was asked to end, is most likely about to.
@@ -143,6 +145,12 @@ pub async fn supervise(task: Task, command: Command) {
     if tokio::time::timeout(EXIT_PATIENCE, said).await.is_err() {
         abort.abort();
     }
+}
+
+/// Until a process has ended, and what it wrote last was read: that ends by itself, unless another process holds its output.
+async fn ended_and_read(group: &Group) {
+    group.ended().await;
+    tokio::time::sleep(LAST_WORDS).await;
 }
 
 /// Speaks with a worker that somebody else started, until the connection ends.

@@ -18,6 +18,7 @@ use crate::http::reply::{Answer, Errors, ok};
 
 const MAX_MILLISECONDS: u64 = 600_000;
 const MAX_EXCLUDED: usize = 1024;
+const MAX_MODELS: u32 = 100_000;
 
 /// How tight memory is on all devices
 #[utoipa::path(get, path = "/api/memory/pressure", tag = "memory",
@@ -195,7 +196,7 @@ fn workers(
 /// then; `memoryFreed` is what was measured, not what was said.
 #[utoipa::path(post, path = "/api/memory/model/optimize/{deviceId}", tag = "memory",
     params(("deviceId" = String, Path, description = "A device's id or uuid")),
-    request_body(content = OptimizeModels, description = "May be left out"),
+    request_body = Option<OptimizeModels>,
     responses((status = 200, body = Success<ModelsOptimized>), Errors))]
 pub async fn optimize(
     State(app): State<App>,
@@ -210,8 +211,9 @@ pub async fn optimize(
         let what = format!("maxOptimizationTimeMs {bad} is not from 1 to {MAX_MILLISECONDS}");
         return Err(ApiError::invalid("maxOptimizationTimeMs", what).into());
     }
-    if body.max_models_to_unload == Some(0) {
-        let error = ApiError::invalid("maxModelsToUnload", "maxModelsToUnload 0 would do nothing");
+    if let Some(bad) = body.max_models_to_unload.filter(|it| !(1..=MAX_MODELS).contains(it)) {
+        let what = format!("maxModelsToUnload {bad} is not from 1 to {MAX_MODELS}");
+        let error = ApiError::invalid("maxModelsToUnload", what);
         return Err(error.hint("leave it out for as many as it takes").into());
     }
     if body.exclude_models.len() > MAX_EXCLUDED {
