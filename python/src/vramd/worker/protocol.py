@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -41,14 +40,14 @@ class Call:
         self.action = action
         self.data = data
         self.deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1000
-        self._cancelled = threading.Event()
+        self._cancelled = False
 
     def cancel(self) -> None:
-        self._cancelled.set()
+        self._cancelled = True
 
     def check(self) -> None:
         """To be asked now and then by what takes long: raises once nobody waits any more."""
-        if self._cancelled.is_set():
+        if self._cancelled:
             raise Refused("CANCELLED", f"{self.action} was cancelled")
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise Refused("TIMEOUT", f"{self.action} took longer than its caller waits")
