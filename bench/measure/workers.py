@@ -103,7 +103,7 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         while self.relieved is None:
             free, now = _free(self._group) - self._kept, time.monotonic()
-            # A step and a half of the hog's early, so that no dip is missed that is relieved within its next step.
+            # A step and a half of the hog's early: a dip may be relieved within its next step.
             if self.crossed is None and free <= LIMIT * 0.15 + 24 * MIB:
                 self.crossed = now
             # As much as is looked for at the threshold: 3 % above it.
