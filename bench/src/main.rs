@@ -118,7 +118,9 @@ async fn main() -> anyhow::Result<()> {
             Ok(())
         }
         Command::Worker { python, messages, rounds } => {
-            println!("{}", worker::run(&python, messages, rounds).await?);
+            // Where the daemon's own callers are: on the runtime's threads.
+            let run = tokio::spawn(async move { worker::run(&python, messages, rounds).await });
+            println!("{}", run.await??);
             Ok(())
         }
         Command::Copier { block, total, threads } => {

@@ -1,17 +1,21 @@
 //! Requests to a worker and their answers: many in flight, in any order, each with its deadline.
 //!
-//! A caller writes its request itself and waits for its own answer; nobody waits for another's. What a worker does not read
-//! is kept up to a bound, and refused beyond it.
+//! A caller writes its request itself, as far as the worker takes it at once, and waits for its own answer; nobody waits for
+//! another's. What a worker does not read is kept up to a bound, and refused beyond it.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::fmt;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
-use tokio::io::{AsyncWrite, AsyncWriteExt as _};
-use tokio::sync::{mpsc, oneshot};
+use tokio::io::AsyncWrite;
+use tokio::sync::{Notify, oneshot};
 use vramd_api::worker_protocol::{MAX_LINE_BYTES, Request, WorkerError};
 use vramd_api::{ApiError, ErrorCode};
 
@@ -23,29 +27,37 @@ const MOST_UNREAD_BYTES: usize = 32 << 20;
 const MOST_OPEN: usize = 16_384;
 /// So many requests that nobody waits for any more are remembered, since their answers may still come.
 const MOST_ABANDONED: usize = 16_384;
-/// So much is written at once.
-const WRITE_BYTES: usize = 256 << 10;
+/// A buffer beyond this is given back once it is written.
+const KEPT_BYTES: usize = 256 << 10;
 
 /// The way to a worker, for any number of callers.
 #[derive(Debug, Clone)]
 pub struct Link {
     shared: Arc<Shared>,
-    outgoing: mpsc::UnboundedSender<Vec<u8>>,
 }
 
-/// What is to be written, for [`Writer::run`].
+/// Writes what no caller could, see [`Writer::run`].
 #[derive(Debug)]
 pub struct Writer {
     shared: Arc<Shared>,
-    outgoing: mpsc::UnboundedReceiver<Vec<u8>>,
 }
 
 #[derive(Debug)]
 struct Shared {
     last_id: AtomicU64,
-    unread_bytes: AtomicUsize,
+    outgoing: Mutex<Outgoing>,
+    /// Bytes are left that the worker did not take at once.
+    left: Notify,
     open: Mutex<Open>,
     log: Arc<Log>,
+}
+
+#[derive(Default)]
+struct Outgoing {
+    /// From [`Writer::run`]'s beginning to its end.
+    stream: Option<Pin<Box<dyn AsyncWrite + Send>>>,
+    /// What the worker has not read yet. If there is none, whoever asks writes; else the writer does.
+    unread: VecDeque<u8>,
 }
 
 #[derive(Debug, Default)]
@@ -59,12 +71,12 @@ impl Link {
     pub fn new(log: Arc<Log>) -> (Self, Writer) {
         let shared = Arc::new(Shared {
             last_id: AtomicU64::new(0),
-            unread_bytes: AtomicUsize::new(0),
+            outgoing: Mutex::default(),
+            left: Notify::new(),
             open: Mutex::default(),
             log,
         });
-        let (sender, receiver) = mpsc::unbounded_channel();
-        (Self { shared: shared.clone(), outgoing: sender }, Writer { shared, outgoing: receiver })
+        (Self { shared: shared.clone() }, Writer { shared })
     }
 
     /// Asks, and waits for the answer. Who drops this tells the worker that nobody waits any more.
@@ -81,7 +93,7 @@ impl Link {
             let what = format!("the request has {} bytes", line.len());
             return Err(ApiError::new(ErrorCode::PayloadTooLarge, what).detail("limitBytes", MAX_LINE_BYTES));
         }
-        let unread = self.shared.unread_bytes.load(Ordering::Acquire);
+        let unread = self.shared.outgoing().unread.len();
         if unread > 0 && unread + line.len() > MOST_UNREAD_BYTES {
             let what = format!("the worker does not read: {unread} bytes wait for it");
             return Err(unavailable(what));
@@ -99,7 +111,7 @@ impl Link {
             open.waiting.insert(id, sender);
         }
         let waiting = Waiting { link: self, id };
-        self.send(line);
+        self.send(&line);
         match tokio::time::timeout(patience, answer).await {
             Ok(Ok(outcome)) => outcome.map_err(ApiError::from),
             Ok(Err(_)) => Err(gone()),
@@ -113,10 +125,14 @@ impl Link {
         }
     }
 
-    fn send(&self, line: Vec<u8>) {
-        self.shared.unread_bytes.fetch_add(line.len(), Ordering::AcqRel);
-        // If nobody writes any more, the link is over, or is about to be.
-        let _ = self.outgoing.send(line);
+    fn send(&self, line: &[u8]) {
+        let mut outgoing = self.shared.outgoing();
+        let written = if outgoing.unread.is_empty() { outgoing.write_now(line) } else { 0 };
+        if written < line.len() {
+            outgoing.unread.extend(&line[written..]);
+            drop(outgoing);
+            self.shared.left.notify_one();
+        }
     }
 
     /// An answer has come; says why it cannot be one.
@@ -169,7 +185,7 @@ impl Drop for Waiting<'_> {
             let (request_id, data) = (self.id.to_string(), serde_json::json!({}));
             let cancel =
                 Request { request_id: &request_id, action: "cancel", data: &data, deadline_ms: None };
-            self.link.send(cancel.encode());
+            self.link.send(&cancel.encode());
         }
     }
 }
@@ -178,25 +194,56 @@ impl Shared {
     fn open(&self) -> MutexGuard<'_, Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn outgoing(&self) -> MutexGuard<'_, Outgoing> {
+        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Outgoing {
+    /// How much of it the worker took at once. A stream that fails takes nothing: its writer learns why.
+    fn write_now(&mut self, line: &[u8]) -> usize {
+        let Some(stream) = &mut self.stream else { return 0 };
+        match stream.as_mut().poll_write(&mut Context::from_waker(Waker::noop()), line) {
+            Poll::Ready(Ok(written)) => written,
+            Poll::Ready(Err(_)) | Poll::Pending => 0,
+        }
+    }
+
+    /// Writes what is left; says whether the worker reads at all.
+    fn poll_written(&mut self, context: &mut Context<'_>) -> Poll<bool> {
+        let Some(stream) = &mut self.stream else { return Poll::Ready(false) };
+        while !self.unread.is_empty() {
+            match ready!(stream.as_mut().poll_write(context, self.unread.as_slices().0)) {
+                Ok(0) | Err(_) => return Poll::Ready(false),
+                Ok(written) => drop(self.unread.drain(..written)),
+            }
+        }
+        self.unread.shrink_to(KEPT_BYTES);
+        Poll::Ready(true)
+    }
+}
+
+impl fmt::Debug for Outgoing {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{} bytes", self.unread.len())
+    }
 }
 
 impl Writer {
-    /// Writes what is asked until the worker reads no more, or nobody can ask.
-    pub async fn run(mut self, mut stream: impl AsyncWrite + Unpin) {
-        let mut bytes = Vec::new();
-        while let Some(line) = self.outgoing.recv().await {
-            bytes.clear();
-            bytes.extend_from_slice(&line);
-            while bytes.len() < WRITE_BYTES {
-                let Ok(line) = self.outgoing.try_recv() else { break };
-                bytes.extend_from_slice(&line);
-            }
-            if stream.write_all(&bytes).await.is_err() {
-                return;
-            }
-            self.shared.unread_bytes.fetch_sub(bytes.len(), Ordering::AcqRel);
-            bytes.shrink_to(WRITE_BYTES);
+    /// Lets callers write, and writes what they could not, until the worker reads no more or this is dropped.
+    pub async fn run(self, stream: impl AsyncWrite + Send + 'static) {
+        self.shared.outgoing().stream = Some(Box::pin(stream));
+        while poll_fn(|context| self.shared.outgoing().poll_written(context)).await {
+            self.shared.left.notified().await;
         }
+    }
+}
+
+impl Drop for Writer {
+    /// The end of its input tells a worker to end.
+    fn drop(&mut self) {
+        *self.shared.outgoing() = Outgoing::default();
     }
 }
 

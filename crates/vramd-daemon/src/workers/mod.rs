@@ -84,7 +84,7 @@ pub struct Task {
 /// A link to whatever answers on a stream, without a handshake or a daemon: for measuring what one costs.
 pub fn link(
     reading: impl AsyncRead + Unpin + Send + 'static,
-    writing: impl AsyncWrite + Unpin + Send + 'static,
+    writing: impl AsyncWrite + Send + 'static,
 ) -> Link {
     let (link, writer) = Link::new(Arc::default());
     let answered = link.clone();
@@ -154,7 +154,7 @@ async fn ended_and_read(group: &Group) {
 }
 
 /// Speaks with a worker that somebody else started, until the connection ends.
-pub async fn host<S: AsyncRead + AsyncWrite>(task: Task, joined: Joined<S>) {
+pub async fn host<S: AsyncRead + AsyncWrite + Send + 'static>(task: Task, joined: Joined<S>) {
     let Task { id, hello, link, writer, driver, stop } = task;
     let session = Session { id, hello, link: link.clone(), driver: driver.clone() };
     let why = tokio::select! {

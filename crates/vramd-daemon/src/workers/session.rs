@@ -54,7 +54,7 @@ impl Session {
         &self,
         writer: Writer,
         lines: Lines<impl AsyncRead + Unpin>,
-        writing: impl AsyncWrite + Unpin,
+        writing: impl AsyncWrite + Send + 'static,
     ) -> Result<(), String> {
         let inbox = Mutex::new(Inbox::default());
         let news = Notify::new();

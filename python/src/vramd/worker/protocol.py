@@ -13,6 +13,8 @@ MAX_LINE_BYTES = 16 << 20
 MEGABYTE = 1 << 20
 GIGABYTE = 1 << 30
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
 
 class Refused(Exception):
     """What a worker will not or cannot do; the daemon's caller is told just this."""
@@ -88,13 +90,13 @@ class Call:
 
 def encode(message: Mapping[str, Any]) -> bytes:
     """The line of a message, with its end."""
-    return json.dumps(message, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    return _ENCODER.encode(message).encode() + b"\n"
 
 
 def decode(line: bytes) -> Call:
     """Reads a request."""
     try:
-        message = json.loads(line)
+        message = json.loads(line.decode())
     except ValueError as error:
         raise Refused("INVALID_ARGUMENT", f"a line is no JSON: {error}") from None
     if not isinstance(message, dict):
