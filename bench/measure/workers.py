@@ -21,6 +21,7 @@ from .table import Aim, Row, Table
 MIB = 1 << 20
 GROUPS = Path("/sys/fs/cgroup/memory")
 LIMIT = 3 << 30
+WANDER = 4 << 20
 HOG = """
 import sys, time
 held = []
@@ -94,6 +95,15 @@ def _free(group: Path) -> int:
     return LIMIT - usage + files
 
 
+def _kept(group: Path, client: vramd.Client) -> int:
+    """What the daemon leaves to the system, once it has seen what was loaded and read."""
+    seen: list[int] = []
+    while len(seen) < 5 or max(seen[-5:]) - min(seen[-5:]) > WANDER // 2:
+        seen.append(_free(group) - client.device_pressure("cpu:0")["freeMemory"])
+        time.sleep(0.1)
+    return seen[-1]
+
+
 class _Watch(threading.Thread):
     """Looks at the control group all the while: when the threshold is crossed, and when it is left."""
 
@@ -109,8 +119,8 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         while self.relieved is None:
             free, now = _free(self._group) - self._kept, time.monotonic()
-            # A step and a half of the hog's early: a dip may be relieved within its next step.
-            if self.crossed is None and free <= LIMIT * 0.15 + 24 * MIB:
+            # Early by what the system's figures wander, so that no dip is missed.
+            if self.crossed is None and free <= LIMIT * 0.15 + WANDER:
                 self.crossed = now
             # As much as is looked for at the threshold: 3 % above it.
             if self.crossed is not None and free >= LIMIT * 0.18:
@@ -181,7 +191,7 @@ def _round(setup: Setup, group: Path) -> tuple[float, float]:
             assert hog.stdin is not None
             assert hog.stdout is not None
             hog.stdout.readline()
-            watch = _Watch(group, _free(group) - client.device_pressure("cpu:0")["freeMemory"])
+            watch = _Watch(group, _kept(group, client))
             hog.stdin.write("go\n")
             hog.stdin.flush()
             _until(lambda: "pressure.changed" in arrived and watch.relieved is not None)
@@ -190,7 +200,7 @@ def _round(setup: Setup, group: Path) -> tuple[float, float]:
             hog.wait()
         assert watch.crossed is not None
         assert watch.relieved is not None
-        return max(arrived["pressure.changed"][0] - watch.crossed, 0.0), watch.relieved - watch.crossed
+        return arrived["pressure.changed"][0] - watch.crossed, watch.relieved - watch.crossed
 
 
 def _hundred(setup: Setup, table: Table) -> None:
