@@ -132,7 +132,7 @@ pub struct Worker {
 #[serde(rename_all = "camelCase")]
 pub struct WorkerMemory {
     pub device_id: DeviceId,
-    /// What the system or the driver says of its process; absent where neither tells.
+    /// What the system or the driver says of its process and of all that it started; absent where neither tells.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured_bytes: Option<u64>,
     /// What the worker says that its models take of its own.

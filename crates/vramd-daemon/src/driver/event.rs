@@ -135,10 +135,12 @@ pub enum Event {
         reports: Vec<Report>,
         /// What processes used that fill reservations, before all else was measured.
         used_by: BTreeMap<u32, u64>,
-        /// What workers used.
+        /// What workers' processes used.
         workers: BTreeMap<u32, u64>,
         outcome: Result<Sample, DeviceError>,
     },
+    /// The processes of workers, by the first of each.
+    Processes(BTreeMap<u32, Vec<u32>>),
     /// A lost device was tried again.
     Adopted {
         device: DeviceId,

@@ -246,6 +246,7 @@ impl Driver {
             workers: Workers::new(),
             ending_workers: HashMap::new(),
             workers_measured: BTreeMap::new(),
+            processes_looked_at: vramd_core::Tick::default(),
             workers_changed: false,
             home: rules.home,
             samples: BTreeMap::new(),
@@ -378,6 +379,8 @@ struct State {
     ending_workers: HashMap<WorkerId, Vec<Reply<vramd_api::Worker>>>,
     /// When what they use was last measured.
     workers_measured: BTreeMap<DeviceId, vramd_core::Tick>,
+    /// When it was last looked which processes they have.
+    processes_looked_at: vramd_core::Tick,
     /// What is theirs is to be added up anew.
     workers_changed: bool,
     home: Home,
@@ -531,6 +534,7 @@ impl State {
                 self.workers_seen(&device, &workers);
                 self.measured(&device, &used_by, outcome);
             }
+            Event::Processes(found) => self.processes_found(&found),
             Event::Adopted { device, reports, outcome } => {
                 self.jobs -= 1;
                 self.note_reports(&device, &reports);
@@ -577,6 +581,7 @@ impl State {
         // Readers may have had their time.
         self.to_go_on.extend(self.operations.running.keys());
         if !self.stopping {
+            self.look_for_processes();
             self.measure();
             self.adopt();
         }

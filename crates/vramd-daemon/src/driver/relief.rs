@@ -21,6 +21,7 @@ use super::operations::Running;
 use super::pressure::level_data;
 use super::ways::{Ask, Means, Way};
 use super::{Caller, Event, Reply, State};
+use crate::platform;
 
 pub(super) const UNLOAD: &str = "memory.unload_model";
 /// How long it may take, where nobody says.
@@ -454,7 +455,10 @@ impl State {
             let used = async || {
                 let on = on.clone();
                 let look = move || match pid {
-                    Some(pid) => on.used_by(&[pid]).ok()?.get(&pid).copied(),
+                    Some(pid) => {
+                        let used = on.used_by(&platform::with_descendants(pid)).ok()?;
+                        (!used.is_empty()).then(|| used.values().sum())
+                    }
                     // Nobody knows its processes: what the whole device has in use.
                     None => on.sample().ok().map(|sample| sample.used_bytes),
                 };

@@ -156,7 +156,7 @@ impl State {
                         named.split('/').next() == Some(model.name.as_str()) && report.device_id == *device
                     };
                     // A process may be several workers.
-                    let of_process = workers.iter().filter(|worker| worker.pid == Some(holder.pid));
+                    let of_process = workers.iter().filter(|worker| worker.pids.contains(&holder.pid));
                     let reports = of_process.flat_map(|worker| {
                         worker.models.iter().filter(mine).map(move |report| (worker, report))
                     });

@@ -1,6 +1,6 @@
 //! Workers: which there are, what they have, when one is started again, and what its end sets right.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use imbl::OrdMap;
@@ -16,7 +16,7 @@ use vramd_core::Tick;
 use vramd_core::ledger::Lease;
 use vramd_core::restarts::{Next, Restarts};
 
-use super::{Caller, Reply, State};
+use super::{Caller, Event, Reply, State};
 use crate::platform;
 use crate::requests;
 use crate::workers::{self, Command, Link, Log, MARK_VARIABLE, News, Task};
@@ -82,8 +82,10 @@ pub struct Worker {
     pub uid: Option<u32>,
     /// Its answer to the handshake.
     pub greeting: Option<Arc<Greeting>>,
-    /// What it was measured to have, by device.
-    measured: BTreeMap<DeviceId, u64>,
+    /// That process and all that it started, as far as is known.
+    pub pids: Arc<[u32]>,
+    /// What each of them was measured to have, by device.
+    measured: BTreeMap<DeviceId, BTreeMap<u32, u64>>,
     pub models: Arc<Vec<WorkerModel>>,
     synchronized: Option<Timestamp>,
     limit: Option<WorkerLimit>,
@@ -112,8 +114,8 @@ impl Worker {
             Origin::Joined => None,
         };
         let mut memory: BTreeMap<&DeviceId, WorkerMemory> = BTreeMap::new();
-        for (device, bytes) in &self.measured {
-            memory.entry(device).or_insert_with(|| empty(device)).measured_bytes = Some(*bytes);
+        for (device, of) in &self.measured {
+            memory.entry(device).or_insert_with(|| empty(device)).measured_bytes = Some(of.values().sum());
         }
         for model in self.models.iter() {
             let entry = memory.entry(&model.device_id).or_insert_with(|| empty(&model.device_id));
@@ -149,7 +151,11 @@ impl Worker {
 
     /// What it was last measured to have on a device.
     pub fn measured_on(&self, device: &DeviceId) -> Option<u64> {
-        self.pid.and_then(|_| self.measured.get(device).copied())
+        Some(self.measured_by_process(device)?.values().sum())
+    }
+
+    pub fn measured_by_process(&self, device: &DeviceId) -> Option<&BTreeMap<u32, u64>> {
+        self.measured.get(device)
     }
 
     /// Whether it has an action.
@@ -298,6 +304,7 @@ impl State {
             pid,
             uid,
             greeting: None,
+            pids: pid.into_iter().collect(),
             measured: BTreeMap::new(),
             models: Arc::default(),
             synchronized: None,
@@ -398,7 +405,10 @@ impl State {
     pub(super) fn worker_news(&mut self, id: WorkerId, news: News) {
         match news {
             News::Started { pid, limit } => {
-                self.change_worker(id, |worker| (worker.pid, worker.limit) = (Some(pid), limit));
+                self.change_worker(id, |worker| {
+                    (worker.pid, worker.limit) = (Some(pid), limit);
+                    worker.pids = Arc::new([pid]);
+                });
                 self.emit_worker(EventKind::WorkerStarted, id);
             }
             News::Ready(greeting) => {
@@ -481,6 +491,7 @@ impl State {
             (worker.state == WorkerState::Stopping || self.stopping, worker.ready_since.take());
         worker.exit = Some(exit);
         worker.pid = None;
+        worker.pids = Arc::default();
         worker.limit = None;
         worker.measured.clear();
         worker.models = Arc::default();
@@ -543,6 +554,34 @@ impl State {
         }
     }
 
+    /// Looks which processes workers have, if it is time.
+    pub(super) fn look_for_processes(&mut self) {
+        let roots: Vec<u32> = self.workers.values().filter_map(|worker| worker.pid).collect();
+        if roots.is_empty() || self.processes_looked_at.0 + MEASURE_MILLISECONDS > self.now.tick.0 {
+            return;
+        }
+        self.processes_looked_at = self.now.tick;
+        let sender = self.sender.clone();
+        tokio::task::spawn_blocking(move || {
+            let found = roots.into_iter().map(|pid| (pid, platform::with_descendants(pid))).collect();
+            // A daemon that has ended meanwhile needs none.
+            let _ = sender.blocking_send(Event::Processes(found));
+        });
+    }
+
+    pub(super) fn processes_found(&mut self, found: &BTreeMap<u32, Vec<u32>>) {
+        let other = |worker: &&Arc<Worker>| {
+            let now = worker.pid.and_then(|pid| found.get(&pid));
+            now.is_some_and(|now| **now != *worker.pids)
+        };
+        for id in self.workers.values().filter(other).map(|worker| worker.id).collect::<Vec<_>>() {
+            self.change_worker(id, |worker| {
+                let now = worker.pid.and_then(|pid| found.get(&pid));
+                worker.pids = now.map(|pids| pids.as_slice().into()).unwrap_or_default();
+            });
+        }
+    }
+
     /// The processes whose use of a device is to be measured, if it is time.
     pub(super) fn workers_to_measure(&mut self, device: &DeviceId) -> Vec<u32> {
         let due =
@@ -551,27 +590,24 @@ impl State {
             return Vec::new();
         }
         self.workers_measured.insert(device.clone(), self.now.tick);
-        self.workers
-            .values()
-            .filter(|worker| worker.state.is_there())
-            .filter_map(|worker| worker.pid)
-            .collect()
+        let all: BTreeSet<u32> =
+            self.workers.values().flat_map(|worker| worker.pids.iter().copied()).collect();
+        all.into_iter().collect()
     }
 
-    /// Takes in what workers were measured to have on a device.
+    /// Takes in what workers' processes were measured to have on a device.
     pub(super) fn workers_seen(&mut self, device: &DeviceId, used: &BTreeMap<u32, u64>) {
-        let known = |worker: &&Arc<Worker>| {
-            let now = worker.pid.and_then(|pid| used.get(&pid));
-            now.is_some_and(|now| worker.measured.get(device).copied().unwrap_or(0) != *now)
+        let now = |worker: &Worker| -> BTreeMap<u32, u64> {
+            worker.pids.iter().filter_map(|pid| Some((*pid, *used.get(pid)?))).collect()
         };
-        let changed: Vec<WorkerId> = self.workers.values().filter(known).map(|worker| worker.id).collect();
-        for id in &changed {
-            self.change_worker(*id, |worker| {
-                let now = worker.pid.and_then(|pid| used.get(&pid)).copied().unwrap_or(0);
-                worker.measured.insert(device.clone(), now);
-            });
-        }
+        let seen = self.workers.values().map(|worker| (worker.id, now(worker)));
+        let changed: Vec<_> = seen
+            .filter(|(id, now)| !now.is_empty() && self.workers[id].measured.get(device) != Some(now))
+            .collect();
         self.workers_changed |= !changed.is_empty();
+        for (id, now) in changed {
+            self.change_worker(id, |worker| drop(worker.measured.insert(device.clone(), now)));
+        }
     }
 
     /// Charges workers what is theirs alone, if that may have changed: not what fills a reservation, which is charged already.
@@ -581,13 +617,9 @@ impl State {
         }
         let devices: Vec<DeviceId> = self.ledger.devices().map(|facts| facts.device.clone()).collect();
         for device in devices {
-            // Two workers of one process have its bytes once.
-            let mut own: BTreeMap<u32, u64> = BTreeMap::new();
-            for worker in self.workers.values() {
-                if let (Some(pid), Some(bytes)) = (worker.pid, worker.measured.get(&device)) {
-                    own.insert(pid, *bytes);
-                }
-            }
+            // What a process has is counted once, however many workers it is of.
+            let of = self.workers.values().filter_map(|worker| worker.measured.get(&device));
+            let own: BTreeMap<u32, u64> = of.flatten().map(|(pid, bytes)| (*pid, *bytes)).collect();
             let sum: u64 =
                 own.iter().map(|(pid, bytes)| bytes.saturating_sub(self.filled_by(*pid, &device))).sum();
             // Of one whose processes nobody knows, what it says counts, as far as somebody has it.

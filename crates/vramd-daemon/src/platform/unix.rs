@@ -19,6 +19,9 @@ use vramd_device::Descriptor;
 
 use super::OpenError;
 
+/// More processes than this are not looked for in one family.
+const MOST_DESCENDANTS: usize = 1024;
+
 /// The user that this process runs as.
 pub fn own_uid() -> u32 {
     rustix::process::geteuid().as_raw()
@@ -37,6 +40,21 @@ pub fn lives(pid: u32) -> bool {
 pub fn uid_of(pid: u32) -> Option<u32> {
     use std::os::unix::fs::MetadataExt as _;
     std::fs::metadata(format!("/proc/{pid}")).ok().map(|it| it.uid())
+}
+
+/// A process and all that it started, and those started.
+pub fn with_descendants(pid: u32) -> Vec<u32> {
+    let mut all = vec![pid];
+    let mut next = 0;
+    while let Some(pid) = all.get(next).filter(|_| all.len() < MOST_DESCENDANTS) {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let children =
+            |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("children")).ok();
+        let children: String = threads.filter_map(children).collect();
+        all.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+        next += 1;
+    }
+    all
 }
 
 /// What a process calls itself.

@@ -33,6 +33,11 @@ pub fn lives(pid: u32) -> bool {
     Process::open(pid).is_ok_and(|process| process.lives())
 }
 
+/// The process alone: the system does not say what it started.
+pub fn with_descendants(pid: u32) -> Vec<u32> {
+    vec![pid]
+}
+
 /// The user that a process runs as: here all clients are the daemon's own user.
 pub fn uid_of(pid: u32) -> Option<u32> {
     lives(pid).then_some(own_uid())

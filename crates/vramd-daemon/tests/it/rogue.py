@@ -46,8 +46,11 @@ def at_start() -> None:
     if MODE == "forks" and os.fork() == 0:
         # A child that outlives its parent and holds its streams.
         time.sleep(600)
-    if MODE == "holds":
+    if MODE in ("holds", "shares"):
         held.append(bytearray(os.urandom(1 << 20)) * 64)
+    if MODE == "shares" and os.fork() == 0:
+        # What it holds is its parent's memory still.
+        signal.pause()
 
 
 def serve() -> None:

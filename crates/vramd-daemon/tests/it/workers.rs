@@ -10,7 +10,7 @@ use vramd_daemon::Program;
 
 use crate::support::{Daemon, Home, MIB, PATIENCE, wait_for};
 
-const MODES: [&str; 18] = [
+const MODES: [&str; 19] = [
     "good",
     "says",
     "garbage",
@@ -29,6 +29,7 @@ const MODES: [&str; 18] = [
     "hangs",
     "newer",
     "holds",
+    "shares",
 ];
 
 fn name(text: &str) -> WorkerName {
@@ -51,6 +52,10 @@ fn daemon_in(home: &Home, workers: Vec<StartWorker>) -> Daemon {
         .collect();
     let missing = Program { command: vec!["/there/is/no/such/program".to_owned()], environment: Vec::new() };
     programs.push((name("missing"), missing));
+    // As `uv run` and its like do.
+    let script = format!("python3 {rogue} shares; exit $?");
+    let wrapped = ["sh".to_owned(), "-c".to_owned(), script].to_vec();
+    programs.push((name("wrapped"), Program { command: wrapped, environment: Vec::new() }));
     home.start_workers(&[64 * MIB], |config| {
         config.worker_programs = programs.into_iter().collect();
         config.workers = workers;
@@ -408,5 +413,16 @@ fn what_a_worker_takes_is_charged_to_it_once() {
         .sum();
     assert_eq!(status["usedBytes"], sum, "{status}");
     daemon.delete("/api/workers/holds").data(200);
+    assert_eq!(daemon.status("cpu:0")["workerBytes"], 0);
+}
+
+#[test]
+fn what_a_worker_started_is_measured_with_it_and_what_they_share_once() {
+    let daemon = daemon();
+    ready(&daemon, "wrapped");
+    let measured = |it: &Value| it["memory"][0]["measuredBytes"].as_u64();
+    let seen = when(&daemon, "wrapped", "measured", |it| measured(it) >= Some(64 * MIB));
+    assert!(measured(&seen) < Some(112 * MIB), "{seen}");
+    daemon.delete("/api/workers/wrapped").data(200);
     assert_eq!(daemon.status("cpu:0")["workerBytes"], 0);
 }

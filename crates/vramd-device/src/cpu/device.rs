@@ -408,7 +408,7 @@ impl crate::Device for Device {
     }
 
     fn used_by(&self, pids: &[u32]) -> Result<BTreeMap<u32, u64>, DeviceError> {
-        Ok(pids.iter().filter_map(|pid| Some((*pid, self.host.private_bytes(*pid)?))).collect())
+        Ok(self.host.private_bytes(pids))
     }
 
     fn importers(&self, segment: SegmentId, processes: &[u32]) -> Result<Option<Vec<u32>>, DeviceError> {

@@ -1,6 +1,7 @@
 //! Reads `/proc`, `/sys` and `/etc` below a root, which tests replace by a made-up tree. Knows the limits of the
 //! control groups (versions 1 and 2) that this process is in, since a container's machine is its group.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -77,11 +78,34 @@ impl Host {
         pages * meminfo(&self.root, "Hugepagesize").unwrap_or(0)
     }
 
-    /// The memory that a process shares with nobody, in RAM.
-    pub(crate) fn private_bytes(&self, pid: u32) -> Option<u64> {
+    /// The memory that processes share with nobody, in RAM.
+    ///
+    /// One that was forked from another of them, and runs the same program since, shares with that one what neither has written
+    /// to. The system tells how much only to who reads all its page tables; what it has beyond the other's is its own for sure.
+    pub(crate) fn private_bytes(&self, pids: &[u32]) -> BTreeMap<u32, u64> {
+        let all: BTreeMap<u32, (u64, u32)> =
+            pids.iter().filter_map(|pid| Some((*pid, self.anonymous_bytes(*pid)?))).collect();
+        let own = |(pid, (bytes, parent)): (&u32, &(u64, u32))| {
+            let forked_from =
+                all.get(parent).filter(|_| self.start_of_stack(*pid) == self.start_of_stack(*parent));
+            (*pid, bytes.saturating_sub(forked_from.map_or(0, |(bytes, _)| *bytes)))
+        };
+        all.iter().map(own).collect()
+    }
+
+    /// A process's memory that is of no file, in RAM, and who started it.
+    fn anonymous_bytes(&self, pid: u32) -> Option<(u64, u32)> {
         let status = self.text(&format!("proc/{pid}/status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
-        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+        let value = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+        let kibibytes: u64 = value("RssAnon:")?.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+        Some((kibibytes.checked_mul(1024)?, value("PPid:")?.trim().parse().ok()?))
+    }
+
+    /// Where a process's stack begins: anew for each program that is started, and as before in what is only forked.
+    fn start_of_stack(&self, pid: u32) -> Option<u64> {
+        let stat = self.text(&format!("proc/{pid}/stat"))?;
+        // Its name, in brackets, may hold anything; after it come the third field and those that follow.
+        stat.rsplit_once(") ")?.1.split(' ').nth(28 - 3)?.parse().ok()
     }
 
     /// A text file below the root, trimmed; nothing when it cannot be read or is empty.
@@ -205,6 +229,28 @@ mod tests {
             fs::write(path, text).unwrap();
         }
         folder
+    }
+
+    #[test]
+    fn what_processes_share_is_counted_once() {
+        let status = |parent, kibibytes| format!("Name:\tx\nPPid:\t{parent}\nRssAnon:\t{kibibytes} kB\n");
+        let stat = |stack| format!("1 (a) b) S {} {stack} 0", ["0"; 24].join(" "));
+        let tree = tree(&[
+            ("proc/meminfo", MEMINFO),
+            ("proc/10/status", &status(1, 1000)),
+            ("proc/10/stat", &stat(77)),
+            // Forked.
+            ("proc/11/status", &status(10, 1200)),
+            ("proc/11/stat", &stat(77)),
+            // Started.
+            ("proc/12/status", &status(10, 300)),
+            ("proc/12/stat", &stat(78)),
+        ]);
+        let host = Host::at(tree.path()).unwrap();
+        let kibibytes = |pid: u32, count: u64| (pid, count << 10);
+        let all = [kibibytes(10, 1000), kibibytes(11, 200), kibibytes(12, 300)];
+        assert_eq!(host.private_bytes(&[10, 11, 12, 13]), all.into());
+        assert_eq!(host.private_bytes(&[11]), [kibibytes(11, 1200)].into(), "alone it is all its own");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Asks the system's own calls, and the registry for names.
 
+use std::collections::BTreeMap;
+
 use vramd_windows::{Memory, Process};
 use windows::Win32::System::Registry::{HKEY_LOCAL_MACHINE, RRF_RT_REG_SZ, RegGetValueW};
 use windows::core::{HSTRING, PCWSTR};
@@ -34,10 +36,11 @@ impl Host {
         0
     }
 
-    /// The memory that a process shares with nobody.
+    /// The memory that processes share with nobody.
     #[allow(clippy::unused_self, reason = "as above")]
-    pub(crate) fn private_bytes(&self, pid: u32) -> Option<u64> {
-        Process::open(pid).and_then(|process| process.private_bytes()).ok()
+    pub(crate) fn private_bytes(&self, pids: &[u32]) -> BTreeMap<u32, u64> {
+        let private = |pid: u32| Process::open(pid).and_then(|process| process.private_bytes()).ok();
+        pids.iter().filter_map(|pid| Some((*pid, private(*pid)?))).collect()
     }
 
     /// `host-<machine guid>`, or `host-named-<computer name>`.

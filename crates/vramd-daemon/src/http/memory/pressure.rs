@@ -140,9 +140,7 @@ fn workers(
             continue;
         }
         let measured = memory.and_then(|memory| memory.measured_bytes);
-        if let (Some(pid), Some(bytes)) = (shown.pid, measured) {
-            processes.insert(pid, bytes);
-        }
+        processes.extend(worker.measured_by_process(device).into_iter().flatten());
         let reported = memory.and_then(|memory| memory.reported_bytes);
         // What was measured goes before what is said.
         if measured.is_none() {
@@ -151,7 +149,7 @@ fn workers(
         status.reported_bytes += reported.unwrap_or(0);
         if worker.state != WorkerState::Ready {
             let what = format!("worker {} is {:?}", shown.name, shown.state);
-            status.notes.push(format!("{what}: what its process was measured to have counts"));
+            status.notes.push(format!("{what}: what its processes were measured to have counts"));
         } else if let Some(at) = shown.last_synchronized {
             last = Some(last.map_or(at, |before| before.min(at)));
         } else {
