@@ -89,9 +89,13 @@ with vramd.attach("toy", socket=socket, framework="cuda") as model:
     interface = table.__cuda_array_interface__
     plain = table.bytes.__cuda_array_interface__
     assert plain["data"] == interface["data"] and plain["shape"] == (table.nbytes,)
-    print(json.dumps([model.device, shown, raw, host, interface, table.ordinal, mapped()]))
+    ordinals = [vramd.cuda.ordinal_of(uuid) for uuid in (sys.argv[2], "GPU-0")]
+    print(json.dumps([model.device, shown, raw, host, interface, table.ordinal, mapped(), ordinals]))
 """
-    device, shown, raw, host, interface, ordinal, mappings = run(driver, script, daemon.socket)
+    device, shown, raw, host, interface, ordinal, mappings, ordinals = run(
+        driver, script, daemon.socket, CARD
+    )
+    assert ordinals == [0, None]
     expected = {name: array.tobytes().hex() for name, array in TENSORS.items()}
     assert (device, ordinal, mappings) == ("cuda:0", 0, 1)
     assert shown == raw == expected

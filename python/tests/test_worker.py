@@ -16,7 +16,10 @@ import safetensors.numpy
 
 import vramd as api
 from support import ROOT, Vramd, running, until
+from vramd import cuda
 from vramd.worker import Model, Refused, Worker
+from vramd.worker.framework import NumPy, Torch
+from vramd.worker.interface import Interface
 
 MEGABYTE = 1 << 20
 TENSORS = {
@@ -196,7 +199,57 @@ def test_a_limit_is_kept_and_bad_files_are_named(daemon: Vramd) -> None:
     with pytest.raises(api.NotFound):
         call("limited", "memory.load_model", {"name": "nobody-registered-this"})
     assert call("limited", "memory.get_model_info")["model_count"] == 0
+    with pytest.raises(api.InsufficientMemory):
+        call("limited", "memory.allocate", {"size_mb": 8193})
+    call("limited", "memory.allocate", {"size_mb": 1})
+    with pytest.raises(api.InsufficientMemory, match=r"1\.0 of 8192"):
+        call("limited", "memory.allocate", {"size_mb": 8192})
     daemon.client.stop_worker("limited")
+
+
+def test_a_server_makes_room_below_its_limit_before_it_refuses() -> None:
+    class Small(Worker):
+        def on_load(self, name: str) -> Any:
+            return np.zeros(MEGABYTE * (9 if name == "large" else 3), np.uint8)
+
+    server = Small("small")
+    server._interface = Interface(NumPy(), server._manager, server)
+    server._manager.limit_bytes = 8 * MEGABYTE
+    for name in ("a", "b", "c"):
+        with server.using(name):
+            pass
+    left = {model.name for model in server.models()}
+    assert len(left) == 2
+    assert "c" in left
+    with server.using("c"), pytest.raises(Refused, match="large takes 9"), server.using("large"):
+        pass
+    assert [model.name for model in server.models()] == ["c"]
+
+
+def test_tied_tensors_count_once_and_stay_tied() -> None:
+    torch = pytest.importorskip("torch")
+    weight = torch.zeros(1 << 18)
+    state = {"embedding": weight, "head": weight, "part": weight[:10]}
+    assert Worker.size_of(state) == (1 << 20) + 40
+    moved = Torch().move(state, "cpu:0")
+    assert moved["embedding"].data_ptr() == moved["head"].data_ptr() != weight.data_ptr()
+    row = np.zeros(16, np.float32)
+    assert Worker.size_of([row, row, row.copy()]) == 128
+
+
+def test_cards_go_by_their_uuids_whatever_a_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda, "ordinal_of", {"GPU-b": 0}.get)
+    framework = Torch()
+    assert framework.devices() == ["cpu:0", "cuda:0"]
+    framework.know({"cpu:0": "host-1", "cuda:0": "GPU-a", "cuda:1": "GPU-b"})
+    assert framework.devices() == ["cpu:0", "cuda:1"]
+    assert framework._place("cuda:1") == torch.device("cuda", 0)
+    with pytest.raises(Refused, match="no cuda:0 here"):
+        framework._place("cuda:0")
 
 
 def test_what_it_allocates_over_rest_is_its_own(daemon: Vramd, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,9 +406,23 @@ def test_a_server_that_is_told_to_end_leaves_and_a_lost_daemon_is_waited_for(
     (tmp_path / "two").mkdir()
     socket = str(tmp_path / "one" / "vramd.sock")
     daemon = Vramd(binary, tmp_path / "one")
-    server = Server("server", socket=socket)
+
+    class Attaches(Worker):
+        def on_load(self, name: str) -> Any:
+            return api.attach("toy", socket=socket)
+
+    def serve(daemon: Vramd) -> None:
+        path = daemon.models / "toy.safetensors"
+        safetensors.numpy.save_file(TENSORS, path)
+        daemon.client.register_model("toy", path, keep_alive=-1)
+        daemon.client.load("toy", "cpu:0")
+
+    serve(daemon)
+    server = Attaches("server", socket=socket)
     server.hold("net", size_bytes=MEGABYTE)
     server.start()
+    with server.using("toy"):
+        pass
     with pytest.raises(RuntimeError):
         server.start()
     until(lambda: daemon.client.workers() and daemon.client.worker("server")["models"], "its model")
@@ -364,11 +431,20 @@ def test_a_server_that_is_told_to_end_leaves_and_a_lost_daemon_is_waited_for(
     again = Vramd(binary, tmp_path / "two", None, "--socket", socket)
     try:
         until(lambda: again.client.workers() and again.client.worker("server")["models"], "it to be back", 20)
+        # What the first daemon held is nobody's any more, and is had anew from the second.
+        until(lambda: [model.name for model in server.models()] == ["net"], "the old weights to be let go")
+        serve(again)
+        with server.using("toy") as model:
+            assert model.value["bias"][0] == TENSORS["bias"][0]
+        until(lambda: attached(again) == 1, "the new weights to be attached")
         again.client.stop_worker("server")
         ended = [one for one in threading.enumerate() if one.name == "vramd-worker"]
         until(lambda: not any(one.is_alive() for one in ended), "its thread to end")
     finally:
         server.close()
+        for model in server.models():
+            if isinstance(model.value, api.Attachment):
+                model.value.close()
         again.stop()
 
 

@@ -153,6 +153,8 @@ pub struct Hello {
     pub socket: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_id: Option<DeviceId>,
+    /// All devices by their ids, with what they are called whatever a process counts them as.
+    pub device_uuids: BTreeMap<DeviceId, String>,
     /// The most host memory that its processes may take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_limit_mb: Option<f64>,

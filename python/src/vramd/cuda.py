@@ -121,6 +121,14 @@ class Card(NamedTuple):
     device: int
 
 
+def ordinal_of(uuid: str) -> int | None:
+    """Which of this process's cards that is, the N of torch's ``cuda:N``; ``None`` if it does not see it."""
+    try:
+        return _card(_driver(), uuid).ordinal
+    except CudaError:
+        return None
+
+
 def _card(driver: _Driver, uuid: str) -> Card:
     count = c_int()
     if driver.has_cards:

@@ -328,6 +328,7 @@ impl State {
         worker.link = link.clone();
         worker.stop = CancellationToken::new();
         self.jobs += 1;
+        let facts = self.devices.iter().map(|device| device.facts());
         let hello = Hello {
             versions: vec![VERSION],
             worker_id: worker.id.to_string(),
@@ -336,6 +337,7 @@ impl State {
             server: self.home.server.clone(),
             socket: self.home.socket.clone(),
             device_id: worker.device.clone(),
+            device_uuids: facts.map(|facts| (facts.device.clone(), facts.uuid.clone())).collect(),
             memory_limit_mb: limit_bytes.map(megabytes),
             heartbeat_seconds,
             max_line_bytes: MAX_LINE_BYTES,

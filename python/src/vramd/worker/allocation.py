@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .framework import Framework
+from .manager import Manager
 from .protocol import Call, Refused, megabytes, size_bytes
 
 
@@ -22,8 +23,9 @@ class Buffer:
 
 
 class Allocations:
-    def __init__(self, framework: Framework, device: str) -> None:
+    def __init__(self, framework: Framework, manager: Manager, device: str) -> None:
         self._framework = framework
+        self._manager = manager
         self._buffers: dict[str, Buffer] = {}
         self._lock = threading.Lock()
         self.device = device
@@ -33,6 +35,7 @@ class Allocations:
         if size == 0:
             raise Refused("INVALID_ARGUMENT", "size_mb is less than a byte")
         device = call.optional_text("device_id") or self.device
+        self._manager.check_room("the allocation", size)
         buffer = self.take_in(
             device, self._framework.empty(size, device), call.optional_text("purpose") or ""
         )
@@ -50,6 +53,7 @@ class Allocations:
         buffer = Buffer(str(uuid.uuid4()), device, purpose, value)
         with self._lock:
             self._buffers[buffer.allocation_id] = buffer
+            self._count()
         return buffer
 
     def get(self, allocation_id: str) -> Buffer:
@@ -65,6 +69,7 @@ class Allocations:
             if buffer is not None and buffer.readers:
                 raise Refused("CONFLICT", f"allocation {allocation_id} is being transferred")
             found = self._buffers.pop(allocation_id, None)
+            self._count()
         return found or self.get(allocation_id)
 
     def clear(self, device: str | None) -> int:
@@ -77,7 +82,12 @@ class Allocations:
             ]
             for allocation_id in gone:
                 del self._buffers[allocation_id]
+            self._count()
         return len(gone)
+
+    def _count(self) -> None:
+        sizes = (self._framework.size_of(buffer.value) for buffer in self._buffers.values())
+        self._manager.buffer_bytes = sum(sizes)
 
     def shown(self, buffer: Buffer) -> dict[str, Any]:
         return {

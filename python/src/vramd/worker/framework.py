@@ -6,10 +6,11 @@ import ctypes
 import gc
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from .. import cuda
 from .protocol import Refused, gigabytes, megabytes
 
 #: Bytes that a copy moves between two looks at whether it is still wanted.
@@ -22,6 +23,10 @@ class Framework(Protocol):
     kind: Literal["torch", "numpy"]
     #: Its name and version.
     name: str
+
+    def know(self, uuids: Mapping[str, str]) -> None:
+        """By which the daemon's devices are known, whatever this process counts them as."""
+        ...
 
     def devices(self) -> list[str]: ...
 
@@ -41,8 +46,8 @@ class Framework(Protocol):
 
     def copy_into(self, target: Any, source: Any, offset: int, size_bytes: int) -> None: ...
 
-    def load(self, path: Path, device: str) -> Mapping[str, Any]:
-        """A state dict from a file, in memory of this process."""
+    def load(self, path: Path, device: str, check: Callable[[], None]) -> Mapping[str, Any]:
+        """A state dict from a file, in memory of this process; ``check`` raises once nobody waits for it."""
         ...
 
     def move(self, value: Any, device: str) -> Any:
@@ -73,6 +78,9 @@ class NumPy:
         self._numpy = numpy
         self.name = f"numpy {numpy.__version__}"
 
+    def know(self, uuids: Mapping[str, str]) -> None:
+        pass
+
     def devices(self) -> list[str]:
         return ["cpu:0"]
 
@@ -98,7 +106,7 @@ class NumPy:
     def copy_into(self, target: Any, source: Any, offset: int, size_bytes: int) -> None:
         target[offset : offset + size_bytes] = source[offset : offset + size_bytes]
 
-    def load(self, path: Path, device: str) -> Mapping[str, Any]:
+    def load(self, path: Path, device: str, check: Callable[[], None]) -> Mapping[str, Any]:
         self._check(device)
         if path.suffix != ".safetensors":
             what = f"without PyTorch this worker reads .safetensors, not {path.suffix or path.name}"
@@ -126,12 +134,23 @@ class Torch:
         import torch
 
         self._torch = torch
+        self._uuids: Mapping[str, str] = {}
         self.name = f"torch {torch.__version__}"
+
+    def know(self, uuids: Mapping[str, str]) -> None:
+        self._uuids = {one: uuid for one, uuid in uuids.items() if one.startswith("cuda:")}
 
     def devices(self) -> list[str]:
         # Those that this process uses: asking others for figures would open a context on them.
-        count = self._torch.cuda.device_count() if self._torch.cuda.is_initialized() else 0
-        return ["cpu:0", *(f"cuda:{ordinal}" for ordinal in range(count))]
+        return ["cpu:0", *(self._ordinals() if self._torch.cuda.is_initialized() else ())]
+
+    def _ordinals(self) -> dict[str, int]:
+        """The cards of this process by the daemon's names; by torch's where the daemon has none."""
+        if not self._uuids:
+            return {f"cuda:{ordinal}": ordinal for ordinal in range(self._torch.cuda.device_count())}
+        # Not before somebody uses them: a process that has asked the driver cannot be forked any more.
+        found = {one: cuda.ordinal_of(uuid) for one, uuid in self._uuids.items()}
+        return {one: ordinal for one, ordinal in found.items() if ordinal is not None}
 
     def used_bytes(self, device: str) -> int:
         place = self._place(device)
@@ -141,13 +160,13 @@ class Torch:
         place = self._place(device)
         if place.type == "cpu":
             return host_figures()
-        cuda = self._torch.cuda
-        free, total = cuda.mem_get_info(place)
-        stats = cuda.memory_stats(place)
+        of_torch = self._torch.cuda
+        free, total = of_torch.mem_get_info(place)
+        stats = of_torch.memory_stats(place)
         return {
-            "used_mb": megabytes(cuda.memory_reserved(place)),
-            "allocated_mb": megabytes(cuda.memory_allocated(place)),
-            "peak_allocated_mb": megabytes(cuda.max_memory_allocated(place)),
+            "used_mb": megabytes(of_torch.memory_reserved(place)),
+            "allocated_mb": megabytes(of_torch.memory_allocated(place)),
+            "peak_allocated_mb": megabytes(of_torch.max_memory_allocated(place)),
             "inactive_split_mb": megabytes(stats.get("inactive_split_bytes.all.current", 0)),
             "free_mb": megabytes(free),
             "total_mb": megabytes(total),
@@ -155,14 +174,14 @@ class Torch:
 
     def summary(self) -> dict[str, float]:
         """All cards together."""
-        cuda, cards = self._torch.cuda, self.devices()[1:]
+        of_torch, cards = self._torch.cuda, self.devices()[1:]
         free = total = allocated = reserved = 0
         for card in cards:
             place = self._place(card)
-            of_card = cuda.mem_get_info(place)
+            of_card = of_torch.mem_get_info(place)
             free, total = free + of_card[0], total + of_card[1]
-            allocated += cuda.memory_allocated(place)
-            reserved += cuda.memory_reserved(place)
+            allocated += of_torch.memory_allocated(place)
+            reserved += of_torch.memory_reserved(place)
         return gpu_figures(allocated, reserved, free, total)
 
     def empty(self, size_bytes: int, device: str) -> Any:
@@ -180,10 +199,13 @@ class Torch:
         if target.is_cuda or source.is_cuda:
             self._torch.cuda.synchronize()
 
-    def load(self, path: Path, device: str) -> Mapping[str, Any]:
+    def load(self, path: Path, device: str, check: Callable[[], None]) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             # What the library reads is a mapping of the file, nothing of this process's own.
-            moved: Mapping[str, Any] = self.move(_read_safetensors(path, "torch"), device)
+            tensors, moved = _read_safetensors(path, "torch"), {}
+            for name, tensor in tensors.items():
+                check()
+                moved[name] = self.move(tensor, device)
             return moved
         if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
             try:
@@ -205,15 +227,21 @@ class Torch:
         )
 
     def move(self, value: Any, device: str) -> Any:
-        place = self._place(device)
+        return self._move(value, self._place(device), {})
+
+    def _move(self, value: Any, place: Any, moved: dict[Any, Any]) -> Any:
         if isinstance(value, self._torch.nn.Module):
             return value.to(place)
         if isinstance(value, self._torch.Tensor):
-            return value.to(place, copy=True)
+            # Tied weights stay tied.
+            same = (value.data_ptr(), value.dtype, value.shape, value.stride())
+            if same not in moved:
+                moved[same] = value.to(place, copy=True)
+            return moved[same]
         if isinstance(value, Mapping):
-            return {name: self.move(one, device) for name, one in value.items()}
+            return {name: self._move(one, place, moved) for name, one in value.items()}
         if isinstance(value, list | tuple):
-            return [self.move(one, device) for one in value]
+            return [self._move(one, place, moved) for one in value]
         raise Refused("CONFLICT", f"a {type(value).__name__} cannot be moved: it is no tensor")
 
     def collect(self, device: str | None) -> None:
@@ -224,22 +252,24 @@ class Torch:
             self._torch.cuda.empty_cache()
 
     def _place(self, device: str) -> Any:
-        kind, _, ordinal = device.partition(":")
-        if kind == "cpu":
+        if device.startswith("cpu:"):
             return self._torch.device("cpu")
-        cuda = self._torch.cuda
-        if kind == "cuda" and cuda.is_available() and int(ordinal) < cuda.device_count():
-            return self._torch.device(kind, int(ordinal))
-        known = ", ".join(self.devices())
+        cards = self._ordinals() if self._torch.cuda.is_available() else {}
+        if device in cards:
+            return self._torch.device("cuda", cards[device])
+        known = ", ".join(["cpu:0", *cards])
         raise Refused("INVALID_ARGUMENT", f"PyTorch has no {device} here", f"it has: {known}")
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:
-    """The bytes of NumPy arrays or torch tensors."""
-    return sum(
-        int(one.nbytes) if hasattr(one, "nbytes") else int(one.numel() * one.element_size())
-        for one in tensors
-    )
+    """The bytes of NumPy arrays or torch tensors; of tied ones, once."""
+
+    def place_and_size(one: Any) -> tuple[str, int, int]:
+        if hasattr(one, "data_ptr"):
+            return str(one.device), one.data_ptr(), int(one.numel() * one.element_size())
+        return "", one.__array_interface__["data"][0], int(one.nbytes)
+
+    return sum(size for _, _, size in {place_and_size(one) for one in tensors})
 
 
 def private_bytes() -> int:

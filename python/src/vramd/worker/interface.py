@@ -28,7 +28,7 @@ class Interface:
         self._manager = manager
         self._hooks = hooks
         self.models = ModelMemory(framework, manager, hooks)
-        self.allocations = Allocations(framework, self.models.device)
+        self.allocations = Allocations(framework, manager, self.models.device)
         self._transfers = Transfers(framework, self.allocations)
         self._analytics = Analytics(framework)
         self._cleaned = 0

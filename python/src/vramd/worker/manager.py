@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..attachment import Attachment
 from .protocol import Refused, megabytes
 
 LEVELS = ("Normal", "Moderate", "High", "Critical")
@@ -45,6 +46,11 @@ class Model:
     def busy(self) -> bool:
         return self.users > 0
 
+    @property
+    def orphaned(self) -> bool:
+        """Whether the daemon that its weights are attached from is gone."""
+        return isinstance(self.value, Attachment) and self.value.ended is not None
+
     def report(self) -> dict[str, Any]:
         """As the daemon is told."""
         return {
@@ -53,7 +59,7 @@ class Model:
             "device_id": self.device,
             "offloaded": self.offloaded,
             "memory_mb": megabytes(self.size_bytes),
-            "attached_mb": megabytes(self.attached_bytes),
+            "attached_mb": 0.0 if self.orphaned else megabytes(self.attached_bytes),
             "attached_model": self.attached_model,
             "busy": self.busy,
             "priority": self.priority,
@@ -109,6 +115,8 @@ class Manager:
         self._loading = threading.RLock()
         self._changed = changed
         self.limit_bytes = limit_bytes
+        #: What buffers take beside the models.
+        self.buffer_bytes = 0
         #: The level that the daemon last told, by device.
         self.levels: dict[str, str] = {}
 
@@ -141,11 +149,23 @@ class Manager:
         with self._lock:
             if name in self._models:
                 raise Refused("CONFLICT", f"{name} is loaded already")
-            held = sum(model.size_bytes for model in self._models.values())
-        if self.limit_bytes is not None and held + size_bytes > self.limit_bytes:
-            taken = f"{megabytes(held)} of {megabytes(self.limit_bytes)} are taken"
+        self.check_room(name, size_bytes)
+
+    def excess_bytes(self, size_bytes: int) -> int:
+        """By how much one of that size would be too large beside what there is."""
+        if self.limit_bytes is None:
+            return 0
+        return max(self._held_bytes() + size_bytes - self.limit_bytes, 0)
+
+    def check_room(self, name: str, size_bytes: int) -> None:
+        """Refuses what has no room below the limit."""
+        if self.limit_bytes is not None and self.excess_bytes(size_bytes):
+            taken = f"{megabytes(self._held_bytes())} of {megabytes(self.limit_bytes)} are taken"
             what = f"{name} takes {megabytes(size_bytes)} MB; {taken}"
             raise Refused("INSUFFICIENT_MEMORY", what, "unload another model, or raise the worker's limit")
+
+    def _held_bytes(self) -> int:
+        return self.buffer_bytes + sum(model.size_bytes for model in self.models())
 
     def drop(self, name: str) -> Model | None:
         with self._lock:

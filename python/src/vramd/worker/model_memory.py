@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,7 +54,7 @@ class ModelMemory:
             model.attached_model = call.optional_text("model") or name
             self._attach(model)
         else:
-            model.value = self._framework.load(Path(path), device)
+            model.value = self._framework.load(Path(path), device, call.check)
             model.size_bytes = tensor_bytes(model.value.values())
             self._manager.check_new(name, model.size_bytes)
         try:
@@ -173,6 +174,23 @@ class ModelMemory:
             "freed_mb": megabytes(max(before - self._used(device), 0)),
             "milliseconds": round((time.monotonic() - began) * 1000, 3),
         }
+
+    def make_room(self, name: str, size_bytes: int) -> None:
+        """Lets idle models go until there is room for one more below the limit, or refuses it."""
+        for model in self._manager.in_order("LowestCost"):
+            if not self._manager.excess_bytes(size_bytes):
+                return
+            if model.size_bytes:
+                with suppress(Refused):
+                    self.let_go(model.name)
+        self._manager.check_room(name, size_bytes)
+
+    def let_orphans_go(self) -> None:
+        """Idle models whose weights another daemon held: the next use attaches them anew."""
+        for model in self._manager.models():
+            if model.orphaned:
+                with suppress(Exception):
+                    self.let_go(model.name)
 
     def let_all_go(self) -> tuple[list[str], list[dict[str, str]]]:
         """Everything that nobody uses; answers what went, and what was refused."""

@@ -129,7 +129,10 @@ class Worker:
         if isinstance(value, Attachment):
             attached = f"{value.model}/{value.component}"
             return Model(name, value.device, 0, value.nbytes, attached, load_seconds=seconds, value=value)
-        return Model(name, self.device, self.size_of(value), load_seconds=seconds, value=value)
+        size = self.size_of(value)
+        if self._interface is not None:
+            self._interface.models.make_room(name, size)
+        return Model(name, self.device, size, load_seconds=seconds, value=value)
 
     def _restore(self, name: str) -> None:
         if self._interface is None:
@@ -257,6 +260,8 @@ class Worker:
 
     def _report(self, connected: channel.Channel, over: threading.Event) -> None:
         """Tells the daemon which models there are when that has changed: nobody who computes waits for it."""
+        if self._interface is not None:
+            self._interface.models.let_orphans_go()
         while not over.is_set():
             self._changed.wait()
             self._changed.clear()
@@ -272,6 +277,8 @@ class Worker:
             raise Refused("CONFLICT", f"this worker speaks version {protocol.VERSION}, not {versions}")
         limit = call.optional_number("memory_limit_mb")
         self._manager.limit_bytes = None if limit is None else protocol.size_bytes(limit)
+        uuids = call.data.get("device_uuids")
+        framework.know(uuids if isinstance(uuids, dict) else {})
         device = self._device = self._device or call.optional_text("device_id")
         device = device or "cpu:0"
         interface.models.device = interface.allocations.device = device
