@@ -42,7 +42,8 @@ pub async fn run(python: &Path, messages: usize, rounds: usize) -> anyhow::Resul
     let mut python_echo = Echo::start(python, &["-c", ECHO])?;
     let mut c_echo = Echo::start(Path::new("cat"), &[])?;
     let line = format!("{}\n", json!({ "request_id": "1", "action": "ping", "data": data }));
-    let (mut of_worker, mut of_python, mut of_c, mut rates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut of_worker, mut of_python, mut of_c, mut rates) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=rounds {
         let mut micros = Vec::with_capacity(messages);
         for _ in 0..messages {
@@ -50,7 +51,8 @@ pub async fn run(python: &Path, messages: usize, rounds: usize) -> anyhow::Resul
             link.call("ping", &data, PATIENCE).await?;
             micros.push(begun.elapsed().as_secs_f64() * 1e6);
         }
-        let (python_micros, c_micros) = (python_echo.round(&line, messages).await?, c_echo.round(&line, messages).await?);
+        let (python_micros, c_micros) =
+            (python_echo.round(&line, messages).await?, c_echo.round(&line, messages).await?);
         let begun = Instant::now();
         let mut flight = JoinSet::new();
         for number in 0..messages {
