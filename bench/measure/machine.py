@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import vramd
 SHMEM_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 MODEL = "bench"
 START_SECONDS = 30
+PATIENCE_SECONDS = 120
 
 
 class Setup(NamedTuple):
@@ -38,6 +39,14 @@ class Setup(NamedTuple):
 
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit("waited too long")
+        time.sleep(0.01)
 
 
 def median(values: Sequence[float]) -> float:
@@ -85,7 +94,13 @@ def huge_pages() -> Iterator[None]:
 class Daemon:
     """A daemon of its own, on a free port, that ends with the ``with`` block."""
 
-    def __init__(self, setup: Setup, *options: str, within: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        *options: str,
+        within: Sequence[str] = (),
+        program: Sequence[str | Path] | None = None,
+    ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="vramd-bench-")
         home = Path(self._directory.name)
         self.socket = home / "vramd.sock"
@@ -93,12 +108,15 @@ class Daemon:
         self._log = open(home / "log", "w")  # noqa: SIM115 - open as long as the daemon runs
         self._process = subprocess.Popen(
             [
-                *within, setup.vramd, "serve", "--listen", "127.0.0.1:0", "--socket", self.socket,
-                "--state-dir", home / "state", "--model-root", setup.work, "--ready-file", ready, *options,
+                *within, *(program or (setup.vramd, "serve")), "--listen", "127.0.0.1:0",
+                "--socket", self.socket, "--state-dir", home / "state", "--model-root", setup.work,
+                "--ready-file", ready, *options,
             ],
-            stdout=self._log, stderr=self._log,
+            stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
         )  # fmt: skip
         self.pid = self._process.pid
+        assert self._process.stdin is not None
+        self.input = self._process.stdin
         deadline = time.monotonic() + START_SECONDS
         while not ready.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:

@@ -15,7 +15,8 @@ from typing import Any
 
 import vramd
 
-from .machine import Daemon, Setup, cpu_seconds, median, say
+from . import pressure
+from .machine import Daemon, Setup, cpu_seconds, median, say, until
 from .table import Aim, Row, Table
 
 MIB = 1 << 20
@@ -36,6 +37,7 @@ while True:
 def measure(setup: Setup, table: Table) -> None:
     _messages(setup, table)
     _pressure(setup, table)
+    pressure.measure(setup, table)
     _hundred(setup, table)
 
 
@@ -164,7 +166,7 @@ def _round(setup: Setup, group: Path) -> tuple[float, float]:
         for name in ("one", "two", "third"):
             client.start_worker("python", name=name)
         for name in ("one", "two", "third"):
-            _until(lambda name=name: client.worker(name)["state"] == "Ready")
+            until(lambda name=name: client.worker(name)["state"] == "Ready")
         for name in ("one", "two"):
             client.call_worker(name, "memory.load_model", {"name": "shared"}, timeout_seconds=60)
         own = {"name": "mine", "path": str(small)}
@@ -194,7 +196,7 @@ def _round(setup: Setup, group: Path) -> tuple[float, float]:
             watch = _Watch(group, _kept(group, client))
             hog.stdin.write("go\n")
             hog.stdin.flush()
-            _until(lambda: "pressure.changed" in arrived and watch.relieved is not None)
+            until(lambda: "pressure.changed" in arrived and watch.relieved is not None)
         finally:
             hog.kill()
             hog.wait()
@@ -209,7 +211,7 @@ def _hundred(setup: Setup, table: Table) -> None:
     with Daemon(setup, "--worker-program", program) as daemon:
         for number in range(100):
             daemon.client.start_worker("python", name=f"worker-{number}")
-        _until(lambda: all(one["state"] == "Ready" for one in daemon.client.workers()))
+        until(lambda: all(one["state"] == "Ready" for one in daemon.client.workers()))
         time.sleep(5)
         before = cpu_seconds(daemon.pid)
         time.sleep(seconds)
@@ -228,11 +230,3 @@ def _write(path: Path, size: int) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         for _ in range(size // MIB):
             file.write(os.urandom(MIB))
-
-
-def _until(condition: Any) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit("waited too long")
-        time.sleep(0.01)

@@ -1,10 +1,12 @@
 //! What vramd is measured with: `bare` serves what it serves and `hammer` asks both; `reader` has memory attached that
-//! is moved, and `copier` copies as much; `vulkan` is a bare program that copies on a card, or imports what is on it.
+//! is moved, and `copier` copies as much; `vulkan` is a bare program that copies on a card, or imports what is on it;
+//! `sim` is vramd itself, on a simulated device that others fill.
 
 mod bare;
 mod copier;
 mod hammer;
 mod reader;
+mod sim;
 mod vulkan;
 mod worker;
 
@@ -81,6 +83,8 @@ enum Command {
         #[arg(long, default_value_t = 5)]
         rounds: usize,
     },
+    /// Serves vramd on a simulated device until its input ends; `foreign BYTES` and `process PID BYTES` there say what others have of it
+    Sim(sim::Options),
     /// Copies memory and prints the rate as JSON
     Copier {
         #[arg(long)]
@@ -123,6 +127,7 @@ async fn main() -> anyhow::Result<()> {
             println!("{}", run.await??);
             Ok(())
         }
+        Command::Sim(options) => sim::serve(options).await,
         Command::Copier { block, total, threads } => {
             println!("{}", copier::run(block, total, threads));
             Ok(())
