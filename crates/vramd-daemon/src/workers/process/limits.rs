@@ -56,9 +56,9 @@ impl Limits {
     }
 }
 
-/// Removes what earlier runs of this daemon left.
+/// Removes what earlier runs of this daemon left. Before any worker is started: a group with processes in it is not divided.
 pub fn sweep(mark: &str) {
-    let Some((own, _)) = own_group(Path::new("/")) else { return };
+    let Some((own, _)) = own_group(Path::new("/"), is_delegated) else { return };
     let prefix = format!("{PREFIX}{mark}-");
     let entries = fs::read_dir(own).into_iter().flatten().flatten();
     for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix)) {
@@ -88,8 +88,9 @@ fn end_group(group: &Path) {
 }
 
 fn make_group(bytes: u64, process: Pid, id: &str) -> io::Result<PathBuf> {
-    let (own, limit) = own_group(Path::new("/"))
-        .ok_or_else(|| io::Error::other("no memory controller is mounted where this process could use it"))?;
+    let (own, limit) = own_group(Path::new("/"), is_delegated).ok_or_else(|| {
+        io::Error::other("no group that divides memory is the daemon's own (of systemd: Delegate=memory)")
+    })?;
     let group = own.join(format!("{PREFIX}{id}"));
     match fs::create_dir(&group) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -104,8 +105,8 @@ fn make_group(bytes: u64, process: Pid, id: &str) -> io::Result<PathBuf> {
     Ok(group)
 }
 
-/// The folder of the control group that this process's memory is counted in, and the name of the file with its limit.
-fn own_group(root: &Path) -> Option<(PathBuf, &'static str)> {
+/// The folder in which groups for workers are made, and the name of the file with their limit.
+fn own_group(root: &Path, is_delegated: impl Fn(&Path) -> bool) -> Option<(PathBuf, &'static str)> {
     let listed = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     let place = |line: &str, controller: &str| -> Option<String> {
         let mut fields = line.splitn(3, ':').skip(1);
@@ -121,8 +122,86 @@ fn own_group(root: &Path) -> Option<(PathBuf, &'static str)> {
     if let Some(at) = listed.lines().find_map(|line| place(line, "memory")) {
         return Some((folder("memory", at), "memory.limit_in_bytes")).filter(|(at, _)| at.is_dir());
     }
-    let at = listed.lines().find_map(|line| place(line, ""))?;
-    let own = folder("", at);
-    let given = fs::read_to_string(own.join("cgroup.subtree_control")).ok()?;
-    given.split_whitespace().any(|one| one == "memory").then_some((own, "memory.max"))
+    let own = folder("", listed.lines().find_map(|line| place(line, ""))?);
+    let above = own.parent().filter(|above| is_delegated(above) && divides_memory(above));
+    let found = match above {
+        Some(above) => above.to_owned(),
+        None if divides_memory(&own) || (is_delegated(&own) && divide(&own).is_ok()) => own,
+        None => return None,
+    };
+    Some((found, "memory.max"))
+}
+
+/// Whether systemd has left the group to us, to be divided as we like: `Delegate=memory` in a unit.
+fn is_delegated(group: &Path) -> bool {
+    let mut value = [0; 1];
+    rustix::fs::getxattr(group, "user.delegate", &mut value[..]).is_ok() && value == *b"1"
+}
+
+fn divides_memory(group: &Path) -> bool {
+    let given = fs::read_to_string(group.join("cgroup.subtree_control")).unwrap_or_default();
+    given.split_whitespace().any(|one| one == "memory")
+}
+
+/// A group divides memory among groups below it once no process is in it: this one goes below itself.
+fn divide(group: &Path) -> io::Result<()> {
+    let (leaf, pid) = (group.join("vramd"), std::process::id().to_string());
+    match fs::create_dir(&leaf) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    fs::write(leaf.join("cgroup.procs"), &pid)?;
+    fs::write(group.join("cgroup.subtree_control"), "+memory").inspect_err(|error| {
+        tracing::debug!(group = %group.display(), %error, "workers have no control groups");
+        let _ = fs::write(group.join("cgroup.procs"), &pid);
+        let _ = fs::remove_dir(&leaf);
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OWN: &str = "sys/fs/cgroup/system.slice/vramd.service";
+
+    fn tree(group: &str, given: &str) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("proc/self")).unwrap();
+        fs::write(root.path().join("proc/self/cgroup"), format!("0::{group}\n")).unwrap();
+        fs::create_dir_all(root.path().join(OWN)).unwrap();
+        fs::write(root.path().join(OWN).join("cgroup.subtree_control"), given).unwrap();
+        root
+    }
+
+    #[test]
+    fn what_is_delegated_is_divided_from_below() {
+        let root = tree("/system.slice/vramd.service", "");
+        let own = root.path().join(OWN);
+        assert_eq!(own_group(root.path(), |_| false), None, "it is somebody else's to divide");
+        assert!(!own.join("vramd").exists());
+        assert_eq!(own_group(root.path(), |at| at == own), Some((own.clone(), "memory.max")));
+        let written = |name: &str| fs::read_to_string(own.join(name)).unwrap();
+        assert_eq!(written("vramd/cgroup.procs"), std::process::id().to_string());
+        assert_eq!(written("cgroup.subtree_control"), "+memory");
+    }
+
+    #[test]
+    fn who_is_below_already_makes_groups_beside_itself() {
+        let root = tree("/system.slice/vramd.service/vramd", "cpu memory\n");
+        let own = root.path().join(OWN);
+        fs::create_dir(own.join("vramd")).unwrap();
+        assert_eq!(own_group(root.path(), |at| at == own), Some((own.clone(), "memory.max")));
+        assert!(!own.join("vramd/vramd").exists());
+    }
+
+    #[test]
+    fn a_group_that_cannot_be_divided_stays_as_it_was() {
+        let root = tree("/system.slice/vramd.service", "");
+        let own = root.path().join(OWN);
+        fs::remove_file(own.join("cgroup.subtree_control")).unwrap();
+        fs::create_dir(own.join("cgroup.subtree_control")).unwrap();
+        assert_eq!(own_group(root.path(), |at| at == own), None);
+        let back = fs::read_to_string(own.join("cgroup.procs")).unwrap();
+        assert_eq!(back, std::process::id().to_string());
+    }
 }
