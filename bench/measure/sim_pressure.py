@@ -1,4 +1,4 @@
-"""Pressure on a simulated device with three workers: how soon it is seen, and how soon relieved."""
+"""Pressure on a simulated device, with a made-up hog and three workers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import vramd
 
-from .machine import Daemon, Setup, median, until
+from .machine import Daemon, Setup, until
 from .model import small
-from .table import Aim, Row, Table
 
 DEVICE = "sim:0"
 DEVICE_BYTES = 1 << 30
@@ -50,31 +49,12 @@ with OnSim(name, device="sim:0", socket=socket) as worker:
 """
 
 
-def measure(setup: Setup, table: Table) -> None:
-    rounds = [_round(setup) for _ in range(setup.rounds(8))]
-    seen, relieved = [one.seen * 1e3 for one in rounds], [one.relieved * 1e3 for one in rounds]
-    table.add(
-        "pressure of a hog on sim: crossing the threshold to the event",
-        "ms",
-        [Row("vramd", median(seen), max(seen))],
-        Aim("≤ 250", max(seen) <= 250),
-    )
-    table.add(
-        "crossing the threshold on sim to as much free as was looked for",
-        "ms",
-        [Row("vramd", median(relieved), max(relieved))],
-        Aim("≤ 1000", max(relieved) <= 1000),
-    )
+def rounds(setup: Setup) -> list[tuple[float, float]]:
+    """Of each round the seconds from the crossing of the threshold to the event, and to relief."""
+    return [_round(setup) for _ in range(setup.rounds(8))]
 
 
-class Round(NamedTuple):
-    """Seconds from the crossing of the threshold to each event."""
-
-    seen: float
-    relieved: float
-
-
-def _round(setup: Setup) -> Round:
+def _round(setup: Setup) -> tuple[float, float]:
     shared = small(setup, "pressure-256m", MODEL_BYTES)
     simulated = (setup.peers, "sim", "--size", str(DEVICE_BYTES))
     with Daemon(setup, program=simulated) as daemon, contextlib.ExitStack() as workers:
@@ -108,7 +88,7 @@ def _round(setup: Setup) -> Round:
         assert [one["model"] for one in done["modelsUnloaded"]] == ["mine"], done
         looked_for = changed["freeBytes"] + changed["neededBytes"]
         assert client.device_pressure(DEVICE)["freeMemory"] >= looked_for, changed
-        return Round(at - crossed, relieved_at - crossed)
+        return at - crossed, relieved_at - crossed
 
 
 def _worker(daemon: Daemon, name: str, own_bytes: int) -> subprocess.Popen[bytes]:
