@@ -18,7 +18,7 @@ import vramd as api
 from support import ROOT, Vramd, running, until
 from vramd import cuda
 from vramd.worker import Model, Refused, Worker
-from vramd.worker.framework import NumPy, Torch
+from vramd.worker.framework import NumPy, Torch, collect_host, private_bytes
 from vramd.worker.interface import Interface
 
 MEGABYTE = 1 << 20
@@ -202,7 +202,7 @@ def test_a_limit_is_kept_and_bad_files_are_named(daemon: Vramd) -> None:
     with pytest.raises(api.InsufficientMemory):
         call("limited", "memory.allocate", {"size_mb": 8193})
     call("limited", "memory.allocate", {"size_mb": 1})
-    with pytest.raises(api.InsufficientMemory, match=r"1\.0 of 8192"):
+    with pytest.raises(api.InsufficientMemory, match=r"of 8192\.0 MB"):
         call("limited", "memory.allocate", {"size_mb": 8192})
     daemon.client.stop_worker("limited")
 
@@ -210,18 +210,19 @@ def test_a_limit_is_kept_and_bad_files_are_named(daemon: Vramd) -> None:
 def test_a_server_makes_room_below_its_limit_before_it_refuses() -> None:
     class Small(Worker):
         def on_load(self, name: str) -> Any:
-            return np.zeros(MEGABYTE * (9 if name == "large" else 3), np.uint8)
+            return np.ones(MEGABYTE * (150 if name == "large" else 40), np.uint8)
 
     server = Small("small")
     server._interface = Interface(NumPy(), server._manager, server)
-    server._manager.limit_bytes = 8 * MEGABYTE
+    collect_host()
+    server._manager.limit_bytes = private_bytes() + 100 * MEGABYTE
     for name in ("a", "b", "c"):
         with server.using(name):
             pass
     left = {model.name for model in server.models()}
     assert len(left) == 2
     assert "c" in left
-    with server.using("c"), pytest.raises(Refused, match="large takes 9"), server.using("large"):
+    with server.using("c"), pytest.raises(Refused, match="no room for large"), server.using("large"):
         pass
     assert [model.name for model in server.models()] == ["c"]
 
@@ -302,6 +303,21 @@ def test_a_model_server_joins_and_gives_way(daemon: Vramd) -> None:
         assert server.networks == {}
         until(lambda: not shown("server")["models"], "its model to be gone")
     until(lambda: shown("server")["state"] == "Exited", "it to leave")
+
+
+def test_running_one_that_was_started_waits_for_it(daemon: Vramd, capfd: pytest.CaptureFixture[str]) -> None:
+    with Server("once", socket=daemon.socket) as server:
+        running = threading.Thread(target=server.run)
+        running.start()
+        until(lambda: "once" in [one["name"] for one in daemon.client.workers()], "it to join")
+        until(lambda: daemon.client.worker("once")["state"] == "Ready", "it to be ready")
+        names = [one["name"] for one in daemon.client.workers()]
+        assert "once-2" not in names
+        assert running.is_alive()
+    running.join(10)
+    assert not running.is_alive()
+    with Server("early", socket=f"{daemon.socket}-not-there"):
+        until(lambda: "early joins once there is one" in capfd.readouterr().err, "it to say so")
 
 
 def test_nobody_uses_what_is_going_and_what_is_offloaded_comes_back(daemon: Vramd) -> None:

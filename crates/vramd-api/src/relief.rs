@@ -33,6 +33,8 @@ pub struct DevicePressure {
     pub total_memory: u64,
     /// 0 to 100: the share of the device that is not free.
     pub utilization_percentage: f64,
+    /// Tasks wait for this memory, as the system tells.
+    pub stalled: bool,
     pub trend: Trend,
     /// How many bytes others take on top from second to second; negative where they give back.
     pub shrinks_per_second: f64,
@@ -91,7 +93,7 @@ pub struct ModelStatus {
     pub system_memory: DeviceStatus,
     pub model_memory: ModelMemory,
     pub worker_memory: WorkerMemoryStatus,
-    /// What models take on the device, the daemon's and the workers': nothing is counted twice.
+    /// What the daemon holds of models on the device, and all that workers' processes have of their own there: nothing is counted twice.
     pub total_memory_usage: u64,
     /// What models could take: what is free, and what may go at once.
     pub available_for_models: u64,

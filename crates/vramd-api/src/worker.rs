@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{Bytes, DeviceId, Priority, WorkerId, WorkerName};
+use crate::{Bytes, DeviceId, ModelName, Priority, WorkerId, WorkerName};
 
 /// A worker to be started.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -166,6 +166,14 @@ pub struct WorkerModel {
     /// How long it took to load.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub load_seconds: Option<f64>,
+}
+
+impl WorkerModel {
+    /// Whether it is a registered model, or a component of one, attached.
+    pub fn is_of(&self, registered: &ModelName) -> bool {
+        let attached = self.attached_model.as_deref().unwrap_or_default();
+        attached.split('/').next() == Some(registered.as_str())
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]

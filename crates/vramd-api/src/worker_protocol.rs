@@ -80,10 +80,7 @@ impl From<WorkerError> for ApiError {
         let own = code.ok().filter(|code| !matches!(code, ErrorCode::Internal | ErrorCode::Unavailable));
         let text = if error.message.is_empty() { "the worker gave no reason" } else { &error.message };
         let mut shown = Self::new(own.unwrap_or(ErrorCode::WorkerFailed), clip(text));
-        shown.hint = error.hint.as_deref().map(clip).or_else(|| {
-            let own_word = shown.code == ErrorCode::WorkerFailed;
-            own_word.then(|| "its log says more: `vramd workers logs NAME`".to_owned())
-        });
+        shown.hint = error.hint.as_deref().map(clip);
         shown.detail("workerCode", clip(&error.code))
     }
 }

@@ -138,6 +138,10 @@ impl Gauge {
             self.seen.pop_front();
         }
         self.by_ratio = thresholds.level(self.ratio, self.by_ratio);
+        if self.by_ratio < PressureLevel::Moderate {
+            // Somebody waits at a limit of their own: memory itself is there.
+            self.reading.stall = Stall::None;
+        }
         let others_grew =
             reading.others_bytes.saturating_sub(self.base_bytes) as f64 > GROWN * reading.total_bytes as f64;
         let headroom = if self.is_tight { self.roomy() } else { self.headroom() };
@@ -146,7 +150,7 @@ impl Gauge {
         let soon_exhausted = self.by_ratio >= PressureLevel::Moderate
             && rate > 0.0
             && (self.available_bytes() as f64) < rate * EXHAUSTED_SECONDS;
-        let at_least = match reading.stall {
+        let at_least = match self.reading.stall {
             Stall::Full => PressureLevel::Critical,
             Stall::Some => PressureLevel::High,
             Stall::None if self.is_tight || soon_exhausted => PressureLevel::High,
@@ -329,11 +333,12 @@ mod tests {
     }
 
     #[test]
-    fn stalls_count_whatever_is_free_but_nothing_goes_in_vain() {
+    fn stalls_count_where_memory_is_scarce_and_nothing_goes_in_vain() {
         let stalled = |free, stall| after(&[Reading { stall, ..reading(free, 0, 0) }]);
-        assert_eq!(stalled(900, Stall::Some).level(), High);
-        assert_eq!(stalled(900, Stall::Full).level(), Critical);
-        assert_eq!(stalled(900, Stall::Full).needs(), 0);
+        assert_eq!(stalled(900, Stall::Full).level(), Normal, "somebody is at a limit of their own");
+        assert_eq!(stalled(290, Stall::Some).level(), High);
+        assert_eq!(stalled(290, Stall::Full).level(), Critical);
+        assert_eq!(stalled(290, Stall::Full).needs(), 0);
         assert_eq!(stalled(160, Stall::Some).needs(), 21);
     }
 

@@ -21,7 +21,7 @@ mod store;
 mod usage;
 mod workers;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::TryLockError;
 use std::future::Future;
 use std::io;
@@ -34,7 +34,8 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
 use vramd_api::{
-    ApiError, ComponentName, DeviceId, EvictionPolicy, KeepAlive, ModelName, ReadyFile, StartWorker,
+    ApiError, ComponentName, DeviceId, ErrorCode, EvictionPolicy, KeepAlive, ModelName, ReadyFile,
+    StartWorker,
 };
 
 pub use bridges::{Bridge, BridgeKind};
@@ -122,7 +123,7 @@ pub enum StartError {
     Devices(String),
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("the worker {name} of the configuration cannot be started: {source}")]
+    #[error("the worker {name} of the configuration cannot be started")]
     Worker { name: String, source: Box<ApiError> },
     #[error("the ready file {path} cannot be written", path = .path.display())]
     ReadyFile { path: PathBuf, source: io::Error },
@@ -240,6 +241,13 @@ pub async fn serve_on(
                 .map_err(|source| StartError::Worker { name, source: Box::new(source) })
         })
         .collect::<Result<Vec<_>, _>>()?;
+    let mut names = BTreeSet::new();
+    if let Some(twice) = launches.iter().filter_map(|one| one.name.as_ref()).find(|name| !names.insert(*name))
+    {
+        let error = ApiError::new(ErrorCode::Conflict, "the configuration has two workers of that name");
+        let source = Box::new(error.hint("give each a name of its own"));
+        return Err(StartError::Worker { name: twice.to_string(), source });
+    }
     let thresholds = config.pressure_thresholds;
     let bridges = config
         .bridges

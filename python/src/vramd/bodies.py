@@ -580,6 +580,7 @@ class DevicePressure(TypedDict):
     freeMemory: int
     totalMemory: int
     utilizationPercentage: float
+    stalled: bool
     trend: Trend
     shrinksPerSecond: float
     secondsToExhaustion: NotRequired[float]

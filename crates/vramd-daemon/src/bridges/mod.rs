@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 use tokio_util::sync::CancellationToken;
 use vramd_api::worker_protocol::VERSION;
 use vramd_api::{ApiError, DeviceId, WorkerName};
@@ -19,6 +19,8 @@ use crate::driver::{Driver, Event, Joining};
 use crate::platform;
 use crate::workers;
 
+const UNLOAD: &str = "memory.unload_model";
+const RESTORE: &str = "memory.restore_model";
 /// How often a program is asked what it has, and how soon one that was gone is looked for again.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 const LOOK_AGAIN: Duration = Duration::from_secs(3);
@@ -97,10 +99,12 @@ async fn speak(stream: DuplexStream, program: Arc<Program>) {
         let _ = writing.lock().await.write_all(line.as_bytes()).await;
     };
     let mut lines = BufReader::new(reading).lines();
+    let changed = Arc::new(Notify::new());
     let tell = async {
         let mut told = Value::Null;
         loop {
-            tokio::time::sleep(LOOK_EVERY).await;
+            // After what was asked for, at once.
+            let _ = tokio::time::timeout(LOOK_EVERY, changed.notified()).await;
             if let Ok(models) = program.models().await.map(Value::from)
                 && models != told
             {
@@ -115,10 +119,13 @@ async fn speak(stream: DuplexStream, program: Arc<Program>) {
             if request["action"] == "shutdown" {
                 return;
             }
-            let (program, writing) = (program.clone(), writing.clone());
+            let (program, writing, changed) = (program.clone(), writing.clone(), changed.clone());
             tokio::spawn(async move {
                 let Some(reply) = reply(&program, &request).await else { return };
                 let _ = writing.lock().await.write_all(format!("{reply}\n").as_bytes()).await;
+                if request["action"] == UNLOAD || request["action"] == RESTORE {
+                    changed.notify_one();
+                }
             });
         }
     };
@@ -140,8 +147,8 @@ async fn reply(program: &Program, request: &Value) -> Option<Value> {
         }),
         "ping" => program.look().await.map(|()| json!({})),
         "memory.get_model_info" => program.models().await.map(|models| json!({ "loaded_models": models })),
-        "memory.unload_model" => program.unload(name).await,
-        "memory.restore_model" => program.restore(name).await,
+        UNLOAD => program.unload(name).await,
+        RESTORE => program.restore(name).await,
         other => Err(format!("there is no action {other}")),
     };
     Some(match outcome {

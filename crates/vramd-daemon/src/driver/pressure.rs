@@ -112,6 +112,7 @@ impl State {
             free_memory: gauge.reading().free_bytes,
             total_memory: total,
             utilization_percentage: rounded(used as f64 / total.max(1) as f64 * 100.0, 100.0),
+            stalled: gauge.reading().stall > Stall::None,
             trend: gauge.trend(),
             shrinks_per_second: gauge.shrinks_per_second().round(),
             seconds_to_exhaustion: gauge.seconds_to_exhaustion().map(|seconds| rounded(seconds, 10.0)),

@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use vramd_api::worker_protocol::bytes_of;
 use vramd_api::{
-    AllocationId, ApiError, DeviceId, ErrorCode, EventKind, EvictedComponent as Evicted, EvictionPolicy,
-    ModelsOptimized, OperationId, OperationKind, OptimizeModels, PerformanceImpact, PressureLevel,
-    ReliefAction, ReliefStep, UnloadedModel, WorkerId, WorkerOutcome,
+    AllocationId, ApiError, Bytes, DeviceId, ErrorCode, EventKind, EvictedComponent as Evicted,
+    EvictionPolicy, ModelsOptimized, OperationId, OperationKind, OptimizeModels, PerformanceImpact,
+    PressureLevel, ReliefAction, ReliefStep, UnloadedModel, WorkerId, WorkerOutcome,
 };
 use vramd_core::Tick;
 use vramd_core::eviction::{self, Candidate};
@@ -85,6 +85,14 @@ pub(super) struct Relief {
     impact: PerformanceImpact,
 }
 
+impl Relief {
+    /// What has gone is to be loaded again one day.
+    fn misses(&mut self, gone: &Candidate) {
+        self.impact.reload_seconds += gone.reload_seconds;
+        self.impact.expected_seconds_per_hour += gone.reload_seconds * gone.uses_per_second * 3600.0;
+    }
+}
+
 /// How a worker did what it was asked.
 #[derive(Debug)]
 pub struct Asked {
@@ -93,6 +101,8 @@ pub struct Asked {
     /// What it was asked to unload; None: it was told of the pressure.
     model: Option<String>,
     requested_bytes: u64,
+    /// What its absence costs, where it is the worker's own.
+    candidate: Option<Candidate>,
     /// What it says that it let go of its own.
     outcome: Result<u64, ApiError>,
     /// By how much less its process has.
@@ -129,12 +139,30 @@ impl State {
             (least, _) => Goal::Level(target, least.unwrap_or(0)),
         };
         let policy = request.strategy.unwrap_or_else(|| self.policy_on(&device));
+        if let Some(unknown) = request.exclude_models.iter().find(|name| !self.is_model(name)) {
+            let error = ApiError::invalid("excludeModels", format!("there is no model {unknown}"));
+            let hint = "`vramd models` and `vramd workers` show those that there are";
+            return self.answer(reply, Err(error.hint(hint)));
+        }
         if self.remaining(&device, goal, 0) == 0 {
             let level = self.level_on(&device);
-            let message = format!("{device} is at {level:?} already: nothing was done");
+            let message = if level > target {
+                format!(
+                    "{device} is at {level:?} because tasks wait for its memory, not because bytes lack: nothing was done"
+                )
+            } else {
+                format!("{device} is at {level:?} already: nothing was done")
+            };
             return self.answer(reply, Ok(nothing_done(device, policy, level, message)));
         }
         self.begin_relief(&device, goal, Some((request, (caller, reply))));
+    }
+
+    /// Whether the daemon or a worker has a model of that name.
+    fn is_model(&self, name: &str) -> bool {
+        let of_workers = || self.workers.values().flat_map(|worker| worker.models.iter());
+        name.parse().is_ok_and(|name| self.models.get(&name).is_some())
+            || of_workers().any(|model| model.name == name)
     }
 
     pub(super) fn begin_relief(
@@ -271,7 +299,7 @@ impl State {
                     let answer = link.call("memory.pressure_check", &data, TELL_PATIENCE).await?;
                     Ok(freed(&answer, "freed_mb"))
                 };
-                self.ask_worker(operation, &device, (worker, pid), (None, 0), call);
+                self.ask_worker(operation, &device, (worker, pid), (None, 0, None), call);
             }
         }
         self.measure_for_relief(operation);
@@ -313,17 +341,15 @@ impl State {
         chosen.sort_unstable();
         let mut taken: Vec<Way> = chosen.into_iter().rev().map(|at| ways.swap_remove(at)).collect();
         taken.reverse();
-        if let Some(relief) = self.relief(operation) {
-            for way in &taken {
-                relief.impact.reload_seconds += way.candidate.reload_seconds;
-                relief.impact.expected_seconds_per_hour +=
-                    way.candidate.reload_seconds * way.candidate.uses_per_second * 3600.0;
-            }
-        }
         for way in taken {
             match way.means {
-                Means::Unload(parts) => self.unload_for_relief(operation, &parts, policy),
-                Means::Ask(ask) => self.ask_for_relief(operation, &device, &ask),
+                Means::Unload(parts) => {
+                    if let Some(relief) = self.relief(operation) {
+                        relief.misses(&way.candidate);
+                    }
+                    self.unload_for_relief(operation, &parts, policy);
+                }
+                Means::Ask(ask) => self.ask_for_relief(operation, &device, &ask, Some(way.candidate)),
                 Means::LetGo { model, asks } => {
                     let until = Tick(self.now.tick.0 + HANG_UP_MILLISECONDS);
                     let blocks = self.blocks_of(&model, &device);
@@ -331,7 +357,7 @@ impl State {
                         relief.released.extend(blocks.into_iter().map(|id| (id, until)));
                     }
                     for ask in asks {
-                        self.ask_for_relief(operation, &device, &ask);
+                        self.ask_for_relief(operation, &device, &ask, None);
                     }
                 }
             }
@@ -414,7 +440,13 @@ impl State {
         self.to_go_on.insert(operation);
     }
 
-    fn ask_for_relief(&mut self, operation: OperationId, device: &DeviceId, ask: &Ask) {
+    fn ask_for_relief(
+        &mut self,
+        operation: OperationId,
+        device: &DeviceId,
+        ask: &Ask,
+        candidate: Option<Candidate>,
+    ) {
         let Some(worker) = self.workers.get(&ask.worker) else { return };
         let (link, pid) = (worker.link.clone(), worker.pid);
         let Some(relief) = self.relief(operation) else { return };
@@ -432,7 +464,8 @@ impl State {
                 bytes
             })
         };
-        self.ask_worker(operation, device, (ask.worker, pid), (Some(ask.model.clone()), bytes), call);
+        let asked = (Some(ask.model.clone()), bytes, candidate);
+        self.ask_worker(operation, device, (ask.worker, pid), asked, call);
     }
 
     /// Asks a worker for something that frees memory, and measures whether it does.
@@ -441,7 +474,7 @@ impl State {
         operation: OperationId,
         device: &DeviceId,
         (worker, pid): (WorkerId, Option<u32>),
-        (model, requested_bytes): (Option<String>, u64),
+        (model, requested_bytes, candidate): (Option<String>, u64, Option<Candidate>),
         call: impl Future<Output = Result<u64, ApiError>> + Send + 'static,
     ) {
         let hurries_from = Tick(self.now.tick.0 + ANSWER_MILLISECONDS);
@@ -480,14 +513,16 @@ impl State {
                 }
                 tokio::time::sleep(LOOK_AGAIN).await;
             };
-            let asked = Asked { operation, worker, model, requested_bytes, outcome, measured_bytes };
+            let asked =
+                Asked { operation, worker, model, requested_bytes, candidate, outcome, measured_bytes };
             let _ = sender.send(Event::WorkerAsked(Box::new(asked))).await;
         });
     }
 
     /// A worker has answered, or not in time.
     pub(super) fn worker_asked(&mut self, asked: Asked) {
-        let Asked { operation, worker: id, model, requested_bytes, outcome, measured_bytes } = asked;
+        let Asked { operation, worker: id, model, requested_bytes, candidate, outcome, measured_bytes } =
+            asked;
         let Some(worker) = self.workers.get(&id).cloned() else {
             if let Some(relief) = self.relief(operation) {
                 relief.asked -= 1;
@@ -531,6 +566,9 @@ impl State {
         outcome.errors.extend(error.clone());
         let went = model.clone().filter(|_| error.is_none() && requested_bytes > 0);
         if let Some(model) = went {
+            if let Some(candidate) = candidate {
+                relief.misses(&candidate);
+            }
             relief.unloaded.push(UnloadedModel {
                 model,
                 component: None,
@@ -593,16 +631,21 @@ impl State {
             relief.unloaded.iter().filter(|it| it.worker.is_some()).map(|it| it.measured_bytes).sum();
         // Caches that workers dropped count too.
         let freed = freed + told.saturating_sub(of_unloaded);
-        let sum = |of: fn(&UnloadedModel) -> u64| relief.unloaded.iter().map(of).sum::<u64>();
+        // What workers refused was asked for too.
+        let sum = |of_daemon: fn(&UnloadedModel) -> u64, of_worker: fn(&WorkerOutcome) -> u64| -> u64 {
+            let own = relief.unloaded.iter().filter(|it| it.worker.is_none());
+            own.map(of_daemon).sum::<u64>() + relief.workers.values().map(of_worker).sum::<u64>()
+        };
         let names: BTreeSet<&str> = relief.unloaded.iter().map(|one| one.model.as_str()).collect();
+        let count = if names.len() == 1 { "1 model".to_owned() } else { format!("{} models", names.len()) };
         let failed = relief.workers.values().filter(|it| !it.errors.is_empty()).count();
         let partly = if failed > 0 {
-            format!("; {failed} workers did not do all they were asked")
+            let worker = if failed == 1 { "worker" } else { "workers" };
+            format!("; {failed} {worker} did not do all that was asked")
         } else {
             String::new()
         };
-        let message =
-            format!("{} models went, {freed} bytes were measured as free: {why}{partly}", names.len());
+        let message = format!("{count} went, {} were measured as free: {why}{partly}", Bytes::show(freed));
         let rounded = |value: f64| (value * 1000.0).round() / 1000.0;
         let result = ModelsOptimized {
             operation_id: Some(operation),
@@ -610,8 +653,8 @@ impl State {
             optimization_triggered: true,
             optimization_strategy: relief.policy,
             needed_bytes: if relief.goal == Goal::All { 0 } else { relief.needed },
-            asked_bytes: sum(|it| it.asked_bytes),
-            acknowledged_bytes: sum(|it| it.acknowledged_bytes),
+            asked_bytes: sum(|it| it.asked_bytes, |it| it.asked_bytes),
+            acknowledged_bytes: sum(|it| it.acknowledged_bytes, |it| it.acknowledged_bytes),
             memory_freed: freed,
             performance_impact: PerformanceImpact {
                 reload_seconds: rounded(relief.impact.reload_seconds),

@@ -151,10 +151,8 @@ impl State {
                     return None;
                 }
                 for holder in part.holders() {
-                    let mine = |report: &&WorkerModel| {
-                        let named = report.attached_model.as_deref().unwrap_or_default();
-                        named.split('/').next() == Some(model.name.as_str()) && report.device_id == *device
-                    };
+                    let mine =
+                        |report: &&WorkerModel| report.is_of(&model.name) && report.device_id == *device;
                     // A process may be several workers.
                     let of_process = workers.iter().filter(|worker| worker.pids.contains(&holder.pid));
                     let reports = of_process.flat_map(|worker| {

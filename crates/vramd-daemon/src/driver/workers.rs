@@ -510,7 +510,8 @@ impl State {
             }
         }
         let (owner, state) = (worker.owner.clone(), worker.state);
-        tracing::info!(name = %worker.name, ?state, exit = ?worker.exit, "a worker has ended");
+        let why = worker.exit.as_ref().map_or("", |exit| exit.reason.as_str());
+        tracing::info!(name = %worker.name, ?state, why, "a worker has ended");
         self.workers.insert(id, Arc::new(worker));
         // When the daemon stops, nobody's memory is taken from under them.
         if !self.stopping {

@@ -136,18 +136,27 @@ pub async fn call(
         .filter(|_| matches!(worker.state, WorkerState::Ready | WorkerState::Unresponsive));
     let Some(greeting) = greeting else {
         let what = format!("worker {} is {:?}", worker.name, worker.state);
-        return Err(ApiError::new(ErrorCode::Conflict, what).hint("ask once it is Ready").into());
+        let hint = match worker.state {
+            WorkerState::Starting | WorkerState::Restarting => "ask once it is Ready".to_owned(),
+            _ => format!("start it anew; `vramd workers show {}` says how it ended", worker.name),
+        };
+        return Err(ApiError::new(ErrorCode::Conflict, what).hint(hint).into());
     };
-    let mine = matches!(body.action.as_str(), "hello" | "shutdown" | "cancel");
-    if mine || !greeting.actions.contains(&body.action) {
-        let what = if mine { "is the daemon's to ask" } else { "is none of its actions" };
+    let is_ours = |action: &str| matches!(action, "hello" | "shutdown" | "cancel");
+    if is_ours(&body.action) || !greeting.actions.contains(&body.action) {
+        let what = if is_ours(&body.action) { "is the daemon's to ask" } else { "is none of its actions" };
         let error = ApiError::invalid("action", format!("{} {what}", body.action));
-        return Err(error
-            .hint(format!("worker {} has: {}", worker.name, greeting.actions.join(", ")))
-            .into());
+        let theirs: Vec<_> =
+            greeting.actions.iter().map(String::as_str).filter(|action| !is_ours(action)).collect();
+        return Err(error.hint(format!("worker {} has: {}", worker.name, theirs.join(", "))).into());
     }
     let begun = Instant::now();
-    let data = worker.link.call(&body.action, &body.data, Duration::from_secs(seconds)).await?;
+    let answer = worker.link.call(&body.action, &body.data, Duration::from_secs(seconds)).await;
+    let data = answer.map_err(|error| {
+        let log = format!("its log may say more: `vramd workers logs {}`", worker.name);
+        let silent = error.code == ErrorCode::WorkerFailed && error.hint.is_none();
+        if silent { error.hint(log) } else { error }
+    })?;
     let milliseconds = begun.elapsed().as_secs_f64() * 1000.0;
     ok(WorkerAnswer { worker_id: worker.id, action: body.action, data, milliseconds })
 }

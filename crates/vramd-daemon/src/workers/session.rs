@@ -206,9 +206,12 @@ impl Session {
                     self.tell(News::Responds(true)).await;
                 }
                 Ok(_) => missed = 0,
-                Err(_) => {
+                Err(error) => {
                     missed += 1;
                     if missed == MISSES[0] {
+                        self.link
+                            .log()
+                            .note_fault(&format!("it did not answer {missed} heartbeats: {error}"));
                         self.tell(News::Responds(false)).await;
                     }
                     if missed >= MISSES[1] {

@@ -272,6 +272,9 @@ fn workers_let_go_of_what_they_have_attached_and_do_not_use() {
     assert_eq!(status["totalMemoryUsage"], 16 * MIB, "{status:#}");
     assert_eq!(status["modelMemory"]["attachedBytes"], 16 * MIB);
     assert_eq!(status["workerMemory"]["reportedBytes"], 0);
+    let busy: Vec<_> =
+        status["loadedModels"].as_array().expect("a list").iter().map(|it| &it["busy"]).collect();
+    assert_eq!(busy, [false, true], "{status:#}");
     let recommended = pressure(&daemon)["recommendedActions"].clone();
     assert_eq!(recommended[0]["action"], "askToLetGo", "{recommended}");
 
@@ -303,6 +306,8 @@ fn a_worker_that_refuses_or_is_silent_is_named_and_keeps_what_it_has() {
     assert!(errors.contains(&json!("it is dear to me")), "{done:#}");
     assert!(errors.iter().any(|it| it.as_str().is_some_and(|it| it.contains("did not answer"))), "{done:#}");
     assert_eq!((&done["memoryFreed"], &done["modelsUnloaded"]), (&json!(0), &json!([])));
+    assert_eq!((&done["askedBytes"], &done["acknowledgedBytes"]), (&json!(4 * MIB), &json!(0)));
+    assert_eq!(done["performanceImpact"]["reloadSeconds"], 0.0, "nothing went");
     assert!(done["message"].as_str().is_some_and(|it| it.contains("2 workers did not")), "{done:#}");
     assert_eq!(resident(&daemon), ["m0", "own"]);
 }
@@ -339,6 +344,7 @@ fn limits_of_an_optimisation_are_kept() {
     let refused = |body: Value, field: &str| {
         daemon.post("/api/memory/model/optimize/sim:0", &body).refuses(field);
     };
+    refused(json!({ "excludeModels": ["m2", "m22"] }), "excludeModels");
     refused(json!({ "maxOptimizationTimeMs": 0 }), "maxOptimizationTimeMs");
     refused(json!({ "maxModelsToUnload": 0 }), "maxModelsToUnload");
     refused(json!({ "strategy": "Random" }), "strategy");

@@ -326,6 +326,22 @@ fn a_worker_is_held_to_its_limit() {
         }
         _ => panic!("nothing holds it: {limit}"),
     }
+    let body = json!({ "program": "holds", "memoryLimitBytes": 40 * MIB, "restart": "Never" });
+    daemon.post("/api/workers", &body).data(201);
+    let ended = when(&daemon, "holds", "ended", |it| it["lastExit"].is_object());
+    if limit["kind"] == "ControlGroup" {
+        let reason = ended["lastExit"]["reason"].as_str().expect("a reason");
+        assert!(reason.ends_with("its processes reached their limit of 40.0 MiB"), "{reason}");
+    }
+}
+
+#[test]
+fn a_configuration_with_two_workers_of_one_name_is_refused_before_any_begins() {
+    let home = Home::new();
+    let one: StartWorker =
+        serde_json::from_value(json!({ "program": "good", "name": "one" })).expect("a worker");
+    let refused = std::panic::catch_unwind(|| daemon_in(&home, vec![one.clone(), one]));
+    assert!(refused.is_err(), "it does not start");
 }
 
 #[test]

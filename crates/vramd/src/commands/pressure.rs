@@ -48,6 +48,7 @@ fn details(one: &DevicePressure) -> String {
         ("available", Bytes::show(one.available_memory)),
         ("free", Bytes::show(one.free_memory)),
         ("total", Bytes::show(one.total_memory)),
+        ("stalled", if one.stalled { "tasks wait for it" } else { "no" }.to_owned()),
         ("trend", trend(one)),
         ("needed", Bytes::show(one.needed_bytes)),
     ];
@@ -124,7 +125,7 @@ pub fn models(status: &ModelStatus) -> String {
     let heads = ["MODEL", "WORKER", ">SIZE", "STATE", ">ATTACHED", "USED"];
     let totals = [
         ("models", Bytes::show(status.model_memory.resident_bytes)),
-        ("workers", Bytes::show(status.worker_memory.measured_bytes)),
+        ("workers", Bytes::show(status.total_memory_usage - status.model_memory.resident_bytes)),
         ("available", Bytes::show(status.available_for_models)),
         ("pressure", word(status.pressure_level)),
     ];

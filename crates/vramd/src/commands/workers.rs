@@ -113,6 +113,7 @@ fn details(worker: &Worker) -> String {
         .last_fault
         .as_ref()
         .map(|fault| format!("{}, the last: {}", worker.fault_count, fault.message));
+    let exit = worker.last_exit.as_ref().map(|exit| format!("{}, {}", exit.reason, time_since(exit.at)));
     let limit = worker.limit.as_ref().map(|limit| {
         let note = limit.note.as_ref().map_or_else(String::new, |note| format!(" ({note})"));
         format!("{} by {}{note}", Bytes::show(limit.bytes), word(limit.kind))
@@ -129,6 +130,7 @@ fn details(worker: &Worker) -> String {
         ("memory", memory(&worker.memory)),
         ("limit", limit.unwrap_or_else(|| "-".to_owned())),
         ("restarts", worker.restart_count.to_string()),
+        ("last end", exit.unwrap_or_else(|| "-".to_owned())),
         ("heard", when(worker.last_heard_at)),
         ("models told", when(worker.last_synchronized)),
         ("faults", fault.unwrap_or_else(|| "0".to_owned())),

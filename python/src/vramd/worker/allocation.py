@@ -35,7 +35,7 @@ class Allocations:
         if size == 0:
             raise Refused("INVALID_ARGUMENT", "size_mb is less than a byte")
         device = call.optional_text("device_id") or self.device
-        self._manager.check_room("the allocation", size)
+        self._manager.check_room("the allocation", device, size)
         buffer = self.take_in(
             device, self._framework.empty(size, device), call.optional_text("purpose") or ""
         )
@@ -53,7 +53,6 @@ class Allocations:
         buffer = Buffer(str(uuid.uuid4()), device, purpose, value)
         with self._lock:
             self._buffers[buffer.allocation_id] = buffer
-            self._count()
         return buffer
 
     def get(self, allocation_id: str) -> Buffer:
@@ -69,7 +68,6 @@ class Allocations:
             if buffer is not None and buffer.readers:
                 raise Refused("CONFLICT", f"allocation {allocation_id} is being transferred")
             found = self._buffers.pop(allocation_id, None)
-            self._count()
         return found or self.get(allocation_id)
 
     def clear(self, device: str | None) -> int:
@@ -82,12 +80,7 @@ class Allocations:
             ]
             for allocation_id in gone:
                 del self._buffers[allocation_id]
-            self._count()
         return len(gone)
-
-    def _count(self) -> None:
-        sizes = (self._framework.size_of(buffer.value) for buffer in self._buffers.values())
-        self._manager.buffer_bytes = sum(sizes)
 
     def shown(self, buffer: Buffer) -> dict[str, Any]:
         return {

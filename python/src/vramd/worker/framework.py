@@ -207,11 +207,11 @@ class Torch:
                 check()
                 moved[name] = self.move(tensor, device)
             return moved
+        if not path.exists():
+            raise Refused("NOT_FOUND", f"there is no file {path}")
         if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
             try:
                 state = self._torch.load(path, map_location=self._place(device), weights_only=True)
-            except FileNotFoundError:
-                raise Refused("NOT_FOUND", f"there is no file {path}") from None
             except Exception as error:
                 what = f"{path} holds no weights alone that PyTorch can read: {type(error).__name__}"
                 raise Refused("INVALID_MODEL_FILE", what) from error

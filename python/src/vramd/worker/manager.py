@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..attachment import Attachment
+from .framework import private_bytes
 from .protocol import Refused, megabytes
 
 LEVELS = ("Normal", "Moderate", "High", "Critical")
@@ -115,8 +116,6 @@ class Manager:
         self._loading = threading.RLock()
         self._changed = changed
         self.limit_bytes = limit_bytes
-        #: What buffers take beside the models.
-        self.buffer_bytes = 0
         #: The level that the daemon last told, by device.
         self.levels: dict[str, str] = {}
 
@@ -144,28 +143,28 @@ class Manager:
                 self._models[model.name] = model
         self._changed()
 
-    def check_new(self, name: str, size_bytes: int) -> None:
-        """Refuses what is here already, or has no room below the limit."""
+    def check_new(self, name: str) -> None:
+        """Refuses what is here already."""
         with self._lock:
             if name in self._models:
                 raise Refused("CONFLICT", f"{name} is loaded already")
-        self.check_room(name, size_bytes)
 
-    def excess_bytes(self, size_bytes: int) -> int:
-        """By how much one of that size would be too large beside what there is."""
-        if self.limit_bytes is None:
-            return 0
-        return max(self._held_bytes() + size_bytes - self.limit_bytes, 0)
+    def has_room(self, device: str, size_bytes: int) -> bool:
+        """Whether so much more host memory stays below the limit, with all that this process has."""
+        if self.limit_bytes is None or not device.startswith("cpu:"):
+            return True
+        return private_bytes() + size_bytes <= self.limit_bytes
 
-    def check_room(self, name: str, size_bytes: int) -> None:
+    def check_room(self, name: str, device: str, size_bytes: int) -> None:
         """Refuses what has no room below the limit."""
-        if self.limit_bytes is not None and self.excess_bytes(size_bytes):
-            taken = f"{megabytes(self._held_bytes())} of {megabytes(self.limit_bytes)} are taken"
-            what = f"{name} takes {megabytes(size_bytes)} MB; {taken}"
-            raise Refused("INSUFFICIENT_MEMORY", what, "unload another model, or raise the worker's limit")
-
-    def _held_bytes(self) -> int:
-        return self.buffer_bytes + sum(model.size_bytes for model in self.models())
+        if self.limit_bytes is not None and not self.has_room(device, size_bytes):
+            takes = f", which takes {megabytes(size_bytes)} MB" if size_bytes else ""
+            taken = f"the process has {megabytes(private_bytes())} of {megabytes(self.limit_bytes)} MB"
+            what = f"there is no room for {name}{takes}: {taken}"
+            hint = (
+                "unload another model, or raise the worker's limit: the interpreter and its libraries count"
+            )
+            raise Refused("INSUFFICIENT_MEMORY", what, hint)
 
     def drop(self, name: str) -> Model | None:
         with self._lock:

@@ -48,15 +48,17 @@ class ModelMemory:
         )
         estimate = size_bytes(call.number("estimated_size_mb", 0))
         check(model)
-        self._manager.check_new(name, 0 if path is None else estimate)
+        self._manager.check_new(name)
         began = time.monotonic()
         if path is None:
             model.attached_model = call.optional_text("model") or name
             self._attach(model)
         else:
+            size = max(estimate, _file_bytes(Path(path)))
+            self.make_room(device, size)
+            self._manager.check_room(name, device, size)
             model.value = self._framework.load(Path(path), device, call.check)
             model.size_bytes = tensor_bytes(model.value.values())
-            self._manager.check_new(name, model.size_bytes)
         try:
             call.check()
         except Refused:
@@ -175,15 +177,19 @@ class ModelMemory:
             "milliseconds": round((time.monotonic() - began) * 1000, 3),
         }
 
-    def make_room(self, name: str, size_bytes: int) -> None:
-        """Lets idle models go until there is room for one more below the limit, or refuses it."""
-        for model in self._manager.in_order("LowestCost"):
-            if not self._manager.excess_bytes(size_bytes):
+    def make_room(self, device: str, size_bytes: int) -> None:
+        """Lets idle models in host memory go until one of that size would have room below the limit."""
+        for model in self._manager.in_order("LowestCost", device):
+            if self._manager.has_room(device, size_bytes):
                 return
             if model.size_bytes:
                 with suppress(Refused):
                     self.let_go(model.name)
-        self._manager.check_room(name, size_bytes)
+
+    def check_limit(self, name: str, device: str) -> None:
+        """One that was loaded stays if there is room below the limit once other idle ones have gone."""
+        self.make_room(device, 0)
+        self._manager.check_room(name, device, 0)
 
     def let_orphans_go(self) -> None:
         """Idle models whose weights another daemon held: the next use attaches them anew."""
@@ -218,3 +224,11 @@ class ModelMemory:
             model.attached_model, device=model.device, socket=self.socket, framework=self._framework.kind
         )
         model.attached_bytes = model.value.nbytes
+
+
+def _file_bytes(path: Path) -> int:
+    """Of what cannot be read, who reads it says why."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

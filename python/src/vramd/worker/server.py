@@ -61,6 +61,8 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._changed = threading.Event()
         # For this process alone: one that it starts is no worker of the daemon's.
+        #: What models took, by name.
+        self._sizes: dict[str, int] = {}
         self._is_child = os.environ.pop("VRAMD_WORKER", None) == "stdio"
         self._streams: channel.Channel | None = None
         self._closed = threading.Event()
@@ -124,14 +126,23 @@ class Worker:
 
     def _load(self, name: str) -> Model:
         began = time.monotonic()
+        if self._interface is not None:
+            # As large as it was before, or as the largest there was.
+            likely = self._sizes.get(name, max(self._sizes.values(), default=0))
+            self._interface.models.make_room(self.device, likely)
         value = self.on_load(name)
         seconds = round(time.monotonic() - began, 6)
         if isinstance(value, Attachment):
             attached = f"{value.model}/{value.component}"
             return Model(name, value.device, 0, value.nbytes, attached, load_seconds=seconds, value=value)
-        size = self.size_of(value)
+        try:
+            size = self._sizes[name] = self.size_of(value)
+        except (AttributeError, TypeError):
+            what = f"on_load made a {type(value).__name__} of {name}"
+            hint = "return a state dict, a module, tensors or an attachment; or say its size with hold"
+            raise Refused("WORKER_FAILED", what, hint) from None
         if self._interface is not None:
-            self._interface.models.make_room(name, size)
+            self._interface.models.check_limit(name, self.device)
         return Model(name, self.device, size, load_seconds=seconds, value=value)
 
     def _restore(self, name: str) -> None:
@@ -175,19 +186,30 @@ class Worker:
         if self._is_child:
             # At once: the program around may read and print from now on.
             self._streams = channel.stdio()
-        self._thread = threading.Thread(target=self.run, name="vramd-worker", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="vramd-worker", daemon=True)
         self._thread.start()
 
     def run(self) -> None:
-        """Serves until the daemon asks to end, or ``close``."""
+        """Serves until the daemon asks to end, or ``close``. One that was started is waited for."""
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            self._run()
+
+    def _run(self) -> None:
         if self._is_child:
             self._serve(self._streams or channel.stdio())
             return
         pause = 0.5
+        told = False
         while not self._closed.is_set():
             try:
                 joined = channel.join(self._socket, self.name, self._device)
-            except ConnectionFailed:
+            except ConnectionFailed as error:
+                if not told:
+                    what = f"{error.message}; {self.name} joins once there is one"
+                    print(f"vramd.worker: {what}\nhint: {error.hint}", file=sys.stderr, flush=True)
+                    told = True
                 self._closed.wait(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
                 continue
@@ -223,7 +245,7 @@ class Worker:
         slow = interface.actions()
 
         def hello(call: Call) -> Mapping[str, Any]:
-            return self._greet(call, framework, interface, [*slow, "ping", "shutdown"])
+            return self._greet(call, framework, interface, [*slow, "ping"])
 
         def shutdown(call: Call) -> Mapping[str, Any]:
             instructor.ending = True

@@ -109,12 +109,19 @@ fn models(snapshot: &Snapshot, device: &DeviceId) -> (u64, u64, Vec<LoadedModel>
             // One that several models share is there once.
             blocks.insert(block.request.id, (block.block_bytes, block.is_attached()));
         }
+        let in_use = |pid: u32| {
+            let of = snapshot.workers.values().filter(|worker| worker.pids.contains(&pid));
+            let mut reports =
+                of.flat_map(|worker| worker.models.iter()).filter(|it| it.is_of(&model.name)).peekable();
+            // Who does not say otherwise uses what it has attached.
+            reports.peek().is_none() || reports.any(|report| report.busy)
+        };
         let attached_count = held.iter().map(|block| block.holders().count() as u64).sum();
         all.push(LoadedModel {
             name: model.name.to_string(),
             worker: None,
             bytes: held.iter().map(|block| block.block_bytes).sum(),
-            busy: attached_count > 0,
+            busy: held.iter().any(|block| block.holders().any(|holder| in_use(holder.pid))),
             attached_count,
             last_used_at: model.last_used.map(|used| used.wall),
         });

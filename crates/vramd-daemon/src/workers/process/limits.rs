@@ -41,6 +41,16 @@ impl Limits {
         self.shown.clone()
     }
 
+    /// The limit, if the system ended one of its processes for it.
+    pub fn reached(&self) -> Option<u64> {
+        let group = self.group.as_ref()?;
+        // Of version 2 and of version 1.
+        let told = ["memory.events", "memory.oom_control"];
+        let text: String = told.iter().filter_map(|file| fs::read_to_string(group.join(file)).ok()).collect();
+        let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse::<u64>().ok());
+        kills.filter(|kills| *kills > 0).and(self.shown.as_ref()).map(|limit| limit.bytes)
+    }
+
     /// Ends whatever is in the control group, whichever process group it chose.
     pub fn kill(&self) {
         if let Some(group) = &self.group {

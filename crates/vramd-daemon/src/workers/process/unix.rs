@@ -7,7 +7,7 @@ use std::process::{ExitStatus, Stdio};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 use tokio::net::unix::pipe::Receiver;
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
-use vramd_api::{WorkerExit, WorkerLimit};
+use vramd_api::{Bytes, WorkerExit, WorkerLimit};
 
 use super::Command;
 use super::limits::Limits;
@@ -73,11 +73,16 @@ impl Group {
         self.kill();
         let status = self.child.wait().await;
         self.is_reaped = true;
+        let reached = self.limits.reached();
         self.limits.end();
         let mut exit = WorkerExit { at: clock::wall(), code: None, signal: None, reason: String::new() };
         match status {
             Ok(status) => tell(status, &mut exit),
             Err(error) => exit.reason = format!("how it ended is not known: {error}"),
+        }
+        if let Some(bytes) = reached {
+            let limit = Bytes::show(bytes);
+            exit.reason = format!("{}: its processes reached their limit of {limit}", exit.reason);
         }
         exit
     }
