@@ -231,11 +231,18 @@ def test_tied_tensors_count_once_and_stay_tied() -> None:
     torch = pytest.importorskip("torch")
     weight = torch.zeros(1 << 18)
     state = {"embedding": weight, "head": weight, "part": weight[:10]}
-    assert Worker.size_of(state) == (1 << 20) + 40
+    assert Worker.size_of(state) == 1 << 20
     moved = Torch().move(state, "cpu:0")
     assert moved["embedding"].data_ptr() == moved["head"].data_ptr() != weight.data_ptr()
     row = np.zeros(16, np.float32)
-    assert Worker.size_of([row, row, row.copy()]) == 128
+    assert Worker.size_of([row, row, row[:3], row.copy()]) == 128
+    # What only looks alike stays apart.
+    number = torch.full((4,), 1 + 2j)
+    moved = Torch().move({"a": number, "b": number.conj()}, "cpu:0")
+    assert (moved["a"][0].item(), moved["b"][0].item()) == (1 + 2j, 1 - 2j)
+    wrapper = type("Wraps", (torch.Tensor,), {"__torch_dispatch__": lambda *_: NotImplemented})
+    assert Worker.size_of([torch.Tensor._make_wrapper_subclass(wrapper, (4,)) for _ in range(2)]) == 32
+    assert Worker.size_of([torch.zeros(1).expand(1000)]) == 4
 
 
 def test_cards_go_by_their_uuids_whatever_a_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +390,9 @@ def test_what_a_program_says_of_its_models_is_checked_where_it_says_so() -> None
         {"name": "x" * 300},
         {"name": "x", "size_bytes": -1},
         {"name": "x", "priority": "Highest"},
+        {"name": "x", "kind": ""},
+        {"name": "x", "attached_model": "a\nb"},
+        {"name": "x", "load_seconds": float("nan")},
     ):
         with pytest.raises(Refused):
             server.hold(**bad)

@@ -255,13 +255,13 @@ pub struct CallWorker {
 }
 
 /// What a worker answered.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct WorkerAnswer {
     pub worker_id: WorkerId,
     pub action: String,
     /// As the worker sent it.
     #[schema(value_type = Object)]
-    pub data: serde_json::Value,
+    pub data: Box<serde_json::value::RawValue>,
     pub milliseconds: f64,
 }

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 
 use crate::{ApiError, DeviceId, ErrorCode, OwnerName, Priority, WorkerModel, WorkerModelState, WorkerName};
 
@@ -54,13 +54,11 @@ impl<T: Serialize> Request<'_, T> {
 pub enum Message {
     Reply {
         request_id: String,
-        outcome: Result<Value, WorkerError>,
+        /// An object, as it came: whoever asked reads it.
+        outcome: Result<Box<RawValue>, WorkerError>,
     },
     /// What it says is read by whoever knows that event.
-    Event {
-        event: String,
-        data: Option<Box<RawValue>>,
-    },
+    Event { event: String, data: Option<Box<RawValue>> },
 }
 
 /// An error in a worker's own words.
@@ -112,24 +110,30 @@ pub fn decode(line: &[u8]) -> Result<Message, BadLine> {
         return Err(BadLine::NotJson("it does not begin with {".to_owned()));
     }
     let either: Either = serde_json::from_slice(line).map_err(not_json)?;
-    let object = || -> Result<Map<String, Value>, BadLine> {
-        either.data.map_or(Ok(Map::new()), |data| serde_json::from_str(data.get()).map_err(not_json))
-    };
+    if either.data.is_some_and(|data| !data.get().starts_with('{')) {
+        return Err(BadLine::NotJson("its data is no object".to_owned()));
+    }
+    let data = either.data.map(ToOwned::to_owned);
+    let nothing = || RawValue::from_string("{}".to_owned()).expect("an object");
     match (either.request_id, either.success, either.event) {
         (Some(request_id), Some(true), None) => {
-            Ok(Message::Reply { request_id, outcome: Ok(Value::Object(object()?)) })
+            Ok(Message::Reply { request_id, outcome: Ok(data.unwrap_or_else(nothing)) })
         }
         (Some(request_id), Some(false), None) => {
             Ok(Message::Reply { request_id, outcome: Err(either.error.unwrap_or_default()) })
         }
-        (None, None, Some(event)) => {
-            if either.data.is_some_and(|data| !data.get().starts_with('{')) {
-                return Err(BadLine::NotJson("its data is no object".to_owned()));
-            }
-            Ok(Message::Event { event, data: either.data.map(ToOwned::to_owned) })
-        }
+        (None, None, Some(event)) => Ok(Message::Event { event, data }),
         _ => Err(BadLine::Neither),
     }
+}
+
+/// Which request a line that cannot be read was meant to answer.
+pub fn meant_for(line: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Id {
+        request_id: String,
+    }
+    serde_json::from_slice(line).ok().map(|it: Id| it.request_id)
 }
 
 /// The data of `hello`, by which the daemon begins.

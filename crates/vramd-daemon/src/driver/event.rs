@@ -15,6 +15,7 @@ use vramd_core::pressure::Stall;
 use vramd_core::usage::Counts;
 use vramd_device::{DeviceError, Report, Sample};
 
+use super::workers::SeenWorkers;
 use super::{
     Allocate, AttachRequest, Attachment, Caller, Joining, Launch, Load, LoadAnswer, PlanLoads, Reply,
     allocations, copies, plans, relief,
@@ -135,12 +136,9 @@ pub enum Event {
         reports: Vec<Report>,
         /// What processes used that fill reservations, before all else was measured.
         used_by: BTreeMap<u32, u64>,
-        /// What workers' processes used.
-        workers: BTreeMap<u32, u64>,
         outcome: Result<Sample, DeviceError>,
     },
-    /// The processes of workers, by the first of each.
-    Processes(BTreeMap<u32, Vec<u32>>),
+    WorkersSeen(SeenWorkers),
     /// A lost device was tried again.
     Adopted {
         device: DeviceId,

@@ -62,7 +62,6 @@ impl State {
         for id in idle {
             self.measuring.insert(id.clone(), self.now.tick);
             let (device, followed) = (id.clone(), self.followed(&id));
-            let workers = self.workers_to_measure(&id);
             self.spawn(&id, move |on| {
                 let reports = on.reports();
                 let used_by = || on.used_by(&followed).unwrap_or_default();
@@ -72,12 +71,7 @@ impl State {
                 let after = if followed.is_empty() { BTreeMap::new() } else { used_by() };
                 let less = |(pid, before): (u32, u64)| Some((pid, before.min(*after.get(&pid)?)));
                 let used_by = before.into_iter().filter_map(less).collect();
-                let workers = if workers.is_empty() {
-                    BTreeMap::new()
-                } else {
-                    on.used_by(&workers).unwrap_or_default()
-                };
-                Event::Measured { device, reports, used_by, workers, outcome }
+                Event::Measured { device, reports, used_by, outcome }
             });
         }
     }

@@ -245,8 +245,7 @@ impl Driver {
             tries: BTreeMap::new(),
             workers: Workers::new(),
             ending_workers: HashMap::new(),
-            workers_measured: BTreeMap::new(),
-            processes_looked_at: vramd_core::Tick::default(),
+            workers_looked_at: Some(vramd_core::Tick::default()),
             workers_changed: false,
             home: rules.home,
             samples: BTreeMap::new(),
@@ -377,10 +376,8 @@ struct State {
     workers: Workers,
     /// Who asked a worker to end and waits for it.
     ending_workers: HashMap<WorkerId, Vec<Reply<vramd_api::Worker>>>,
-    /// When what they use was last measured.
-    workers_measured: BTreeMap<DeviceId, vramd_core::Tick>,
-    /// When it was last looked which processes they have.
-    processes_looked_at: vramd_core::Tick,
+    /// When it is looked again which processes they have, and what those use; None while that is under way.
+    workers_looked_at: Option<vramd_core::Tick>,
     /// What is theirs is to be added up anew.
     workers_changed: bool,
     home: Home,
@@ -528,13 +525,12 @@ impl State {
                 self.optimize_models(device, &request, caller, reply);
             }
             Event::Stalled(stall) => self.stalled(stall),
-            Event::Measured { device, reports, used_by, workers, outcome } => {
+            Event::Measured { device, reports, used_by, outcome } => {
                 self.jobs -= 1;
                 self.note_reports(&device, &reports);
-                self.workers_seen(&device, &workers);
                 self.measured(&device, &used_by, outcome);
             }
-            Event::Processes(found) => self.processes_found(&found),
+            Event::WorkersSeen(seen) => self.workers_seen(&seen),
             Event::Adopted { device, reports, outcome } => {
                 self.jobs -= 1;
                 self.note_reports(&device, &reports);
@@ -581,7 +577,8 @@ impl State {
         // Readers may have had their time.
         self.to_go_on.extend(self.operations.running.keys());
         if !self.stopping {
-            self.look_for_processes();
+            self.workers_changed = true;
+            self.look_at_workers();
             self.measure();
             self.adopt();
         }

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use serde_json::value::RawValue;
 use vramd_api::worker_protocol::bytes_of;
 use vramd_api::{
     AllocationId, ApiError, Bytes, DeviceId, ErrorCode, EventKind, EvictedComponent as Evicted,
@@ -297,7 +298,7 @@ impl State {
                 let data = data.clone();
                 let call = async move {
                     let answer = link.call("memory.pressure_check", &data, TELL_PATIENCE).await?;
-                    Ok(freed(&answer, "freed_mb"))
+                    Ok(answered(&answer)?.freed_mb.and_then(bytes_of).unwrap_or(0))
                 };
                 self.ask_worker(operation, &device, (worker, pid), (None, 0, None), call);
             }
@@ -458,11 +459,7 @@ impl State {
         let call = async move {
             let answer = link.call(UNLOAD, &data, ASK_PATIENCE).await?;
             // One that does not say is taken to mean what it was asked.
-            Ok(if answer.get("acknowledged_mb").is_some() {
-                freed(&answer, "acknowledged_mb")
-            } else {
-                bytes
-            })
+            Ok(answered(&answer)?.acknowledged_mb.map_or(bytes, |said| bytes_of(said).unwrap_or(0)))
         };
         let asked = (Some(ask.model.clone()), bytes, candidate);
         self.ask_worker(operation, device, (ask.worker, pid), asked, call);
@@ -682,8 +679,17 @@ impl State {
     }
 }
 
-fn freed(answer: &serde_json::Value, field: &str) -> u64 {
-    answer.get(field).and_then(serde_json::Value::as_f64).and_then(bytes_of).unwrap_or(0)
+/// What a worker says of what it let go of.
+#[derive(Debug, serde::Deserialize)]
+struct Freed {
+    acknowledged_mb: Option<f64>,
+    freed_mb: Option<f64>,
+}
+
+fn answered(answer: &RawValue) -> Result<Freed, ApiError> {
+    let unreadable =
+        |error| ApiError::new(ErrorCode::WorkerFailed, format!("its answer cannot be read: {error}"));
+    serde_json::from_str(answer.get()).map_err(unreadable)
 }
 
 fn step(operation: OperationId, device: &DeviceId, action: ReliefAction, asked_bytes: u64) -> ReliefStep {

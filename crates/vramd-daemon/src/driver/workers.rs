@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use imbl::OrdMap;
 use jiff::Timestamp;
@@ -19,7 +20,7 @@ use vramd_core::restarts::{Next, Restarts};
 use super::{Caller, Event, Reply, State};
 use crate::platform;
 use crate::requests;
-use crate::workers::{self, Command, Link, Log, MARK_VARIABLE, News, Task};
+use crate::workers::{self, Command, ID_VARIABLE, Link, Log, MARK_VARIABLE, News, Task};
 
 /// The most workers, those that have ended and are still shown included.
 const MAX_WORKERS: usize = 1024;
@@ -100,6 +101,15 @@ pub struct Worker {
     pub link: Link,
     log: Arc<Log>,
     stop: CancellationToken,
+}
+
+/// What workers' processes were found to be, and to have.
+#[derive(Debug)]
+pub struct SeenWorkers {
+    /// By the first of each.
+    families: BTreeMap<u32, Vec<u32>>,
+    used: Vec<(DeviceId, BTreeMap<u32, u64>)>,
+    took: Duration,
 }
 
 /// Those that there are, by their ids, which sort by age.
@@ -343,7 +353,7 @@ impl State {
             max_line_bytes: MAX_LINE_BYTES,
         };
         let (driver, stop) = (self.sender.clone(), worker.stop.clone());
-        Task { id: worker.id, hello, link, writer, driver, stop }
+        Task { id: worker.id, pid: worker.pid, hello, link, writer, driver, stop }
     }
 
     /// Starts a worker's process, for the first time or again.
@@ -358,7 +368,7 @@ impl State {
         let mut environment = launch.environment.clone();
         let own = [
             ("VRAMD_WORKER", Some("stdio".to_owned())),
-            ("VRAMD_WORKER_ID", Some(id.to_string())),
+            (ID_VARIABLE, Some(id.to_string())),
             (MARK_VARIABLE, Some(self.home.mark.clone())),
             ("VRAMD_OWNER", Some(worker.owner.to_string())),
             ("VRAMD_SOCKET", self.home.socket.clone()),
@@ -557,49 +567,47 @@ impl State {
         }
     }
 
-    /// Looks which processes workers have, if it is time.
-    pub(super) fn look_for_processes(&mut self) {
-        let roots: Vec<u32> = self.workers.values().filter_map(|worker| worker.pid).collect();
-        if roots.is_empty() || self.processes_looked_at.0 + MEASURE_MILLISECONDS > self.now.tick.0 {
+    /// Looks which processes workers have, and what those use, if it is time.
+    pub(super) fn look_at_workers(&mut self) {
+        let roots: BTreeSet<u32> = self.workers.values().filter_map(|worker| worker.pid).collect();
+        if roots.is_empty() || self.workers_looked_at.is_none_or(|next| self.now.tick < next) {
             return;
         }
-        self.processes_looked_at = self.now.tick;
-        let sender = self.sender.clone();
+        self.workers_looked_at = None;
+        let (devices, sender) = (self.devices.clone(), self.sender.clone());
         tokio::task::spawn_blocking(move || {
-            let found = roots.into_iter().map(|pid| (pid, platform::with_descendants(pid))).collect();
-            // A daemon that has ended meanwhile needs none.
-            let _ = sender.blocking_send(Event::Processes(found));
+            let begun = std::time::Instant::now();
+            let families: BTreeMap<u32, Vec<u32>> =
+                roots.into_iter().map(|pid| (pid, platform::with_descendants(pid))).collect();
+            let all: BTreeSet<u32> = families.values().flatten().copied().collect();
+            let all: Vec<u32> = all.into_iter().collect();
+            let used = devices
+                .iter()
+                .map(|device| (device.facts().device.clone(), device.used_by(&all).unwrap_or_default()));
+            let seen = SeenWorkers { used: used.collect(), families, took: begun.elapsed() };
+            // A daemon that has ended meanwhile needs it no more.
+            let _ = sender.blocking_send(Event::WorkersSeen(seen));
         });
     }
 
-    pub(super) fn processes_found(&mut self, found: &BTreeMap<u32, Vec<u32>>) {
-        let other = |worker: &&Arc<Worker>| {
-            let now = worker.pid.and_then(|pid| found.get(&pid));
-            now.is_some_and(|now| **now != *worker.pids)
-        };
+    pub(super) fn workers_seen(&mut self, seen: &SeenWorkers) {
+        // A tenth of a processor at most, however many pages there are to be looked at.
+        let pause = (seen.took.as_millis() as u64 * 10).max(MEASURE_MILLISECONDS);
+        self.workers_looked_at = Some(Tick(self.now.tick.0 + pause));
+        let of = |worker: &Worker| worker.pid.and_then(|pid| seen.families.get(&pid));
+        let other = |worker: &&Arc<Worker>| of(worker).is_some_and(|now| **now != *worker.pids);
         for id in self.workers.values().filter(other).map(|worker| worker.id).collect::<Vec<_>>() {
             self.change_worker(id, |worker| {
-                let now = worker.pid.and_then(|pid| found.get(&pid));
-                worker.pids = now.map(|pids| pids.as_slice().into()).unwrap_or_default();
+                worker.pids = of(worker).map(|pids| pids.as_slice().into()).unwrap_or_default();
             });
         }
-    }
-
-    /// The processes whose use of a device is to be measured, if it is time.
-    pub(super) fn workers_to_measure(&mut self, device: &DeviceId) -> Vec<u32> {
-        let due =
-            self.workers_measured.get(device).is_none_or(|at| at.0 + MEASURE_MILLISECONDS <= self.now.tick.0);
-        if !due {
-            return Vec::new();
+        for (device, used) in &seen.used {
+            self.workers_measured(device, used);
         }
-        self.workers_measured.insert(device.clone(), self.now.tick);
-        let all: BTreeSet<u32> =
-            self.workers.values().flat_map(|worker| worker.pids.iter().copied()).collect();
-        all.into_iter().collect()
     }
 
     /// Takes in what workers' processes were measured to have on a device.
-    pub(super) fn workers_seen(&mut self, device: &DeviceId, used: &BTreeMap<u32, u64>) {
+    fn workers_measured(&mut self, device: &DeviceId, used: &BTreeMap<u32, u64>) {
         let now = |worker: &Worker| -> BTreeMap<u32, u64> {
             worker.pids.iter().filter_map(|pid| Some((*pid, *used.get(pid)?))).collect()
         };

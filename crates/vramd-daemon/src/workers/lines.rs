@@ -12,7 +12,7 @@ const KEPT_BYTES: usize = 1 << 20;
 pub enum Line<'a> {
     /// Without its end.
     Whole(&'a [u8]),
-    /// The rest of it was read and dropped.
+    /// It has more bytes than it may have; the rest of it is dropped.
     TooLong,
     /// The stream ended in the midst of it.
     Half(&'a [u8]),
@@ -26,14 +26,15 @@ pub struct Lines<R> {
     line: Vec<u8>,
     /// `line` was handed out.
     is_read: bool,
-    too_long: bool,
+    /// What comes is the rest of a line that was too long.
+    is_skipping: bool,
 }
 
 impl<R: AsyncRead + Unpin> Lines<R> {
     /// Lines of at most `most_bytes`, their ends included.
     pub fn new(stream: R, most_bytes: usize) -> Self {
         let reader = BufReader::with_capacity(64 << 10, stream);
-        Self { reader, most_bytes, line: Vec::new(), is_read: false, too_long: false }
+        Self { reader, most_bytes, line: Vec::new(), is_read: false, is_skipping: false }
     }
 
     /// Lines may be longer from now on.
@@ -51,23 +52,28 @@ impl<R: AsyncRead + Unpin> Lines<R> {
             let bytes = self.reader.fill_buf().await?;
             if bytes.is_empty() {
                 self.is_read = true;
-                let half = !self.line.is_empty() || std::mem::take(&mut self.too_long);
+                let half = !self.line.is_empty() || std::mem::take(&mut self.is_skipping);
                 return Ok(if half { Line::Half(&self.line) } else { Line::End });
             }
             let end = bytes.iter().position(|byte| *byte == b'\n');
             let taken = end.map_or(bytes.len(), |end| end + 1);
-            if !self.too_long && self.line.len() + taken > self.most_bytes {
-                self.too_long = true;
+            let skipped = self.is_skipping;
+            if !skipped && self.line.len() + taken > self.most_bytes {
                 self.line = Vec::new();
+                self.is_skipping = end.is_none();
+                self.reader.consume(taken);
+                return Ok(Line::TooLong);
             }
-            if !self.too_long {
+            if !skipped {
                 self.line.extend_from_slice(&bytes[..end.unwrap_or(taken)]);
             }
             self.reader.consume(taken);
             if end.is_some() {
-                self.is_read = true;
-                let too_long = std::mem::take(&mut self.too_long);
-                return Ok(if too_long { Line::TooLong } else { Line::Whole(&self.line) });
+                self.is_skipping = false;
+                if !skipped {
+                    self.is_read = true;
+                    return Ok(Line::Whole(&self.line));
+                }
             }
         }
     }
@@ -92,6 +98,7 @@ mod tests {
     #[tokio::test]
     async fn a_gigabyte_without_an_end_is_not_kept() {
         let mut lines = Lines::new(tokio::io::repeat(b'x').take(1 << 30), 16 << 20);
+        assert_eq!(lines.next().await.unwrap(), Line::TooLong);
         assert_eq!(lines.next().await.unwrap(), Line::Half(b""));
         assert!(lines.line.capacity() <= KEPT_BYTES);
     }

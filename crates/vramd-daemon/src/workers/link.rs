@@ -13,7 +13,7 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::io::AsyncWrite;
 use tokio::sync::{Notify, oneshot};
 use vramd_api::worker_protocol::{MAX_LINE_BYTES, Request, WorkerError};
@@ -62,7 +62,7 @@ struct Outgoing {
 
 #[derive(Debug, Default)]
 struct Open {
-    waiting: HashMap<u64, oneshot::Sender<Result<Value, WorkerError>>>,
+    waiting: HashMap<u64, oneshot::Sender<Result<Box<RawValue>, WorkerError>>>,
     abandoned: VecDeque<u64>,
     is_over: bool,
 }
@@ -85,7 +85,7 @@ impl Link {
         action: &str,
         data: &impl Serialize,
         patience: Duration,
-    ) -> Result<Value, ApiError> {
+    ) -> Result<Box<RawValue>, ApiError> {
         let id = self.shared.last_id.fetch_add(1, Ordering::Relaxed) + 1;
         let deadline_ms = u64::try_from(patience.as_millis()).ok();
         let line = Request { request_id: &id.to_string(), action, data, deadline_ms }.encode();
@@ -136,7 +136,11 @@ impl Link {
     }
 
     /// An answer has come; says why it cannot be one.
-    pub fn answered(&self, request_id: &str, outcome: Result<Value, WorkerError>) -> Result<(), String> {
+    pub fn answered(
+        &self,
+        request_id: &str,
+        outcome: Result<Box<RawValue>, WorkerError>,
+    ) -> Result<(), String> {
         let mut open = self.shared.open();
         let id: Option<u64> = request_id.parse().ok();
         if let Some(waiting) = id.and_then(|id| open.waiting.remove(&id)) {

@@ -27,7 +27,7 @@ use crate::driver::Event;
 
 pub use self::link::{Link, Writer};
 pub use self::log::Log;
-pub use self::process::{Command, MARK_VARIABLE, sweep};
+pub use self::process::{Command, ID_VARIABLE, MARK_VARIABLE, sweep};
 
 /// How long a worker may take to end when it is asked to, and then when it is told by a signal.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);
@@ -73,6 +73,8 @@ pub enum News {
 #[derive(Debug)]
 pub struct Task {
     pub id: WorkerId,
+    /// Of one that has joined, if anybody knows.
+    pub pid: Option<u32>,
     pub hello: Hello,
     pub link: Link,
     pub writer: Writer,
@@ -103,7 +105,7 @@ pub fn link(
 
 /// Runs a worker's process until it has ended.
 pub async fn supervise(task: Task, command: Command) {
-    let Task { id, hello, link, writer, driver, stop } = task;
+    let Task { id, pid: _, hello, link, writer, driver, stop } = task;
     let tell = async |news| drop(driver.send(Event::Worker(id, news)).await);
     let (group, stdin, stdout, stderr) = match Group::start(&command, &id.to_string()) {
         Ok(started) => started,
@@ -130,7 +132,7 @@ pub async fn supervise(task: Task, command: Command) {
     link.end();
     // One that closed its output, or was asked to end, is most likely about to.
     if tokio::time::timeout(EXIT_PATIENCE, group.ended()).await.is_err() {
-        why.get_or_insert_with(|| "it closed its output and did not end".to_owned());
+        why.get_or_insert_with(|| "it closed its input or output and did not end".to_owned());
         group.terminate();
         let _ = tokio::time::timeout(SIGNAL_PATIENCE, group.ended()).await;
     }
@@ -155,11 +157,13 @@ async fn ended_and_read(group: &Group) {
 
 /// Speaks with a worker that somebody else started, until the connection ends.
 pub async fn host<S: AsyncRead + AsyncWrite + Send + 'static>(task: Task, joined: Joined<S>) {
-    let Task { id, hello, link, writer, driver, stop } = task;
+    let Task { id, pid, hello, link, writer, driver, stop } = task;
     let session = Session { id, hello, link: link.clone(), driver: driver.clone() };
     let why = tokio::select! {
         over = session.run(writer, joined.lines, joined.writing) => over.err(),
         why = end_politely(&link, &stop) => Some(why),
+        // What it forked may hold the connection open.
+        () = process::ended(pid) => Some("its process ended".to_owned()),
     };
     link.end();
     let well = why.is_none();

@@ -4,14 +4,14 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
+use serde_json::Map;
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior};
 use vramd_api::WorkerId;
 use vramd_api::worker_protocol::{
-    BadLine, Greeting, Hello, MAX_REPORT_BYTES, Message, ModelInfo, VERSION, decode,
+    BadLine, Greeting, Hello, MAX_REPORT_BYTES, Message, ModelInfo, VERSION, WorkerError, decode, meant_for,
 };
 
 use super::News;
@@ -29,6 +29,8 @@ const MISSES: [u32; 2] = [2, 6];
 const REPORT_EVERY: Duration = Duration::from_secs(30);
 /// Reports and faults are passed on no more often.
 const PASS_ON_EVERY: Duration = Duration::from_millis(100);
+/// So many lines are read before others have their turn.
+const LINES_IN_A_ROW: u64 = 64;
 /// So many faults in a row, without one line that is none, are enough.
 const MOST_FAULTS: u32 = 1000;
 
@@ -74,8 +76,13 @@ impl Session {
         inbox: &Mutex<Inbox>,
         news: &Notify,
     ) -> Result<(), String> {
-        let mut in_a_row = 0;
+        let (mut in_a_row, mut lines_read) = (0, 0_u64);
         loop {
+            // However much it prints, it is asked to end, and for signs of life, in between.
+            lines_read += 1;
+            if lines_read.is_multiple_of(LINES_IN_A_ROW) {
+                tokio::task::yield_now().await;
+            }
             let fault = match lines.next().await {
                 Ok(Line::Whole(line)) if line.trim_ascii().is_empty() => continue,
                 Ok(Line::Whole(line)) => match self.take(line, inbox, news) {
@@ -116,7 +123,7 @@ impl Session {
             Ok(Message::Reply { request_id, outcome }) => self.link.answered(&request_id, outcome),
             Ok(Message::Event { event, data }) => {
                 match event.as_str() {
-                    "models" => {
+                    "models" if data.is_some() => {
                         inbox.lock().expect("nothing panics with it").report = data;
                         news.notify_one();
                     }
@@ -134,6 +141,11 @@ impl Session {
                 Ok(())
             }
             Err(error) => {
+                if let Some(id) = meant_for(line) {
+                    let message = format!("its answer cannot be read: {error}");
+                    let unreadable = WorkerError { message, ..WorkerError::default() };
+                    let _ = self.link.answered(&id, Err(unreadable));
+                }
                 // Most likely somebody prints where only frames may go.
                 self.link.log().push(line);
                 Err(error.to_string())
@@ -177,7 +189,7 @@ impl Session {
     /// The daemon's side of the conversation.
     async fn converse(&self) -> String {
         let greeting = match self.link.call("hello", &self.hello, HELLO_PATIENCE).await {
-            Ok(data) => read::<Greeting>(data),
+            Ok(data) => read::<Greeting>(&data),
             Err(error) => return format!("the handshake failed: {error}"),
         };
         let greeting = match greeting {
@@ -215,7 +227,7 @@ impl Session {
                         self.tell(News::Responds(false)).await;
                     }
                     if missed >= MISSES[1] {
-                        return format!("it did not answer {missed} heartbeats");
+                        return format!("it did not answer {missed} heartbeats: {error}");
                     }
                 }
             }
@@ -225,7 +237,7 @@ impl Session {
     async fn ask_for_reports(&self) -> String {
         loop {
             match self.link.call("memory.get_model_info", &Map::new(), REPORT_PATIENCE).await {
-                Ok(data) => self.report(&data.to_string()).await,
+                Ok(data) => self.report(data.get()).await,
                 Err(error) => {
                     self.link.log().note_fault(&format!("it does not say which models it has: {error}"));
                     self.tell(News::Faulted).await;
@@ -240,6 +252,6 @@ impl Session {
     }
 }
 
-fn read<T: DeserializeOwned>(data: Value) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
-    serde_path_to_error::deserialize(data)
+fn read<T: DeserializeOwned>(data: &RawValue) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(data.get()))
 }

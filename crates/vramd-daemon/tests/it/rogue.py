@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -44,13 +45,20 @@ def at_start() -> None:
             sys.stdout.write(piece)
         sys.stdout.write("\n")
     if MODE == "forks" and os.fork() == 0:
-        # A child that outlives its parent and holds its streams.
+        # A child that outlives its parent, holds its streams and leaves its group.
+        os.setsid()
         time.sleep(600)
     if MODE in ("holds", "shares"):
         held.append(bytearray(os.urandom(1 << 20)) * 64)
     if MODE == "shares" and os.fork() == 0:
         # What it holds is its parent's memory still.
         signal.pause()
+
+
+def chatter() -> None:
+    """Never so many faults in a row that it is ended for them."""
+    while True:
+        os.write(1, b"x\n" * 900 + b'{"event": "nothing"}\n')
 
 
 def serve() -> None:
@@ -69,6 +77,8 @@ def serve() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             if MODE == "deaf":
                 time.sleep(600)
+            if MODE == "chatters":
+                threading.Thread(target=chatter, daemon=True).start()
         elif action == "ping":
             if MODE != "silent":
                 answer(request, {})
@@ -89,6 +99,9 @@ def serve() -> None:
                 time.sleep(600)
             if request["data"].get("end"):
                 sys.exit(request["data"]["end"])
+            if MODE == "misshapen":
+                send({"request_id": request["request_id"], "success": True, "data": [1]})
+                continue
             answer(request, {**request["data"], "environment": dict(os.environ)})
             if MODE == "twice":
                 answer(request, request["data"])

@@ -10,7 +10,7 @@ use vramd_daemon::Program;
 
 use crate::support::{Daemon, Home, MIB, PATIENCE, wait_for};
 
-const MODES: [&str; 19] = [
+const MODES: [&str; 21] = [
     "good",
     "says",
     "garbage",
@@ -30,6 +30,8 @@ const MODES: [&str; 19] = [
     "newer",
     "holds",
     "shares",
+    "chatters",
+    "misshapen",
 ];
 
 fn name(text: &str) -> WorkerName {
@@ -194,6 +196,51 @@ fn what_a_worker_prints_is_contained_and_named() {
     let found = when(&daemon, "says", "heard", is_there);
     assert_eq!(found["logs"][0]["text"], "one?[2J line");
     assert!(worker(&daemon, "garbage")["logs"].to_string().contains("loading model"));
+}
+
+#[test]
+fn one_that_prints_all_the_while_is_asked_to_end_all_the_same() {
+    let daemon = daemon();
+    ready(&daemon, "chatters");
+    when(&daemon, "chatters", "at it", |it| it["faultCount"].as_u64() > Some(10_000));
+    let ended = daemon.delete("/api/workers/chatters").data(200);
+    assert_eq!(ended["lastExit"]["code"], 0, "it was asked before it was killed: {ended}");
+}
+
+#[test]
+fn an_answer_that_cannot_be_read_is_an_answer() {
+    let daemon = daemon();
+    ready(&daemon, "misshapen");
+    let body = json!({ "action": "echo", "data": {}, "timeoutSeconds": 60 });
+    let error = daemon.post("/api/workers/misshapen/call", &body).error("WORKER_FAILED");
+    assert!(error["message"].as_str().is_some_and(|it| it.contains("no object")), "{error}");
+    assert_eq!(worker(&daemon, "misshapen")["faultCount"], 1);
+}
+
+#[test]
+fn one_that_joined_ends_with_its_process_whatever_it_forked() {
+    let daemon = daemon();
+    let script = "import os, socket, sys, time\n\
+        s = socket.socket(socket.AF_UNIX)\n\
+        s.connect(sys.argv[1])\n\
+        s.sendall(b'{\"event\":\"join\",\"data\":{\"name\":\"forked\"}}\\n')\n\
+        s.recv(1)\n\
+        parent = os.getpid()\n\
+        if os.fork() == 0:\n    print(os.getpid(), flush=True)\n    os.kill(parent, 9)\n    time.sleep(600)\n\
+        time.sleep(600)\n";
+    let mut process = std::process::Command::new("python3")
+        .args(["-c", script])
+        .arg(daemon.socket())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("python3");
+    let mut child = String::new();
+    BufReader::new(process.stdout.take().expect("a pipe")).read_line(&mut child).expect("a line");
+    process.wait().expect("it was killed");
+    let ended = when(&daemon, "forked", "ended", |it| it["state"] == "Exited");
+    assert_eq!(ended["lastExit"]["reason"], "its process ended");
+    let child = rustix::process::Pid::from_raw(child.trim().parse().expect("a pid")).expect("a pid");
+    rustix::process::kill_process(child, rustix::process::Signal::KILL).expect("it is there still");
 }
 
 #[test]

@@ -35,11 +35,8 @@ class Allocations:
         if size == 0:
             raise Refused("INVALID_ARGUMENT", "size_mb is less than a byte")
         device = call.optional_text("device_id") or self.device
-        self._manager.check_room("the allocation", device, size)
-        buffer = self.take_in(
-            device, self._framework.empty(size, device), call.optional_text("purpose") or ""
-        )
-        return self.shown(buffer)
+        value = self.empty("the allocation", size, device)
+        return self.shown(self.take_in(device, value, call.optional_text("purpose") or ""))
 
     def deallocate(self, call: Call) -> dict[str, Any]:
         buffer = self.drop(call.text("allocation_id"))
@@ -48,6 +45,12 @@ class Allocations:
         del buffer
         self._framework.collect(device)
         return shown | {"freed_mb": megabytes(max(before - self._framework.used_bytes(device), 0))}
+
+    def empty(self, what: str, size_bytes: int, device: str) -> Any:
+        """A buffer, if there is room for it."""
+        with self._manager.taking():
+            self._manager.check_room(what, device, size_bytes)
+            return self._framework.empty(size_bytes, device)
 
     def take_in(self, device: str, value: Any, purpose: str) -> Buffer:
         buffer = Buffer(str(uuid.uuid4()), device, purpose, value)

@@ -233,8 +233,12 @@ class Torch:
         if isinstance(value, self._torch.nn.Module):
             return value.to(place)
         if isinstance(value, self._torch.Tensor):
+            storage = storage_of(value)
+            if storage is None:
+                return value.to(place, copy=True)
             # Tied weights stay tied.
-            same = (value.data_ptr(), value.dtype, value.shape, value.stride())
+            flags = (value.is_conj(), value.is_neg())
+            same = (storage, value.data_ptr(), value.dtype, value.shape, value.stride(), flags)
             if same not in moved:
                 moved[same] = value.to(place, copy=True)
             return moved[same]
@@ -262,14 +266,40 @@ class Torch:
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:
-    """The bytes of NumPy arrays or torch tensors; of tied ones, once."""
-
-    def place_and_size(one: Any) -> tuple[str, int, int]:
+    """The bytes of NumPy arrays or torch tensors; of what several share, once."""
+    shared: dict[tuple[str, int], int] = {}
+    alone = 0
+    for one in tensors:
         if hasattr(one, "data_ptr"):
-            return str(one.device), one.data_ptr(), int(one.numel() * one.element_size())
-        return "", one.__array_interface__["data"][0], int(one.nbytes)
+            storage = storage_of(one)
+            if storage is None:
+                alone += _plain_bytes(one)
+            else:
+                shared[storage[:2]] = storage[2]
+            continue
+        whole = one
+        while getattr(whole, "base", None) is not None and hasattr(whole.base, "nbytes"):
+            whole = whole.base
+        shared["", id(whole)] = int(whole.nbytes)
+    return alone + sum(shared.values())
 
-    return sum(size for _, _, size in {place_and_size(one) for one in tensors})
+
+def storage_of(tensor: Any) -> tuple[str, int, int] | None:
+    """Where a plain tensor's bytes are, and how many; ``None`` of one that wraps others or has none."""
+    try:
+        storage = (tensor.untyped_storage if hasattr(tensor, "untyped_storage") else tensor.storage)()
+        place, size = storage.data_ptr(), int(storage.nbytes())
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        return None
+    return (str(tensor.device), place, size) if place else None
+
+
+def _plain_bytes(tensor: Any) -> int:
+    """Of one without a storage of its own; nothing of one that is not made yet."""
+    try:
+        return int(tensor.numel() * tensor.element_size())
+    except (RuntimeError, NotImplementedError, ValueError):
+        return 0
 
 
 def private_bytes() -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +99,12 @@ def check(model: Model) -> None:
         raise Refused("INVALID_ARGUMENT", f"{model.name!r} is no name of a model")
     if not _DEVICE.fullmatch(model.device):
         raise Refused("INVALID_ARGUMENT", f"{model.device!r} is no device such as cuda:0")
+    for what, text in (("kind", model.kind), ("attached model", model.attached_model)):
+        named = isinstance(text, str) and 0 < len(text.encode()) <= 256 and text.isprintable()
+        if text is not None and not named:
+            raise Refused("INVALID_ARGUMENT", f"{text!r} names no {what}")
+    if model.load_seconds is not None and not 0 <= model.load_seconds < math.inf:
+        raise Refused("INVALID_ARGUMENT", f"{model.load_seconds!r} is no number of seconds")
     if model.priority not in PRIORITIES:
         known = ", ".join(PRIORITIES)
         raise Refused("INVALID_ARGUMENT", f"the priority {model.priority} is none of {known}")
@@ -114,6 +121,7 @@ class Manager:
         self._settled = threading.Condition(self._lock)
         #: Two who use a model for the first time load it once.
         self._loading = threading.RLock()
+        self._taking = threading.RLock()
         self._changed = changed
         self.limit_bytes = limit_bytes
         #: The level that the daemon last told, by device.
@@ -131,8 +139,8 @@ class Manager:
             raise Refused("NOT_FOUND", f"this worker has no model {name}", f"it has: {known}")
         return model
 
-    def hold(self, model: Model) -> None:
-        """Takes a model in; one of that name that is in use is brought up to date instead."""
+    def hold(self, model: Model) -> Model:
+        """Takes a model in; one of that name that is in use is brought up to date instead, and answered."""
         check(model)
         with self._lock:
             held = self._models.get(model.name)
@@ -140,7 +148,15 @@ class Manager:
                 for name in _TOLD:
                     setattr(held, name, getattr(model, name))
             else:
-                self._models[model.name] = model
+                self._models[model.name] = held = model
+        self._changed()
+        return held
+
+    def hold_new(self, model: Model) -> None:
+        """Takes a model in that is not here."""
+        with self._lock:
+            self.check_new(model.name)
+            self._models[model.name] = model
         self._changed()
 
     def check_new(self, name: str) -> None:
@@ -148,6 +164,10 @@ class Manager:
         with self._lock:
             if name in self._models:
                 raise Refused("CONFLICT", f"{name} is loaded already")
+
+    def taking(self) -> AbstractContextManager[object]:
+        """While inside, nobody else takes memory: where there is a limit, what was checked stays so."""
+        return nullcontext() if self.limit_bytes is None else self._taking
 
     def has_room(self, device: str, size_bytes: int) -> bool:
         """Whether so much more host memory stays below the limit, with all that this process has."""

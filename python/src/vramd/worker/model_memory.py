@@ -55,18 +55,19 @@ class ModelMemory:
             self._attach(model)
         else:
             size = max(estimate, _file_bytes(Path(path)))
-            self.make_room(device, size)
-            self._manager.check_room(name, device, size)
-            model.value = self._framework.load(Path(path), device, call.check)
+            with self._manager.taking():
+                self.make_room(device, size)
+                self._manager.check_room(name, device, size)
+                model.value = self._framework.load(Path(path), device, call.check)
             model.size_bytes = tensor_bytes(model.value.values())
+        model.load_seconds = round(time.monotonic() - began, 6)
         try:
             call.check()
+            self._manager.hold_new(model)
         except Refused:
             if isinstance(model.value, Attachment):
                 model.value.close()
             raise
-        model.load_seconds = round(time.monotonic() - began, 6)
-        self._manager.hold(model)
         return {"model": model.report(), "tensor_count": len(model.value)}
 
     def unload(self, call: Call) -> dict[str, Any]:
@@ -183,7 +184,7 @@ class ModelMemory:
             if self._manager.has_room(device, size_bytes):
                 return
             if model.size_bytes:
-                with suppress(Refused):
+                with suppress(Exception):
                     self.let_go(model.name)
 
     def check_limit(self, name: str, device: str) -> None:

@@ -113,8 +113,7 @@ class Worker:
             load_seconds,
             value=value,
         )
-        self._manager.hold(model)
-        return model
+        return self._manager.hold(model)
 
     def drop(self, name: str) -> None:
         """Says that it holds it no longer."""
@@ -282,14 +281,17 @@ class Worker:
 
     def _report(self, connected: channel.Channel, over: threading.Event) -> None:
         """Tells the daemon which models there are when that has changed: nobody who computes waits for it."""
-        if self._interface is not None:
-            self._interface.models.let_orphans_go()
+        self._changed.set()
         while not over.is_set():
             self._changed.wait()
             self._changed.clear()
-            models = [model.report() for model in self._manager.models()]
+            models = self._manager.models()
+            if self._interface is not None and any(one.orphaned and not one.busy for one in models):
+                # Hooks may take their time.
+                threading.Thread(target=self._interface.models.let_orphans_go, daemon=True).start()
             if not over.is_set():
-                connected.send(protocol.event("models", {"loaded_models": models}))
+                reports = [model.report() for model in models]
+                connected.send(protocol.event("models", {"loaded_models": reports}))
 
     def _greet(
         self, call: Call, framework: Framework, interface: Interface, actions: list[str]

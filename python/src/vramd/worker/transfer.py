@@ -44,7 +44,7 @@ class Transfers:
         buffer = self._allocations.get(call.text("allocation_id"))
         target_device, moves = call.text("target_device_id"), not call.flag("copy")
         total = self._framework.size_of(buffer.value)
-        target = self._framework.empty(total, target_device)
+        target = self._allocations.empty("the copy", total, target_device)
         transfer = Transfer(str(uuid.uuid4()), buffer.allocation_id, target_device, moves, total)
         with self._lock:
             buffer.readers += 1

@@ -10,12 +10,15 @@ mod windows;
 use std::collections::BTreeMap;
 
 #[cfg(unix)]
-pub use unix::{Group, sweep};
+pub use unix::{Group, ended, sweep};
 #[cfg(windows)]
-pub use windows::{Group, sweep};
+pub use windows::{Group, ended, sweep};
 
 /// Tells a later run of the daemon which processes are of its own workers.
 pub const MARK_VARIABLE: &str = "VRAMD_WORKER_OF";
+
+/// Tells a worker, and all that it starts, which one it is.
+pub const ID_VARIABLE: &str = "VRAMD_WORKER_ID";
 
 /// What is to be run, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,12 +9,13 @@ use tokio::net::unix::pipe::Receiver;
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
 use vramd_api::{Bytes, WorkerExit, WorkerLimit};
 
-use super::Command;
 use super::limits::Limits;
+use super::{Command, ID_VARIABLE};
 use crate::clock;
 
 #[derive(Debug)]
 pub struct Group {
+    id: String,
     child: Child,
     pub pid: u32,
     leader: Pid,
@@ -38,14 +39,18 @@ impl Group {
         let mut child = process.spawn()?;
         let pid = child.id().expect("nobody has waited for it");
         let leader = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process has a number");
-        // Not a pipe, but it is polled like one, and nothing is read from it.
-        let ended = Receiver::from_owned_fd_unchecked(pidfd_open(leader, PidfdFlags::NONBLOCK)?)?;
+        let ended = watch(leader)?;
         let limits = Limits::set(command.limit_bytes, leader, &format!("{}-{id}", command.mark));
         let streams = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(stdin), Some(stdout), Some(stderr)) = streams else {
             return Err(io::Error::other("a pipe to the process is missing"));
         };
-        Ok((Self { child, pid, leader, ended, limits, is_reaped: false }, stdin, stdout, stderr))
+        Ok((
+            Self { id: id.to_owned(), child, pid, leader, ended, limits, is_reaped: false },
+            stdin,
+            stdout,
+            stderr,
+        ))
     }
 
     pub fn limit(&self) -> Option<WorkerLimit> {
@@ -71,6 +76,9 @@ impl Group {
     pub async fn reap(mut self) -> WorkerExit {
         // Before its leader is waited for: then the group's number cannot be another's yet.
         self.kill();
+        let mark = format!("{ID_VARIABLE}={}", self.id);
+        // Those that left the group too.
+        let _ = tokio::task::spawn_blocking(move || kill_marked(&mark)).await;
         let status = self.child.wait().await;
         self.is_reaped = true;
         let reached = self.limits.reached();
@@ -106,18 +114,44 @@ fn tell(status: ExitStatus, exit: &mut WorkerExit) {
     };
 }
 
+/// Readable once a process has ended.
+fn watch(process: Pid) -> io::Result<Receiver> {
+    // Not a pipe, but it is polled like one, and nothing is read from it.
+    Receiver::from_owned_fd_unchecked(pidfd_open(process, PidfdFlags::NONBLOCK)?)
+}
+
+/// Until a process that somebody else started has ended; for ever where nobody knows which.
+pub async fn ended(pid: Option<u32>) {
+    let Some(process) = pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) else {
+        return std::future::pending().await;
+    };
+    match watch(process) {
+        Ok(watch) => drop(watch.readable().await),
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {}
+        Err(_) => std::future::pending().await,
+    }
+}
+
 /// Ends what an earlier run of this daemon left: the processes that it marked, whatever group they are in.
 pub fn sweep(mark: &str) {
-    let wanted = format!("{}={mark}", super::MARK_VARIABLE);
+    let count = kill_marked(&format!("{}={mark}", super::MARK_VARIABLE));
+    if count > 0 {
+        tracing::info!(count, "processes of workers that an earlier run left are ended");
+    }
+    super::limits::sweep(mark);
+}
+
+/// Ends all processes that were given this in their environment; says how many there were.
+fn kill_marked(wanted: &str) -> usize {
+    let mut count = 0;
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?)) else {
             continue;
         };
         let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
         if environment.split(|byte| *byte == 0).any(|one| one == wanted.as_bytes()) {
-            tracing::info!(pid = pid.as_raw_nonzero(), "a worker that an earlier run left is ended");
-            let _ = kill_process(pid, Signal::KILL);
+            count += usize::from(kill_process(pid, Signal::KILL).is_ok());
         }
     }
-    super::limits::sweep(mark);
+    count
 }

@@ -63,5 +63,10 @@ impl Group {
     }
 }
 
+/// The system is not asked: the connection of a process ends with it.
+pub async fn ended(_pid: Option<u32>) {
+    std::future::pending().await
+}
+
 /// Jobs end with the daemon: nothing is left over.
 pub fn sweep(_mark: &str) {}
