@@ -72,9 +72,13 @@ def _free(group: Path) -> int:
 def _kept(group: Path, client: vramd.Client) -> int:
     """What the daemon leaves to the system, once it has seen what was loaded and read."""
     seen: list[int] = []
-    while len(seen) < 5 or max(seen[-5:]) - min(seen[-5:]) > WANDER // 2:
+
+    def steady() -> bool:
         seen.append(_free(group) - client.device_pressure("cpu:0")["freeMemory"])
         time.sleep(0.1)
+        return len(seen) >= 5 and max(seen[-5:]) - min(seen[-5:]) <= WANDER // 2
+
+    until(steady)
     return seen[-1]
 
 

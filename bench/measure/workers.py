@@ -22,12 +22,19 @@ def measure(setup: Setup, table: Table) -> None:
 
 def _messages(setup: Setup, table: Table) -> None:
     # Who asks has all processors but the last, and who answers has that one.
-    last = os.cpu_count() - 1
-    if last == 0:
+    *others, last = sorted(os.sched_getaffinity(0))
+    if not others:
         say("SKIPPED messages: who asks and who answers need a processor each")
         return
-    peers = ["taskset", "--cpu-list", f"0-{last - 1}", str(setup.peers)]
-    command = [*peers, "worker", sys.executable, "--rounds", str(setup.rounds(12))]
+    command = [
+        "taskset",
+        "--cpu-list",
+        ",".join(map(str, others)),
+        str(setup.peers),
+        "worker",
+        sys.executable,
+    ]
+    command += ["--processor", str(last), "--rounds", str(setup.rounds(12))]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     worker, echo, bare = found["worker"], found["pythonEcho"], found["cEcho"]
     ratio = max(worker[share] / echo[share] for share in ("p50Micros", "p99Micros"))

@@ -78,6 +78,9 @@ enum Command {
     /// Sends messages of a kilobyte to a Python worker, and to programs that only echo, in turns; prints what that took as JSON
     Worker {
         python: PathBuf,
+        /// Where the programs run; this one should not
+        #[arg(long)]
+        processor: usize,
         #[arg(long, default_value_t = 2000)]
         messages: usize,
         #[arg(long, default_value_t = 5)]
@@ -121,9 +124,9 @@ async fn main() -> anyhow::Result<()> {
             println!("{}", vulkan::run_attach(ordinal, &socket, &allocations, rounds)?);
             Ok(())
         }
-        Command::Worker { python, messages, rounds } => {
+        Command::Worker { python, processor, messages, rounds } => {
             // Where the daemon's own callers are: on the runtime's threads.
-            let run = tokio::spawn(async move { worker::run(&python, messages, rounds).await });
+            let run = tokio::spawn(async move { worker::run(&python, processor, messages, rounds).await });
             println!("{}", run.await??);
             Ok(())
         }

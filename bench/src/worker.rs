@@ -15,12 +15,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const IN_FLIGHT: usize = 64;
 const ECHO: &str = "import sys\nout = sys.stdout.buffer\nfor line in sys.stdin.buffer:\n    out.write(line)\n    out.flush()\n";
 
-/// On the processor after those of this process, which is left to them: whether a scheduler puts the two ends of a pipe on
-/// one processor or on two makes more of a difference than all else.
-fn start(program: &Path, arguments: &[&str]) -> anyhow::Result<Child> {
-    let theirs = std::thread::available_parallelism()?.get();
+/// On a processor of its own: whether a scheduler puts the two ends of a pipe on one processor or on two makes more of a
+/// difference than all else.
+fn start(processor: usize, program: &Path, arguments: &[&str]) -> anyhow::Result<Child> {
     Command::new("taskset")
-        .args(["--cpu-list", &theirs.to_string()])
+        .args(["--cpu-list", &processor.to_string()])
         .arg(program)
         .args(arguments)
         .env("VRAMD_WORKER", "stdio")
@@ -33,14 +32,14 @@ fn start(program: &Path, arguments: &[&str]) -> anyhow::Result<Child> {
 }
 
 /// In turns, so that what else the machine does hits all of them.
-pub async fn run(python: &Path, messages: usize, rounds: usize) -> anyhow::Result<Value> {
+pub async fn run(python: &Path, processor: usize, messages: usize, rounds: usize) -> anyhow::Result<Value> {
     let text = "x".repeat(960);
     let data = json!({ "text": text });
-    let mut worker = start(python, &["-m", "vramd.worker"])?;
+    let mut worker = start(processor, python, &["-m", "vramd.worker"])?;
     let (stdin, stdout) = (worker.stdin.take().context("a pipe")?, worker.stdout.take().context("a pipe")?);
     let link = vramd_daemon::worker_link(stdout, stdin);
-    let mut python_echo = Echo::start(python, &["-c", ECHO])?;
-    let mut c_echo = Echo::start(Path::new("cat"), &[])?;
+    let mut python_echo = Echo::start(processor, python, &["-c", ECHO])?;
+    let mut c_echo = Echo::start(processor, Path::new("cat"), &[])?;
     let line = format!("{}\n", json!({ "request_id": "1", "action": "ping", "data": data }));
     let (mut of_worker, mut of_python, mut of_c, mut rates) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -105,8 +104,8 @@ struct Echo {
 }
 
 impl Echo {
-    fn start(program: &Path, arguments: &[&str]) -> anyhow::Result<Self> {
-        let mut child = start(program, arguments)?;
+    fn start(processor: usize, program: &Path, arguments: &[&str]) -> anyhow::Result<Self> {
+        let mut child = start(processor, program, arguments)?;
         let (stdin, stdout) = (child.stdin.take().context("a pipe")?, child.stdout.take().context("a pipe")?);
         Ok(Self { _child: child, stdin, stdout: BufReader::new(stdout) })
     }

@@ -222,6 +222,8 @@ def test_a_server_makes_room_below_its_limit_before_it_refuses() -> None:
     left = {model.name for model in server.models()}
     assert len(left) == 2
     assert "c" in left
+    server._interface.models.make_room("cpu:0", 1 << 40)
+    assert {model.name for model in server.models()} == left, "none goes in vain"
     with server.using("c"), pytest.raises(Refused, match="no room for large"), server.using("large"):
         pass
     assert [model.name for model in server.models()] == ["c"]
@@ -434,8 +436,15 @@ def test_a_server_that_is_told_to_end_leaves_and_a_lost_daemon_is_waited_for(
     daemon = Vramd(binary, tmp_path / "one")
 
     class Attaches(Worker):
+        refused = 0
+
         def on_load(self, name: str) -> Any:
             return api.attach("toy", socket=socket)
+
+        def on_unload(self, model: Model) -> None:
+            self.refused += model.name == "kept"
+            if model.name == "kept":
+                raise Refused("CONFLICT", "it is dear to me")
 
     def serve(daemon: Vramd) -> None:
         path = daemon.models / "toy.safetensors"
@@ -447,8 +456,9 @@ def test_a_server_that_is_told_to_end_leaves_and_a_lost_daemon_is_waited_for(
     server = Attaches("server", socket=socket)
     server.hold("net", size_bytes=MEGABYTE)
     server.start()
-    with server.using("toy"):
-        pass
+    for name in ("toy", "kept"):
+        with server.using(name):
+            pass
     with pytest.raises(RuntimeError):
         server.start()
     until(lambda: daemon.client.workers() and daemon.client.worker("server")["models"], "its model")
@@ -458,11 +468,16 @@ def test_a_server_that_is_told_to_end_leaves_and_a_lost_daemon_is_waited_for(
     try:
         until(lambda: again.client.workers() and again.client.worker("server")["models"], "it to be back", 20)
         # What the first daemon held is nobody's any more, and is had anew from the second.
-        until(lambda: [model.name for model in server.models()] == ["net"], "the old weights to be let go")
+        until(lambda: "toy" not in [model.name for model in server.models()], "the old weights to be let go")
+        until(lambda: server.refused > 0, "the others to be asked for")
+        assert server.refused < 10, "nobody is asked again and again"
         serve(again)
+        with server.using("kept") as model:
+            # Whatever it says: they are nobody's.
+            assert model.value.ended is None
         with server.using("toy") as model:
             assert model.value["bias"][0] == TENSORS["bias"][0]
-        until(lambda: attached(again) == 1, "the new weights to be attached")
+        until(lambda: attached(again) == 2, "the new weights to be attached")
         again.client.stop_worker("server")
         ended = [one for one in threading.enumerate() if one.name == "vramd-worker"]
         until(lambda: not any(one.is_alive() for one in ended), "its thread to end")

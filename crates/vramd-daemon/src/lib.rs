@@ -230,7 +230,8 @@ pub async fn serve_on(
     let socket = config.socket.as_ref().map(|path| path.display().to_string());
     let server = address.map(|address| format!("http://{address}"));
     let local = socket.as_ref().map(|path| format!("{}:{path}", if cfg!(windows) { "pipe" } else { "unix" }));
-    let mark = blake3::hash(config.state_dir.as_os_str().as_encoded_bytes()).to_hex()[..16].to_owned();
+    let place = config.state_dir.canonicalize().unwrap_or_else(|_| config.state_dir.clone());
+    let mark = blake3::hash(place.as_os_str().as_encoded_bytes()).to_hex()[..16].to_owned();
     let home = Home { server: server.or(local), socket, mark };
     let launches = config
         .workers

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vramd_api::{
     AllocationId, ApiError, ClearRequest, Cleared, ComponentName, CopyRequest, DefragmentPlans,
@@ -15,7 +16,6 @@ use vramd_core::pressure::Stall;
 use vramd_core::usage::Counts;
 use vramd_device::{DeviceError, Report, Sample};
 
-use super::workers::SeenWorkers;
 use super::{
     Allocate, AttachRequest, Attachment, Caller, Joining, Launch, Load, LoadAnswer, PlanLoads, Reply,
     allocations, copies, plans, relief,
@@ -138,7 +138,10 @@ pub enum Event {
         used_by: BTreeMap<u32, u64>,
         outcome: Result<Sample, DeviceError>,
     },
-    WorkersSeen(SeenWorkers),
+    /// Which processes workers have, by the first of each.
+    WorkersFound(BTreeMap<u32, Vec<u32>>),
+    /// What workers' processes use of a device, and how long it took to look.
+    WorkersMeasured(DeviceId, BTreeMap<u32, u64>, Duration),
     /// A lost device was tried again.
     Adopted {
         device: DeviceId,

@@ -245,7 +245,8 @@ impl Driver {
             tries: BTreeMap::new(),
             workers: Workers::new(),
             ending_workers: HashMap::new(),
-            workers_looked_at: Some(vramd_core::Tick::default()),
+            workers_looked_at: vramd_core::Tick::default(),
+            worker_looks: BTreeMap::new(),
             workers_changed: false,
             home: rules.home,
             samples: BTreeMap::new(),
@@ -376,8 +377,10 @@ struct State {
     workers: Workers,
     /// Who asked a worker to end and waits for it.
     ending_workers: HashMap<WorkerId, Vec<Reply<vramd_api::Worker>>>,
-    /// When it is looked again which processes they have, and what those use; None while that is under way.
-    workers_looked_at: Option<vramd_core::Tick>,
+    /// When it is looked again which processes they have.
+    workers_looked_at: vramd_core::Tick,
+    /// When it may be looked again what those use of a device; None while that is under way.
+    worker_looks: BTreeMap<DeviceId, Option<vramd_core::Tick>>,
     /// What is theirs is to be added up anew.
     workers_changed: bool,
     home: Home,
@@ -530,7 +533,8 @@ impl State {
                 self.note_reports(&device, &reports);
                 self.measured(&device, &used_by, outcome);
             }
-            Event::WorkersSeen(seen) => self.workers_seen(&seen),
+            Event::WorkersFound(families) => self.workers_found(&families),
+            Event::WorkersMeasured(device, used, took) => self.workers_measured(&device, &used, took),
             Event::Adopted { device, reports, outcome } => {
                 self.jobs -= 1;
                 self.note_reports(&device, &reports);
@@ -577,7 +581,8 @@ impl State {
         // Readers may have had their time.
         self.to_go_on.extend(self.operations.running.keys());
         if !self.stopping {
-            self.workers_changed = true;
+            // What they fill of their reservations is theirs no less.
+            self.workers_changed |= !self.reservations.is_empty();
             self.look_at_workers();
             self.measure();
             self.adopt();

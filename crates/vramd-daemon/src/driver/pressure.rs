@@ -59,11 +59,12 @@ impl State {
         let before = gauge.read(reading, self.thresholds, self.now.tick);
         let (level, ratio, needs, available) =
             (gauge.level(), gauge.ratio(), gauge.needs(), gauge.available_bytes());
+        let stalled = gauge.reading().stall > Stall::None;
         if let Some(before) = before {
             let data = serde_json::json!({
                 "deviceId": device, "level": level, "before": before, "ratio": ratio, "neededBytes": needs,
                 "availableBytes": available, "freeBytes": reading.free_bytes, "totalBytes": reading.total_bytes,
-                "stalled": reading.stall > Stall::None,
+                "stalled": stalled,
             });
             self.emit(EventKind::PressureChanged, data);
             if needs == 0 {

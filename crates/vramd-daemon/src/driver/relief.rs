@@ -499,6 +499,7 @@ impl State {
             let said = outcome.as_ref().copied().unwrap_or(0);
             let until = tokio::time::Instant::now() + SETTLE_PATIENCE;
             let measured_bytes = loop {
+                let looked = tokio::time::Instant::now();
                 let freed = before.zip(used().await).map(|(before, after)| before.saturating_sub(after));
                 // Some say so before it is true.
                 if said < LEAST_CLAIM
@@ -508,7 +509,7 @@ impl State {
                     // More is others' doing: several things go at once.
                     break freed.map(|freed| freed.min(said));
                 }
-                tokio::time::sleep(LOOK_AGAIN).await;
+                tokio::time::sleep(LOOK_AGAIN.max(looked.elapsed())).await;
             };
             let asked =
                 Asked { operation, worker, model, requested_bytes, candidate, outcome, measured_bytes };

@@ -209,10 +209,17 @@ impl State {
         bases.into_iter().filter_map(|id| self.ledger.room(id)?.base_bytes).min().unwrap_or_default()
     }
 
-    /// What of a process's use of a device fills its reservations.
-    pub(super) fn filled_by(&self, pid: u32, device: &DeviceId) -> u64 {
-        let of = self.of_process(&(pid, device.clone()));
-        of.into_iter().filter_map(|id| Some(self.ledger.room(id)?.used_bytes)).sum()
+    /// What of processes' use of a device fills their reservations.
+    pub(super) fn filled_on(&self, device: &DeviceId) -> BTreeMap<u32, u64> {
+        let mut filled = BTreeMap::new();
+        for id in self.reservations.keys() {
+            if let (Some((pid, on)), Some(room)) = (self.process_of(*id), self.ledger.room(*id))
+                && on == *device
+            {
+                *filled.entry(pid).or_insert(0) += room.used_bytes;
+            }
+        }
+        filled
     }
 
     fn of_process(&self, process: &(u32, DeviceId)) -> Vec<AllocationId> {
@@ -271,6 +278,7 @@ impl State {
     /// A reservation is over: what it took is learned, if its owner released it and that is known.
     pub(super) fn learn(&mut self, allocation: &Allocation) -> Option<Footprint> {
         let room = allocation.request.room.as_deref()?;
+        self.workers_changed = true;
         let reserved = self.reservations.remove(&allocation.request.id);
         // What its process gives back with it is no use of those that it still has.
         if let (Some(pid), Some(base)) = (room.pid, room.base_bytes) {

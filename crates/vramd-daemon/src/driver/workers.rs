@@ -20,7 +20,7 @@ use vramd_core::restarts::{Next, Restarts};
 use super::{Caller, Event, Reply, State};
 use crate::platform;
 use crate::requests;
-use crate::workers::{self, Command, ID_VARIABLE, Link, Log, MARK_VARIABLE, News, Task};
+use crate::workers::{self, Command, Link, Log, MARK_VARIABLE, News, Task};
 
 /// The most workers, those that have ended and are still shown included.
 const MAX_WORKERS: usize = 1024;
@@ -101,15 +101,6 @@ pub struct Worker {
     pub link: Link,
     log: Arc<Log>,
     stop: CancellationToken,
-}
-
-/// What workers' processes were found to be, and to have.
-#[derive(Debug)]
-pub struct SeenWorkers {
-    /// By the first of each.
-    families: BTreeMap<u32, Vec<u32>>,
-    used: Vec<(DeviceId, BTreeMap<u32, u64>)>,
-    took: Duration,
 }
 
 /// Those that there are, by their ids, which sort by age.
@@ -365,11 +356,12 @@ impl State {
         worker.next_start = None;
         worker.started_at = self.now.wall;
         let task = self.task(&mut worker, launch.heartbeat_seconds as f64, launch.limit_bytes);
+        let mark = format!("{}:{}", self.home.mark, Uuid::now_v7());
         let mut environment = launch.environment.clone();
         let own = [
             ("VRAMD_WORKER", Some("stdio".to_owned())),
-            (ID_VARIABLE, Some(id.to_string())),
-            (MARK_VARIABLE, Some(self.home.mark.clone())),
+            ("VRAMD_WORKER_ID", Some(id.to_string())),
+            (MARK_VARIABLE, Some(mark.clone())),
             ("VRAMD_OWNER", Some(worker.owner.to_string())),
             ("VRAMD_SOCKET", self.home.socket.clone()),
             ("VRAMD_SERVER", self.home.server.clone()),
@@ -381,7 +373,8 @@ impl State {
             arguments: arguments.to_vec(),
             environment,
             limit_bytes: launch.limit_bytes,
-            mark: self.home.mark.clone(),
+            home_mark: self.home.mark.clone(),
+            mark,
         };
         self.workers.insert(id, Arc::new(worker));
         tokio::spawn(workers::supervise(task, command));
@@ -567,47 +560,61 @@ impl State {
         }
     }
 
-    /// Looks which processes workers have, and what those use, if it is time.
+    /// Looks which processes workers have, and what those use of each device, if it is time.
     pub(super) fn look_at_workers(&mut self) {
         let roots: BTreeSet<u32> = self.workers.values().filter_map(|worker| worker.pid).collect();
-        if roots.is_empty() || self.workers_looked_at.is_none_or(|next| self.now.tick < next) {
+        if roots.is_empty() || self.now.tick < self.workers_looked_at {
             return;
         }
-        self.workers_looked_at = None;
-        let (devices, sender) = (self.devices.clone(), self.sender.clone());
+        self.workers_looked_at = Tick(self.now.tick.0 + MEASURE_MILLISECONDS);
+        let now = self.now.tick;
+        let due = |looks: &BTreeMap<DeviceId, Option<Tick>>, device: &DeviceId| {
+            looks.get(device).is_none_or(|next| next.is_some_and(|next| next <= now))
+        };
+        let mut devices = Vec::new();
+        for device in self.devices.iter() {
+            let id = &device.facts().device;
+            if due(&self.worker_looks, id) && !self.ledger.is_lost(id) {
+                self.worker_looks.insert(id.clone(), None);
+                devices.push(device.clone());
+            }
+        }
+        let sender = self.sender.clone();
         tokio::task::spawn_blocking(move || {
-            let begun = std::time::Instant::now();
             let families: BTreeMap<u32, Vec<u32>> =
                 roots.into_iter().map(|pid| (pid, platform::with_descendants(pid))).collect();
             let all: BTreeSet<u32> = families.values().flatten().copied().collect();
-            let all: Vec<u32> = all.into_iter().collect();
-            let used = devices
-                .iter()
-                .map(|device| (device.facts().device.clone(), device.used_by(&all).unwrap_or_default()));
-            let seen = SeenWorkers { used: used.collect(), families, took: begun.elapsed() };
-            // A daemon that has ended meanwhile needs it no more.
-            let _ = sender.blocking_send(Event::WorkersSeen(seen));
+            let all: Arc<[u32]> = all.into_iter().collect();
+            // A daemon that has ended meanwhile needs none of it.
+            let _ = sender.blocking_send(Event::WorkersFound(families));
+            // One device that does not answer holds up no other.
+            for device in devices {
+                let (all, sender) = (all.clone(), sender.clone());
+                tokio::task::spawn_blocking(move || {
+                    let begun = std::time::Instant::now();
+                    let used = device.used_by(&all).unwrap_or_default();
+                    let device = device.facts().device.clone();
+                    let _ = sender.blocking_send(Event::WorkersMeasured(device, used, begun.elapsed()));
+                });
+            }
         });
     }
 
-    pub(super) fn workers_seen(&mut self, seen: &SeenWorkers) {
-        // A tenth of a processor at most, however many pages there are to be looked at.
-        let pause = (seen.took.as_millis() as u64 * 10).max(MEASURE_MILLISECONDS);
-        self.workers_looked_at = Some(Tick(self.now.tick.0 + pause));
-        let of = |worker: &Worker| worker.pid.and_then(|pid| seen.families.get(&pid));
+    pub(super) fn workers_found(&mut self, families: &BTreeMap<u32, Vec<u32>>) {
+        let of = |worker: &Worker| worker.pid.and_then(|pid| families.get(&pid));
         let other = |worker: &&Arc<Worker>| of(worker).is_some_and(|now| **now != *worker.pids);
         for id in self.workers.values().filter(other).map(|worker| worker.id).collect::<Vec<_>>() {
             self.change_worker(id, |worker| {
                 worker.pids = of(worker).map(|pids| pids.as_slice().into()).unwrap_or_default();
             });
         }
-        for (device, used) in &seen.used {
-            self.workers_measured(device, used);
-        }
     }
 
     /// Takes in what workers' processes were measured to have on a device.
-    fn workers_measured(&mut self, device: &DeviceId, used: &BTreeMap<u32, u64>) {
+    pub(super) fn workers_measured(&mut self, device: &DeviceId, used: &BTreeMap<u32, u64>, took: Duration) {
+        // A tenth of a processor at most, however many pages there are to be looked at.
+        let pause = u64::try_from(took.as_millis()).map_or(u64::MAX, |took| took.saturating_mul(10));
+        self.worker_looks.insert(device.clone(), Some(Tick(self.now.tick.0.saturating_add(pause))));
         let now = |worker: &Worker| -> BTreeMap<u32, u64> {
             worker.pids.iter().filter_map(|pid| Some((*pid, *used.get(pid)?))).collect()
         };
@@ -631,8 +638,9 @@ impl State {
             // What a process has is counted once, however many workers it is of.
             let of = self.workers.values().filter_map(|worker| worker.measured.get(&device));
             let own: BTreeMap<u32, u64> = of.flatten().map(|(pid, bytes)| (*pid, *bytes)).collect();
-            let sum: u64 =
-                own.iter().map(|(pid, bytes)| bytes.saturating_sub(self.filled_by(*pid, &device))).sum();
+            let filled = self.filled_on(&device);
+            let theirs = |(pid, bytes): (&u32, &u64)| bytes.saturating_sub(*filled.get(pid).unwrap_or(&0));
+            let sum: u64 = own.iter().map(theirs).sum();
             // Of one whose processes nobody knows, what it says counts, as far as somebody has it.
             let unknown = self.workers.values().filter(|it| it.pid.is_none() && it.state.is_there());
             let models = unknown.flat_map(|worker| worker.models.iter());

@@ -138,7 +138,7 @@ pub async fn call(
         let what = format!("worker {} is {:?}", worker.name, worker.state);
         let hint = match worker.state {
             WorkerState::Starting | WorkerState::Restarting => "ask once it is Ready".to_owned(),
-            _ => format!("start it anew; `vramd workers show {}` says how it ended", worker.name),
+            _ => format!("`vramd workers show {}` says how it ended", worker.name),
         };
         return Err(ApiError::new(ErrorCode::Conflict, what).hint(hint).into());
     };

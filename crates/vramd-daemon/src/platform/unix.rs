@@ -42,7 +42,7 @@ pub fn uid_of(pid: u32) -> Option<u32> {
     std::fs::metadata(format!("/proc/{pid}")).ok().map(|it| it.uid())
 }
 
-/// A process and all that it started, and those started.
+/// A process and all that it started, and those started; not this one, whoever started it.
 pub fn with_descendants(pid: u32) -> Vec<u32> {
     let mut all = vec![pid];
     let mut next = 0;
@@ -51,7 +51,8 @@ pub fn with_descendants(pid: u32) -> Vec<u32> {
         let children =
             |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("children")).ok();
         let children: String = threads.filter_map(children).collect();
-        all.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+        let children = children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok());
+        all.extend(children.filter(|pid| *pid != std::process::id()));
         next += 1;
     }
     all

@@ -258,3 +258,39 @@ fn gone() -> ApiError {
 fn unavailable(what: String) -> ApiError {
     ApiError::new(ErrorCode::Unavailable, what).hint("`vramd workers` shows how it is")
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncBufReadExt as _;
+
+    use super::*;
+
+    /// However little the worker takes at once, each line arrives whole, and each caller gets its own answer.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn lines_stay_whole_through_a_stream_that_takes_little_at_once() {
+        let (ours, theirs) = tokio::io::duplex(64);
+        let (link, writer) = Link::new(Arc::default());
+        let writing = tokio::spawn(writer.run(ours));
+        let callers = (0..200_usize).map(|number| {
+            let link = link.clone();
+            tokio::spawn(async move {
+                let text = "x".repeat(number * 7 % 500);
+                let answer = link.call("echo", &text, Duration::from_mins(1)).await.expect("an answer");
+                assert_eq!(answer.get(), format!("\"{text}\""));
+            })
+        });
+        let callers: Vec<_> = callers.collect();
+        let mut lines = tokio::io::BufReader::new(theirs).lines();
+        for _ in 0..callers.len() {
+            let read = lines.next_line().await.expect("it is open").expect("a line");
+            let request: serde_json::Value = serde_json::from_str(&read).expect("a whole request");
+            let data = serde_json::value::to_raw_value(&request["data"]).expect("plain data");
+            link.answered(request["request_id"].as_str().expect("an id"), Ok(data)).expect("it was asked");
+        }
+        for caller in callers {
+            caller.await.expect("it had its answer");
+        }
+        assert!(link.shared.outgoing().unread.is_empty());
+        writing.abort();
+    }
+}

@@ -27,7 +27,7 @@ use crate::driver::Event;
 
 pub use self::link::{Link, Writer};
 pub use self::log::Log;
-pub use self::process::{Command, ID_VARIABLE, MARK_VARIABLE, sweep};
+pub use self::process::{Command, MARK_VARIABLE, sweep};
 
 /// How long a worker may take to end when it is asked to, and then when it is told by a signal.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(5);

@@ -224,6 +224,11 @@ class Manager:
                 if model.mover == threading.get_ident():
                     raise Refused("CONFLICT", f"{name} is on its way, which is what this hook is for")
                 self._settled.wait()
+            if model is not None and model.orphaned and not model.users:
+                # What its weights were may be others' by now.
+                model.value.close()
+                del self._models[name]
+                return None
             if model is not None and not model.offloaded:
                 model.users += 1
                 model.use_count += 1
@@ -245,7 +250,7 @@ class Manager:
             with self._settled:
                 model.mover = 0
                 self._settled.notify_all()
-            self._changed()
+        self._changed()
 
     def in_order(self, strategy: str, device: str | None = None) -> list[Model]:
         """The idle models, the first to go first."""

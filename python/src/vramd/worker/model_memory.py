@@ -180,7 +180,11 @@ class ModelMemory:
 
     def make_room(self, device: str, size_bytes: int) -> None:
         """Lets idle models in host memory go until one of that size would have room below the limit."""
-        for model in self._manager.in_order("LowestCost", device):
+        idle = self._manager.in_order("LowestCost", device)
+        if not self._manager.has_room(device, size_bytes - sum(model.size_bytes for model in idle)):
+            # None goes in vain.
+            return
+        for model in idle:
             if self._manager.has_room(device, size_bytes):
                 return
             if model.size_bytes:

@@ -60,9 +60,9 @@ class Worker:
         self._channel: channel.Channel | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Event()
-        # For this process alone: one that it starts is no worker of the daemon's.
         #: What models took, by name.
         self._sizes: dict[str, int] = {}
+        # For this process alone: one that it starts is no worker of the daemon's.
         self._is_child = os.environ.pop("VRAMD_WORKER", None) == "stdio"
         self._streams: channel.Channel | None = None
         self._closed = threading.Event()
@@ -132,6 +132,7 @@ class Worker:
         value = self.on_load(name)
         seconds = round(time.monotonic() - began, 6)
         if isinstance(value, Attachment):
+            self._sizes[name] = 0
             attached = f"{value.model}/{value.component}"
             return Model(name, value.device, 0, value.nbytes, attached, load_seconds=seconds, value=value)
         try:

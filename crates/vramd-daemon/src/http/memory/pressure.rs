@@ -31,7 +31,7 @@ pub async fn all(State(app): State<App>, _: Params<NoParams>) -> Answer<Pressure
 ///
 /// The ratio is what is neither free nor may go at once, over all: a card full of idle models is under no pressure. Levels begin at
 /// the configured ratios (0.70, 0.85 and 0.95) and end 0.03 below. `High` is also where others take the last twentieth (4 GiB at most), where
-/// nothing would be left within a second, and, for host memory, where the system says that tasks wait for it (`Critical` if all do).
+/// nothing would be left within a second, and, for host memory from `Moderate` on, where the system says that tasks wait for it (`Critical` if all do).
 /// From `High` on the daemon frees `neededBytes` by itself.
 #[utoipa::path(get, path = "/api/memory/pressure/{deviceId}", tag = "memory",
     params(("deviceId" = String, Path, description = "A device's id or uuid")),

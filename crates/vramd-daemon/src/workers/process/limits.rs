@@ -15,17 +15,19 @@ const ROUNDS: usize = 8;
 #[derive(Debug)]
 pub struct Limits {
     group: Option<PathBuf>,
+    /// How many processes the system had ended for it before: a group may have been another run's.
+    kills_before: u64,
     shown: Option<WorkerLimit>,
 }
 
 impl Limits {
     /// Limits a process and all that it starts from now on.
     pub fn set(bytes: Option<u64>, process: Pid, id: &str) -> Self {
-        let Some(bytes) = bytes else { return Self { group: None, shown: None } };
+        let Some(bytes) = bytes else { return Self { group: None, kills_before: 0, shown: None } };
         let why = match make_group(bytes, process, id) {
             Ok(group) => {
                 let shown = WorkerLimit { kind: LimitKind::ControlGroup, bytes, note: None };
-                return Self { group: Some(group), shown: Some(shown) };
+                return Self { kills_before: kills(&group), group: Some(group), shown: Some(shown) };
             }
             Err(error) => format!("no control group could be made: {error}"),
         };
@@ -34,7 +36,7 @@ impl Limits {
             Ok(_) => (LimitKind::DataSegment, why),
             Err(error) => (LimitKind::None, format!("{why}; RLIMIT_DATA: {error}")),
         };
-        Self { group: None, shown: Some(WorkerLimit { kind, bytes, note: Some(note) }) }
+        Self { group: None, kills_before: 0, shown: Some(WorkerLimit { kind, bytes, note: Some(note) }) }
     }
 
     pub fn shown(&self) -> Option<WorkerLimit> {
@@ -43,12 +45,8 @@ impl Limits {
 
     /// The limit, if the system ended one of its processes for it.
     pub fn reached(&self) -> Option<u64> {
-        let group = self.group.as_ref()?;
-        // Of version 2 and of version 1.
-        let told = ["memory.events", "memory.oom_control"];
-        let text: String = told.iter().filter_map(|file| fs::read_to_string(group.join(file)).ok()).collect();
-        let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse::<u64>().ok());
-        kills.filter(|kills| *kills > 0).and(self.shown.as_ref()).map(|limit| limit.bytes)
+        let has_more = kills(self.group.as_ref()?) > self.kills_before;
+        self.shown.as_ref().filter(|_| has_more).map(|limit| limit.bytes)
     }
 
     /// Ends whatever is in the control group, whichever process group it chose.
@@ -64,6 +62,15 @@ impl Limits {
             end_group(&group);
         }
     }
+}
+
+/// How many processes of a group the system has ended for its limit.
+fn kills(group: &Path) -> u64 {
+    // Of version 2 and of version 1.
+    let told = ["memory.events", "memory.oom_control"];
+    let text: String = told.iter().filter_map(|file| fs::read_to_string(group.join(file)).ok()).collect();
+    let count = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok());
+    count.unwrap_or(0)
 }
 
 /// Removes what earlier runs of this daemon left. Before any worker is started: a group with processes in it is not divided.

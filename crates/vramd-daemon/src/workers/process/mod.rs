@@ -17,9 +17,6 @@ pub use windows::{Group, ended, sweep};
 /// Tells a later run of the daemon which processes are of its own workers.
 pub const MARK_VARIABLE: &str = "VRAMD_WORKER_OF";
 
-/// Tells a worker, and all that it starts, which one it is.
-pub const ID_VARIABLE: &str = "VRAMD_WORKER_ID";
-
 /// What is to be run, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Command {
@@ -30,5 +27,7 @@ pub struct Command {
     /// The most host memory that its processes may take.
     pub limit_bytes: Option<u64>,
     /// Whose it is, among daemons of this machine.
+    pub home_mark: String,
+    /// That, and which start of which worker: in the environment of all that it starts.
     pub mark: String,
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 use tokio::net::unix::pipe::Receiver;
@@ -10,12 +11,18 @@ use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
 use vramd_api::{Bytes, WorkerExit, WorkerLimit};
 
 use super::limits::Limits;
-use super::{Command, ID_VARIABLE};
+use super::{Command, MARK_VARIABLE};
 use crate::clock;
+
+/// How often marked processes are looked for.
+const ROUNDS: usize = 8;
+/// How long that is waited for.
+const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub struct Group {
-    id: String,
+    mark: String,
+    started: Option<u64>,
     child: Child,
     pub pid: u32,
     leader: Pid,
@@ -40,13 +47,22 @@ impl Group {
         let pid = child.id().expect("nobody has waited for it");
         let leader = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process has a number");
         let ended = watch(leader)?;
-        let limits = Limits::set(command.limit_bytes, leader, &format!("{}-{id}", command.mark));
+        let limits = Limits::set(command.limit_bytes, leader, &format!("{}-{id}", command.home_mark));
         let streams = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(stdin), Some(stdout), Some(stderr)) = streams else {
             return Err(io::Error::other("a pipe to the process is missing"));
         };
         Ok((
-            Self { id: id.to_owned(), child, pid, leader, ended, limits, is_reaped: false },
+            Self {
+                mark: command.mark.clone(),
+                started: started(leader),
+                child,
+                pid,
+                leader,
+                ended,
+                limits,
+                is_reaped: false,
+            },
             stdin,
             stdout,
             stderr,
@@ -76,9 +92,10 @@ impl Group {
     pub async fn reap(mut self) -> WorkerExit {
         // Before its leader is waited for: then the group's number cannot be another's yet.
         self.kill();
-        let mark = format!("{ID_VARIABLE}={}", self.id);
-        // Those that left the group too.
-        let _ = tokio::task::spawn_blocking(move || kill_marked(&mark)).await;
+        // Those that left the group too. One process that cannot be looked at holds up nobody for long.
+        let (mark, since) = (format!("{MARK_VARIABLE}={}", self.mark), self.started);
+        let killed = tokio::task::spawn_blocking(move || kill_marked(&mark, since));
+        let _ = tokio::time::timeout(SWEEP_PATIENCE, killed).await;
         let status = self.child.wait().await;
         self.is_reaped = true;
         let reached = self.limits.reached();
@@ -134,24 +151,48 @@ pub async fn ended(pid: Option<u32>) {
 
 /// Ends what an earlier run of this daemon left: the processes that it marked, whatever group they are in.
 pub fn sweep(mark: &str) {
-    let count = kill_marked(&format!("{}={mark}", super::MARK_VARIABLE));
+    let count = kill_marked(&format!("{}={mark}:", super::MARK_VARIABLE), None);
     if count > 0 {
         tracing::info!(count, "processes of workers that an earlier run left are ended");
     }
     super::limits::sweep(mark);
 }
 
-/// Ends all processes that were given this in their environment; says how many there were.
-fn kill_marked(wanted: &str) -> usize {
+/// Ends all processes that have a variable in their environment that begins like this, of those that started no earlier; says
+/// how many there were. Those that fork meanwhile are met the next time round.
+fn kill_marked(wanted: &str, since: Option<u64>) -> usize {
+    let mut all = 0;
+    for _ in 0..ROUNDS {
+        let count = kill_marked_once(wanted, since);
+        all += count;
+        if count == 0 {
+            break;
+        }
+    }
+    all
+}
+
+fn kill_marked_once(wanted: &str, since: Option<u64>) -> usize {
     let mut count = 0;
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?)) else {
             continue;
         };
+        let is_own = pid == rustix::process::getpid();
+        if is_own || since.is_some_and(|since| started(pid).is_none_or(|at| at < since)) {
+            continue;
+        }
         let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
-        if environment.split(|byte| *byte == 0).any(|one| one == wanted.as_bytes()) {
+        if environment.split(|byte| *byte == 0).any(|one| one.starts_with(wanted.as_bytes())) {
             count += usize::from(kill_process(pid, Signal::KILL).is_ok());
         }
     }
     count
+}
+
+/// When a process was started, in ticks since the machine was.
+fn started(pid: Pid) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    // Its name, in brackets, may hold anything; after it come the third field and those that follow.
+    stat.rsplit_once(") ")?.1.split(' ').nth(22 - 3)?.parse().ok()
 }
