@@ -49,6 +49,9 @@ impl<T: Serialize> Request<'_, T> {
     }
 }
 
+/// The action by which a worker is asked to let a model go.
+pub const UNLOAD_MODEL: &str = "memory.unload_model";
+
 /// What a worker sends.
 #[derive(Debug)]
 pub enum Message {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream};
 use tokio::sync::{Mutex, Notify};
 use tokio_util::sync::CancellationToken;
-use vramd_api::worker_protocol::VERSION;
+use vramd_api::worker_protocol::{UNLOAD_MODEL, VERSION};
 use vramd_api::{ApiError, DeviceId, WorkerName};
 
 use self::programs::Program;
@@ -19,7 +19,6 @@ use crate::driver::{Driver, Event, Joining};
 use crate::platform;
 use crate::workers;
 
-const UNLOAD: &str = "memory.unload_model";
 const RESTORE: &str = "memory.restore_model";
 /// How often a program is asked what it has, and how soon one that was gone is looked for again.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -123,7 +122,7 @@ async fn speak(stream: DuplexStream, program: Arc<Program>) {
             tokio::spawn(async move {
                 let Some(reply) = reply(&program, &request).await else { return };
                 let _ = writing.lock().await.write_all(format!("{reply}\n").as_bytes()).await;
-                if request["action"] == UNLOAD || request["action"] == RESTORE {
+                if request["action"] == UNLOAD_MODEL || request["action"] == RESTORE {
                     changed.notify_one();
                 }
             });
@@ -147,7 +146,7 @@ async fn reply(program: &Program, request: &Value) -> Option<Value> {
         }),
         "ping" => program.look().await.map(|()| json!({})),
         "memory.get_model_info" => program.models().await.map(|models| json!({ "loaded_models": models })),
-        UNLOAD => program.unload(name).await,
+        UNLOAD_MODEL => program.unload(name).await,
         RESTORE => program.restore(name).await,
         other => Err(format!("there is no action {other}")),
     };

@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Client, Method, Url, redirect};
 use serde_json::{Value, json};
 use vramd_api::DeviceId;
-use vramd_api::worker_protocol::megabytes;
+use vramd_api::worker_protocol::{UNLOAD_MODEL, megabytes};
 
 use super::{Bridge, BridgeKind};
 
@@ -55,7 +55,7 @@ impl Program {
     }
 
     pub fn actions(&self) -> Vec<&'static str> {
-        let mut actions = vec!["ping", "memory.get_model_info", "memory.unload_model"];
+        let mut actions = vec!["ping", "memory.get_model_info", UNLOAD_MODEL];
         if self.kind == BridgeKind::Vllm {
             actions.push("memory.restore_model");
         }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde_json::value::RawValue;
-use vramd_api::worker_protocol::bytes_of;
+use vramd_api::worker_protocol::{UNLOAD_MODEL, bytes_of};
 use vramd_api::{
     AllocationId, ApiError, Bytes, DeviceId, ErrorCode, EventKind, EvictedComponent as Evicted,
     EvictionPolicy, ModelsOptimized, OperationId, OperationKind, OptimizeModels, PerformanceImpact,
@@ -24,7 +24,6 @@ use super::ways::{Ask, Means, Way};
 use super::{Caller, Event, Reply, State};
 use crate::platform;
 
-pub(super) const UNLOAD: &str = "memory.unload_model";
 /// How long it may take, where nobody says.
 const DEFAULT_MILLISECONDS: u64 = 10_000;
 /// How long a worker may take for what it is asked.
@@ -457,7 +456,7 @@ impl State {
         }
         let (data, bytes) = (serde_json::json!({ "name": ask.model }), ask.bytes);
         let call = async move {
-            let answer = link.call(UNLOAD, &data, ASK_PATIENCE).await?;
+            let answer = link.call(UNLOAD_MODEL, &data, ASK_PATIENCE).await?;
             // One that does not say is taken to mean what it was asked.
             Ok(answered(&answer)?.acknowledged_mb.map_or(bytes, |said| bytes_of(said).unwrap_or(0)))
         };

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use vramd_api::worker_protocol::UNLOAD_MODEL;
 use vramd_api::{
     AllocationId, DeviceId, EvictedComponent as Evicted, Priority, RecommendedAction, ReliefAction, WorkerId,
     WorkerModel, WorkerName, WorkerState,
@@ -11,7 +12,7 @@ use vramd_core::ledger::State as AllocationState;
 use vramd_core::models::Residency;
 
 use super::State;
-use super::relief::{Relief, UNLOAD};
+use super::relief::Relief;
 use super::room::{BYTES_PER_SECOND, Idle};
 use super::workers::Worker;
 
@@ -77,7 +78,7 @@ impl Way {
             }
             Means::Ask(Ask { name, model, .. }) => {
                 let reason = format!("{model} of worker {name} has been idle for {idle}");
-                (ReliefAction::AskWorker, reason, format!("POST /api/workers/{name}/call {UNLOAD}"))
+                (ReliefAction::AskWorker, reason, format!("POST /api/workers/{name}/call {UNLOAD_MODEL}"))
             }
             Means::LetGo { model, asks } => {
                 let reason = format!("{} workers have {model} attached and do not use it", asks.len());
@@ -103,7 +104,7 @@ impl State {
         let caller = relief.and_then(|relief| relief.caller);
         let can = |worker: &&Worker| {
             worker.state == WorkerState::Ready
-                && worker.can(UNLOAD)
+                && worker.can(UNLOAD_MODEL)
                 && worker.doubted_until <= self.now.tick
                 && caller.is_none_or(|caller| worker.may(caller).is_ok())
         };

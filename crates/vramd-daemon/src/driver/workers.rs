@@ -568,13 +568,12 @@ impl State {
         }
         self.workers_looked_at = Tick(self.now.tick.0 + MEASURE_MILLISECONDS);
         let now = self.now.tick;
-        let due = |looks: &BTreeMap<DeviceId, Option<Tick>>, device: &DeviceId| {
-            looks.get(device).is_none_or(|next| next.is_some_and(|next| next <= now))
-        };
         let mut devices = Vec::new();
         for device in self.devices.iter() {
             let id = &device.facts().device;
-            if due(&self.worker_looks, id) && !self.ledger.is_lost(id) {
+            let look = self.worker_looks.get(id);
+            let is_due = look.is_none_or(|next| next.is_some_and(|next| next <= now));
+            if is_due && !self.ledger.is_lost(id) {
                 self.worker_looks.insert(id.clone(), None);
                 devices.push(device.clone());
             }

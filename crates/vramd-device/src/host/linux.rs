@@ -81,7 +81,7 @@ impl Host {
     /// The memory that processes share with nobody, in RAM.
     ///
     /// One that was forked, and runs the same program since, shares with its parent what neither has written to: of both, the share
-    /// of each counts, which takes the system some 15 ms for each GiB.
+    /// of each counts, which takes the system some 17 ms for each GiB.
     pub(crate) fn private_bytes(&self, pids: &[u32]) -> BTreeMap<u32, u64> {
         let mut all: BTreeMap<u32, (u64, u32)> =
             pids.iter().filter_map(|pid| Some((*pid, self.anonymous_bytes(*pid)?))).collect();

@@ -289,7 +289,7 @@ def storage_of(tensor: Any) -> tuple[str, int, int] | None:
     try:
         storage = (tensor.untyped_storage if hasattr(tensor, "untyped_storage") else tensor.storage)()
         place, size = storage.data_ptr(), int(storage.nbytes())
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+    except (RuntimeError, ValueError, TypeError):
         return None
     return (str(tensor.device), place, size) if place else None
 
@@ -298,7 +298,7 @@ def _plain_bytes(tensor: Any) -> int:
     """Of one without a storage of its own; nothing of one that is not made yet."""
     try:
         return int(tensor.numel() * tensor.element_size())
-    except (RuntimeError, NotImplementedError, ValueError):
+    except (RuntimeError, ValueError):
         return 0
 
 

@@ -9,8 +9,8 @@ use vramd_api::{LimitKind, WorkerLimit};
 
 /// How our control groups begin.
 const PREFIX: &str = "vramd-worker-";
-/// How often what is in one is looked for.
-const ROUNDS: usize = 8;
+/// How often processes that are to end are looked for: some fork meanwhile.
+pub const ROUNDS: usize = 8;
 
 #[derive(Debug)]
 pub struct Limits {

@@ -10,12 +10,10 @@ use tokio::net::unix::pipe::Receiver;
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout};
 use vramd_api::{Bytes, WorkerExit, WorkerLimit};
 
-use super::limits::Limits;
+use super::limits::{Limits, ROUNDS};
 use super::{Command, MARK_VARIABLE};
 use crate::clock;
 
-/// How often marked processes are looked for.
-const ROUNDS: usize = 8;
 /// How long that is waited for.
 const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -114,7 +112,7 @@ impl Group {
 }
 
 impl Drop for Group {
-    /// Whatever becomes of its task, nothing of it stays.
+    /// Whatever becomes of its task, its group ends; what left that is for the next run.
     fn drop(&mut self) {
         if !self.is_reaped {
             self.kill();
